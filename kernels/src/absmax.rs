@@ -1,0 +1,122 @@
+//! The scales of the blocks: plain, or quantized a second time.
+
+use crate::error::{ShapeError, check_len};
+use crate::format::NESTED_BLOCK;
+
+/// One absmax for each block: plain f32, or nested (double quantization).
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub enum Absmax<'a> {
+    /// One f32 a block.
+    Plain(&'a [f32]),
+    /// One byte a block, to be looked up and scaled.
+    Nested(NestedAbsmax<'a>),
+}
+
+/// Double-quantized absmax: block `b` has `map[codes[b]] * absmax[b / 256] + offset`, both operations rounded to f32.
+#[derive(Debug, Clone, Copy)]
+pub struct NestedAbsmax<'a> {
+    codes: &'a [u8],
+    map: &'a [f32; 256],
+    absmax: &'a [f32],
+    offset: f32,
+}
+
+impl<'a> NestedAbsmax<'a> {
+    /// A view of double-quantized absmax: `codes` has one byte a block, `absmax` one f32 for each [`NESTED_BLOCK`] of
+    /// them, `map` is the 256-entry quant map of the file ([`crate::DYNAMIC_MAP`] for what this library writes).
+    ///
+    /// Any value may be NaN or infinite; the arithmetic then gives what IEEE 754 says.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `absmax` does not have `ceil(codes.len() / 256)` values.
+    pub fn new(codes: &'a [u8], map: &'a [f32; 256], absmax: &'a [f32], offset: f32) -> Result<Self, ShapeError> {
+        check_len("nested absmax", codes.len().div_ceil(NESTED_BLOCK), absmax.len())?;
+        Ok(Self { codes, map, absmax, offset })
+    }
+
+    /// One code a block.
+    #[must_use]
+    pub fn codes(&self) -> &'a [u8] {
+        self.codes
+    }
+
+    /// The 256-entry quant map.
+    #[must_use]
+    pub fn map(&self) -> &'a [f32; 256] {
+        self.map
+    }
+
+    /// One scale for each [`NESTED_BLOCK`] codes.
+    #[must_use]
+    pub fn absmax(&self) -> &'a [f32] {
+        self.absmax
+    }
+
+    /// The mean that was subtracted.
+    #[must_use]
+    pub fn offset(&self) -> f32 {
+        self.offset
+    }
+
+    #[inline(always)]
+    fn get(&self, block: usize) -> f32 {
+        self.map[usize::from(self.codes[block])] * self.absmax[block / NESTED_BLOCK] + self.offset
+    }
+}
+
+impl Absmax<'_> {
+    /// Number of blocks.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Plain(a) => a.len(),
+            Self::Nested(n) => n.codes.len(),
+        }
+    }
+
+    /// Whether there are no blocks.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The absmax of `block`.
+    ///
+    /// # Panics
+    /// If `block >= self.len()`.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, block: usize) -> f32 {
+        match self {
+            Self::Plain(a) => a[block],
+            Self::Nested(n) => n.get(block),
+        }
+    }
+
+    /// Writes the absmax of the blocks `first..first + out.len()`.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if there are fewer blocks.
+    pub fn restore(&self, first: usize, out: &mut [f32]) -> Result<(), ShapeError> {
+        if first > self.len() || out.len() > self.len() - first {
+            let expected = self.len().saturating_sub(first);
+            return Err(ShapeError::Length { what: "restored absmax", expected, got: out.len() });
+        }
+        self.fill(first, out);
+        Ok(())
+    }
+
+    /// As [`Self::restore`], with a range already known to be inside.
+    #[inline(always)]
+    pub(crate) fn fill(&self, first: usize, out: &mut [f32]) {
+        match self {
+            Self::Plain(a) => out.copy_from_slice(&a[first..first + out.len()]),
+            Self::Nested(n) => {
+                for (i, o) in out.iter_mut().enumerate() {
+                    *o = n.get(first + i);
+                }
+            }
+        }
+    }
+}

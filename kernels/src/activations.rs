@@ -1,0 +1,127 @@
+//! A vector prepared for the 16x4 multiply.
+
+use crate::error::{ShapeError, check_len};
+use crate::format::BlockSize;
+
+/// The largest quantized activation: 14 bits with sign, so that eight products with a 16-bit weight fit in an `i32`.
+pub const ACTIVATION_MAX: i16 = 8191;
+
+/// A span of 64 columns: what the packed order below permutes, and the row step of the 16x4 multiply.
+pub(crate) const SPAN: usize = 64;
+
+/// A vector of `len` inputs, quantized in groups of 64 (32 for block size 32) to `i16` with one f32 scale a group.
+///
+/// Made by [`crate::Kernels::quantize_activations`] in buffers of the caller; see [`crate::spec`] for the arithmetic. It
+/// also keeps the f32 inputs, for matrices whose blocks straddle rows are multiplied in f32.
+///
+/// If `len` is not a multiple of the group, every matrix with so many columns has straddling blocks; then nothing is
+/// quantized and both buffers have length 0.
+#[derive(Debug, Clone, Copy)]
+pub struct Activations<'a> {
+    inputs: &'a [f32],
+    values: &'a [i16],
+    scales: &'a [f32],
+    group: usize,
+}
+
+impl<'a> Activations<'a> {
+    /// `i16` values that a vector of `len` inputs needs: `len` rounded up to a multiple of 64, or 0 if it is not a
+    /// multiple of the group.
+    #[must_use]
+    pub const fn values_len(len: usize, block_size: BlockSize) -> usize {
+        if len.is_multiple_of(block_size.group()) { len.div_ceil(SPAN) * SPAN } else { 0 }
+    }
+
+    /// f32 scales that a vector of `len` inputs needs: one a group, or 0 if `len` is not a multiple of the group.
+    #[must_use]
+    pub const fn scales_len(len: usize, block_size: BlockSize) -> usize {
+        if len.is_multiple_of(block_size.group()) { len / block_size.group() } else { 0 }
+    }
+
+    pub(crate) fn check(
+        inputs: &[f32],
+        block_size: BlockSize,
+        values: &[i16],
+        scales: &[f32],
+    ) -> Result<(), ShapeError> {
+        check_len("activation values", Self::values_len(inputs.len(), block_size), values.len())?;
+        check_len("activation scales", Self::scales_len(inputs.len(), block_size), scales.len())
+    }
+
+    /// Joins parts that [`Self::check`] accepted.
+    pub(crate) fn new(inputs: &'a [f32], group: usize, values: &'a [i16], scales: &'a [f32]) -> Self {
+        Self { inputs, values, scales, group }
+    }
+
+    /// Number of inputs.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.inputs.len()
+    }
+
+    /// Whether there are no inputs.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.inputs.is_empty()
+    }
+
+    /// The f32 inputs.
+    #[must_use]
+    pub fn inputs(&self) -> &'a [f32] {
+        self.inputs
+    }
+
+    /// One scale a group; empty if nothing was quantized.
+    #[must_use]
+    pub fn scales(&self) -> &'a [f32] {
+        self.scales
+    }
+
+    /// Columns a scale.
+    #[must_use]
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// The quantized value of input `column`, or `None` if nothing was quantized or there is no such column.
+    #[must_use]
+    pub fn get(&self, column: usize) -> Option<i16> {
+        if column >= self.len() || self.values.is_empty() {
+            return None;
+        }
+        let slot = usize::from(SLOTS[column % SPAN]);
+        Some(self.values[column / SPAN * SPAN + slot])
+    }
+
+    /// Values in the packed order of [`SLOTS`], padded with zeros to whole spans.
+    #[inline(always)]
+    pub(crate) fn values(&self) -> &'a [i16] {
+        self.values
+    }
+}
+
+/// Where each column of a span of 64 stands in the buffer of quantized values: the order in which kernels decode 32 packed
+/// bytes. First come the even columns (high nibbles), then the odd ones (low nibbles); within each, bytes 0-7, 16-23, 8-15,
+/// 24-31. That is what two `vpunpck` of the two byte planes leave in 256-bit registers, so AVX2 multiplies without a
+/// shuffle; every 128-bit piece holds eight consecutive bytes, which suits NEON and WebAssembly.
+pub(crate) const SLOTS: [u8; SPAN] = {
+    let mut slots = [0; SPAN];
+    let mut column = 0;
+    while column < SPAN {
+        let (byte, odd) = (column / 2, column % 2);
+        let piece = match byte / 8 {
+            0 => 0,
+            1 => 2,
+            2 => 1,
+            _ => 3,
+        };
+        let slot = odd * 32 + piece * 8 + byte % 8;
+        assert!(slot < SPAN);
+        #[allow(clippy::cast_possible_truncation, reason = "slot < 64, asserted above")]
+        {
+            slots[column] = slot as u8;
+        }
+        column += 1;
+    }
+    slots
+};

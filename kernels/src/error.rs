@@ -1,0 +1,72 @@
+//! What did not fit, with the numbers.
+
+use core::fmt;
+
+/// A shape, length or block size that does not fit the operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ShapeError {
+    /// A slice has the wrong length.
+    Length {
+        /// Which slice.
+        what: &'static str,
+        /// The length that the other arguments require.
+        expected: usize,
+        /// The length that was given.
+        got: usize,
+    },
+    /// `rows * cols`, or an offset made from it, does not fit in `usize`.
+    Overflow {
+        /// Rows of the matrix.
+        rows: usize,
+        /// Columns of the matrix.
+        cols: usize,
+    },
+    /// A block size other than 32, 64, 128, 256, 512, 1024, 2048, 4096.
+    BlockSize {
+        /// The number that was given.
+        got: usize,
+    },
+    /// A range of rows that does not lie in the matrix.
+    Rows {
+        /// First row asked for.
+        start: usize,
+        /// One past the last row asked for.
+        end: usize,
+        /// Rows there are.
+        rows: usize,
+    },
+    /// Activations that were quantized in groups of another length than the matrix needs.
+    Group {
+        /// Group length of the matrix ([`crate::BlockSize::group`]).
+        expected: usize,
+        /// Group length of the activations.
+        got: usize,
+    },
+}
+
+impl fmt::Display for ShapeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Length { what, expected, got } => write!(f, "{what}: expected length {expected}, got {got}"),
+            Self::Overflow { rows, cols } => {
+                write!(f, "a matrix of {rows} x {cols} elements does not fit in the address space")
+            }
+            Self::BlockSize { got } => {
+                write!(f, "block size {got}: expected 32, 64, 128, 256, 512, 1024, 2048 or 4096")
+            }
+            Self::Rows { start, end, rows } => write!(f, "rows {start}..{end} do not lie in 0..{rows}"),
+            Self::Group { expected, got } => write!(
+                f,
+                "activations are quantized in groups of {got}, but the matrix's block size needs groups of {expected}"
+            ),
+        }
+    }
+}
+
+impl core::error::Error for ShapeError {}
+
+/// `Ok` if `got == expected`.
+pub(crate) fn check_len(what: &'static str, expected: usize, got: usize) -> Result<(), ShapeError> {
+    if got == expected { Ok(()) } else { Err(ShapeError::Length { what, expected, got }) }
+}

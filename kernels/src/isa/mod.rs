@@ -1,0 +1,12 @@
+//! One file an instruction set. The files have the same functions in the same order; `scalar.rs` is the plainest to read,
+//! and what the others must equal to the bit.
+//!
+//! Every function takes arguments whose shapes the callers in `kernels.rs` have checked.
+
+pub(crate) mod scalar;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+
+#[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
+pub(crate) mod neon;

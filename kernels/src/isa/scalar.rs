@@ -1,0 +1,206 @@
+//! Portable code: any core, and the reference for the other files.
+//!
+//! The last block of a tensor if it is partial, blocks that straddle rows and rests shorter than a vector are handled here
+//! for every instruction set.
+
+use crate::activations::{ACTIVATION_MAX, Activations, SLOTS, SPAN};
+use crate::float::Float;
+use crate::format::{CODEBOOK, ZERO_CODE, absmax_from_bits, canonical, floored, inverse_absmax, nearest_code};
+use crate::kernels::Table;
+use crate::matrix::{Nf4Matrix, Segment};
+use crate::{Isa, double_quant, spec};
+
+pub(crate) static TABLE: Table = Table {
+    isa: Isa::Scalar,
+    quantize_f32: quantize,
+    quantize_f16: quantize,
+    quantize_bf16: quantize,
+    dequantize_f32: dequantize,
+    dequantize_f16: dequantize,
+    dequantize_bf16: dequantize,
+    mean: double_quant::mean,
+    quantize_absmax: double_quant::quantize_absmax,
+    quantize_activations,
+    gemv,
+    gemv_f32,
+    gemv_dense,
+};
+
+/// Codes and absmax of a tensor.
+fn quantize<T: Float>(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32]) {
+    let blocks = weights.chunks(block_size).zip(packed.chunks_mut(block_size / 2)).zip(absmax);
+    for ((block, packed), absmax) in blocks {
+        if block.len() < block_size {
+            *absmax = quantize_partial_block(block, packed);
+        } else {
+            *absmax = largest(block);
+            let inverse = inverse_absmax(*absmax);
+            pack(packed, block, |w| w * inverse);
+        }
+    }
+}
+
+/// The last block if it is not full: the floored absmax is what is stored, and the division is a true one (`bitsandbytes`
+/// pads and reshapes whole blocks, and runs the rest through other code).
+pub(crate) fn quantize_partial_block<T: Float>(block: &[T], packed: &mut [u8]) -> f32 {
+    let absmax = floored(largest(block));
+    pack(packed, block, |w| w / absmax);
+    absmax
+}
+
+/// The largest absolute value; NaN if there is one.
+#[inline(always)]
+fn largest<T: Float>(block: &[T]) -> f32 {
+    absmax_from_bits(block.iter().map(|w| w.to_f32().to_bits() & 0x7fff_ffff).max().unwrap_or(0))
+}
+
+#[inline(always)]
+fn pack<T: Float>(packed: &mut [u8], block: &[T], scaled: impl Fn(f32) -> f32) {
+    for (byte, pair) in packed.iter_mut().zip(block.chunks(2)) {
+        let high = nearest_code(scaled(pair[0].to_f32()));
+        let low = pair.get(1).map_or(ZERO_CODE, |w| nearest_code(scaled(w.to_f32())));
+        *byte = high << 4 | low;
+    }
+}
+
+/// The weights, rounded once to f32 and once more to `T`.
+fn dequantize<T: Float>(matrix: &Nf4Matrix<'_>, out: &mut [T]) {
+    let mut rest = out;
+    for segment in matrix.all_segments() {
+        let (out, after) = rest.split_at_mut(segment.len);
+        dequantize_segment(matrix, &segment, out);
+        rest = after;
+    }
+}
+
+/// Part of a block that starts or ends anywhere.
+pub(crate) fn dequantize_segment<T: Float>(matrix: &Nf4Matrix<'_>, segment: &Segment<'_>, out: &mut [T]) {
+    let values = CODEBOOK.map(|c| T::from_f32(c * segment.absmax));
+    for (i, o) in out.iter_mut().enumerate() {
+        *o = values[matrix.code(segment.start + i)];
+    }
+}
+
+/// Activations for the 16x4 multiply, in the order of [`SLOTS`].
+fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i16], scales: &mut [f32]) {
+    let spans = inputs.chunks(SPAN).zip(values.as_chunks_mut::<SPAN>().0).zip(scales.chunks_mut(SPAN / group));
+    for ((inputs, values), scales) in spans {
+        values.fill(0);
+        for (g, (inputs, scale)) in inputs.chunks(group).zip(scales).enumerate() {
+            let bits = inputs.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
+            let factor;
+            (*scale, factor) = activation_scale(f32::from_bits(bits));
+            if factor > 0.0 {
+                for (x, slot) in inputs.iter().zip(&SLOTS[g * group..]) {
+                    values[usize::from(*slot)] = round_to_i16(x * factor);
+                }
+            }
+        }
+    }
+}
+
+/// Scale of a group and factor that its inputs are multiplied by (0: all values are 0), from the largest absolute input.
+#[inline(always)]
+pub(crate) fn activation_scale(largest: f32) -> (f32, f32) {
+    let max = f32::from(ACTIVATION_MAX);
+    let factor = max / largest;
+    if !largest.is_finite() {
+        (f32::NAN, 0.0)
+    } else if factor.is_infinite() {
+        (0.0, 0.0)
+    } else {
+        (largest / max, factor)
+    }
+}
+
+/// Nearest integer, ties to even, of `|x| < 2^22`: adding 1.5 * 2^23 leaves the integer in the low bits of the mantissa.
+#[inline(always)]
+fn round_to_i16(x: f32) -> i16 {
+    const MAGIC: f32 = 12_582_912.0;
+    #[allow(clippy::cast_possible_truncation, reason = "|x| <= 8191, so the low 16 bits hold it")]
+    {
+        (x + MAGIC).to_bits() as i16
+    }
+}
+
+/// The 16x4 product.
+fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    for (row, out) in out.iter_mut().enumerate() {
+        let (packed, first_block) = matrix.aligned_row(row);
+        let mut lanes = [0.0; 8];
+        for (s, (bytes, values)) in packed.chunks(SPAN / 2).zip(activations.values().as_chunks::<SPAN>().0).enumerate()
+        {
+            let sums = span_sums(bytes, values);
+            for (l, (lane, sum)) in lanes.iter_mut().zip(sums).enumerate() {
+                let column = s * SPAN + l / 4 * 32;
+                if column < matrix.cols() {
+                    let absmax = matrix.absmax().get(first_block + column / matrix.block_size().get());
+                    #[allow(clippy::cast_precision_loss, reason = "this rounding is part of the definition")]
+                    let sum = sum as f32;
+                    *lane += sum * (absmax * activations.scales()[column / activations.group()]);
+                }
+            }
+        }
+        *out = canonical(spec::add_lanes(lanes) * spec::WEIGHT_STEP);
+    }
+}
+
+/// The eight exact lane sums of a span of up to 32 packed bytes.
+#[inline(always)]
+fn span_sums(bytes: &[u8], values: &[i16; SPAN]) -> [i32; 8] {
+    let mut sums = [0; 8];
+    for (i, byte) in bytes.iter().enumerate() {
+        let lane = i / 16 * 4 + i % 8 / 2;
+        let (high, low) = (usize::from(byte >> 4), usize::from(byte & 15));
+        let slot = usize::from(SLOTS[2 * i]);
+        sums[lane] += i32::from(spec::CODEBOOK_I16[high]) * i32::from(values[slot]);
+        sums[lane] += i32::from(spec::CODEBOOK_I16[low]) * i32::from(values[slot + 32]);
+    }
+    sums
+}
+
+/// The f32 product of a matrix of any shape.
+pub(crate) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+    for (row, out) in out.iter_mut().enumerate() {
+        let start = matrix.row_start(row);
+        let mut lanes = [0.0; 8];
+        for (s, span) in inputs.chunks(matrix.block_size().group()).enumerate() {
+            let first = start + s * matrix.block_size().group();
+            for segment in matrix.segments(first, first + span.len()) {
+                let mut sums = [0.0; 8];
+                let column = segment.start - start;
+                for (i, x) in span[segment.start - first..][..segment.len].iter().enumerate() {
+                    sums[(column + i) % 8] += CODEBOOK[matrix.code(segment.start + i)] * x;
+                }
+                // A lane without an element in this segment must not meet the block's absmax, which may be infinite.
+                for i in 0..segment.len.min(8) {
+                    let lane = (column + i) % 8;
+                    lanes[lane] += sums[lane] * segment.absmax;
+                }
+            }
+        }
+        *out = canonical(spec::add_lanes(lanes));
+    }
+}
+
+/// `out[r] = init[r] + factor * (row r of a . x)` for a dense row-major `a`; `init` and `factor` only if given.
+fn gemv_dense(a: &[f32], x: &[f32], add: Option<f32>, out: &mut [f32]) {
+    for (row, out) in a.chunks_exact(x.len()).zip(out) {
+        let mut lanes = [0.0; 8];
+        for (a, x) in row.chunks(8).zip(x.chunks(8)) {
+            for (lane, (a, x)) in lanes.iter_mut().zip(a.iter().zip(x)) {
+                *lane += a * x;
+            }
+        }
+        store_dense(out, spec::add_lanes(lanes), add);
+    }
+}
+
+/// What a dense row product does with its result.
+#[inline(always)]
+pub(crate) fn store_dense(out: &mut f32, product: f32, add: Option<f32>) {
+    *out = canonical(match add {
+        Some(factor) => *out + factor * product,
+        None => product,
+    });
+}

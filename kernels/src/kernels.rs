@@ -1,0 +1,340 @@
+//! The table of kernels: which instruction sets there are, which this CPU has, and the operations.
+//!
+//! An operation checks its arguments once, here, and then calls the function of its instruction set. Adding an instruction
+//! set is one file in `isa/` and one row of [`TABLES`].
+
+use core::fmt;
+
+use half::{bf16, f16};
+
+use crate::activations::Activations;
+use crate::error::{ShapeError, check_len};
+use crate::float::Float;
+use crate::format::{BlockSize, NESTED_BLOCK, packed_len};
+use crate::isa;
+use crate::matrix::Nf4Matrix;
+
+/// The name of an instruction set. A name grants nothing: [`Kernels`] is the proof that this CPU supports it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Isa {
+    /// Portable Rust.
+    Scalar,
+    /// x86-64 with AVX2.
+    Avx2,
+    /// aarch64 with Advanced SIMD.
+    Neon,
+}
+
+impl Isa {
+    /// The name in lower case, as in benchmark ids: `scalar`, `avx2`, `neon`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Neon => "neon",
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+pub(crate) type Quantize<T> = unsafe fn(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32]);
+pub(crate) type Dequantize<T> = unsafe fn(matrix: &Nf4Matrix<'_>, out: &mut [T]);
+
+/// The functions of one instruction set. All are `unsafe` to call only because the CPU must have it.
+#[derive(Debug)]
+pub struct Table {
+    pub isa: Isa,
+    pub quantize_f32: Quantize<f32>,
+    pub quantize_f16: Quantize<f16>,
+    pub quantize_bf16: Quantize<bf16>,
+    pub dequantize_f32: Dequantize<f32>,
+    pub dequantize_f16: Dequantize<f16>,
+    pub dequantize_bf16: Dequantize<bf16>,
+    pub mean: unsafe fn(values: &[f32]) -> f32,
+    pub quantize_absmax: unsafe fn(absmax: &[f32], offset: f32, codes: &mut [u8], nested_absmax: &mut [f32]),
+    pub quantize_activations: unsafe fn(inputs: &[f32], group: usize, values: &mut [i16], scales: &mut [f32]),
+    /// Only for row-aligned matrices and quantized activations.
+    pub gemv: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]),
+    pub gemv_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
+    /// `x` is not empty.
+    pub gemv_dense: unsafe fn(a: &[f32], x: &[f32], add: Option<f32>, out: &mut [f32]),
+}
+
+/// Every instruction set that was compiled in, the best first, and whether this CPU has it.
+static TABLES: &[(&Table, fn() -> bool)] = &[
+    #[cfg(target_arch = "x86_64")]
+    (&isa::avx2::TABLE, isa::avx2::is_supported),
+    #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
+    (&isa::neon::TABLE, || true),
+    (&isa::scalar::TABLE, || true),
+];
+
+/// The operations on one instruction set, and the proof that this CPU has it: a value exists only where it was detected.
+///
+/// All results are the same bits on every instruction set; see [`crate::spec`] for the products and for what NaN and
+/// infinity do. All buffers are the caller's. Copies are cheap: a value is one pointer.
+///
+/// ```
+/// use nf4_kernels::{Absmax, Activations, BlockSize, Kernels, Nf4Matrix};
+/// let kernels = Kernels::detect();
+/// let (rows, cols, block) = (3, 128, BlockSize::B64);
+/// let weights: Vec<f32> = (0..rows * cols).map(|i| (i as f32 * 0.7).sin()).collect();
+/// let x: Vec<f32> = (0..cols).map(|i| (i as f32 * 0.3).cos()).collect();
+///
+/// let (mut packed, mut absmax) = (vec![0; rows * cols / 2], vec![0.0; block.blocks(rows * cols)]);
+/// kernels.quantize(&weights, block, &mut packed, &mut absmax)?;
+/// let matrix = Nf4Matrix::new(&packed, Absmax::Plain(&absmax), rows, cols, block)?;
+///
+/// let mut values = vec![0; Activations::values_len(cols, block)];
+/// let mut scales = vec![0.0; Activations::scales_len(cols, block)];
+/// let activations = kernels.quantize_activations(&x, block, &mut values, &mut scales)?;
+/// let mut y = [0.0; 3];
+/// kernels.gemv(&matrix, &activations, &mut y)?;
+/// # let mut z = [0.0; 3];
+/// # kernels.gemv_f32(&matrix, &x, &mut z)?;
+/// # assert!(y.iter().zip(z).all(|(y, z)| (y - z).abs() < 1e-2), "{y:?} {z:?}");
+/// # Ok::<(), nf4_kernels::ShapeError>(())
+/// ```
+#[derive(Clone, Copy)]
+pub struct Kernels {
+    table: &'static Table,
+}
+
+impl fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kernels").field("isa", &self.isa()).finish()
+    }
+}
+
+impl PartialEq for Kernels {
+    fn eq(&self, other: &Self) -> bool {
+        self.isa() == other.isa()
+    }
+}
+
+impl Eq for Kernels {}
+
+impl Default for Kernels {
+    fn default() -> Self {
+        Self::detect()
+    }
+}
+
+/// Which kernels to use.
+impl Kernels {
+    /// The fastest kernels that this CPU supports. The CPU is asked once, then remembered; this does not need `std`.
+    #[must_use]
+    pub fn detect() -> Self {
+        Self::available().next().unwrap_or(Self::scalar())
+    }
+
+    /// The portable kernels.
+    #[must_use]
+    pub const fn scalar() -> Self {
+        Self { table: &isa::scalar::TABLE }
+    }
+
+    /// The kernels for `isa`, if they were compiled in and this CPU supports them.
+    #[must_use]
+    pub fn with(isa: Isa) -> Option<Self> {
+        Self::available().find(|k| k.isa() == isa)
+    }
+
+    /// Every kind of kernels that this CPU supports, the fastest first.
+    pub fn available() -> impl Iterator<Item = Self> {
+        TABLES.iter().filter(|(_, supported)| supported()).map(|&(table, _)| Self { table })
+    }
+
+    /// The instruction set.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.table.isa
+    }
+}
+
+/// Conversions.
+impl Kernels {
+    /// Quantizes a flat tensor as `bitsandbytes` does on the CPU, bit for bit.
+    ///
+    /// `packed` gets two codes a byte, the first in the high half ([`packed_len`] bytes); an odd last half byte is 7, the
+    /// code of zero. `absmax` gets one value a block; the last block may be partial.
+    ///
+    /// A NaN makes the absmax of its block NaN and all codes 15. An infinity makes it infinite, infinite values of either
+    /// sign code 15 and finite ones code 7. A block of zeros has absmax 0 (`1e-38` if partial) and codes 7.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `packed` or `absmax` has the wrong length.
+    pub fn quantize<T: Float>(
+        &self,
+        weights: &[T],
+        block_size: BlockSize,
+        packed: &mut [u8],
+        absmax: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        check_len("packed codes", packed_len(weights.len()), packed.len())?;
+        check_len("absmax", block_size.blocks(weights.len()), absmax.len())?;
+        let quantize = T::quantize(self.table);
+        // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+        unsafe { quantize(weights, block_size.get(), packed, absmax) };
+        Ok(())
+    }
+
+    /// Restores the weights, row-major `[rows, cols]`: `CODEBOOK[code] * absmax`, one f32 product, for `f16` and `bf16` then
+    /// rounded to nearest even. The same bits as `bitsandbytes`, but that every NaN is the one of [`Float::from_f32`].
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `out` does not have `rows * cols` elements.
+    pub fn dequantize<T: Float>(&self, matrix: &Nf4Matrix<'_>, out: &mut [T]) -> Result<(), ShapeError> {
+        check_len("dequantized weights", matrix.rows() * matrix.cols(), out.len())?;
+        let dequantize = T::dequantize(self.table);
+        // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+        unsafe { dequantize(matrix, out) };
+        Ok(())
+    }
+
+    /// Double quantization: codes the absmax of a tensor in 8 bits, with their mean as offset, and returns the offset.
+    ///
+    /// The mean is summed in the order of `PyTorch` on one thread, so that everything equals `bitsandbytes` bit for bit.
+    /// `codes` gets one byte a value, `nested_absmax` one f32 for each [`NESTED_BLOCK`] of them; they are to be read with
+    /// [`crate::DYNAMIC_MAP`].
+    ///
+    /// A NaN or infinity makes the offset NaN or infinite; then every code is 0 and every nested absmax NaN. The mean of no
+    /// values is NaN.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `codes` or `nested_absmax` has the wrong length.
+    pub fn quantize_absmax(
+        &self,
+        absmax: &[f32],
+        codes: &mut [u8],
+        nested_absmax: &mut [f32],
+    ) -> Result<f32, ShapeError> {
+        // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+        let offset = unsafe { (self.table.mean)(absmax) };
+        self.quantize_absmax_with_offset(absmax, offset, codes, nested_absmax)?;
+        Ok(offset)
+    }
+
+    /// As [`Self::quantize_absmax`], with an offset that was computed elsewhere.
+    ///
+    /// A nested block with a NaN or infinity in it gets codes 0 and nested absmax NaN.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `codes` or `nested_absmax` has the wrong length.
+    pub fn quantize_absmax_with_offset(
+        &self,
+        absmax: &[f32],
+        offset: f32,
+        codes: &mut [u8],
+        nested_absmax: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        check_len("absmax codes", absmax.len(), codes.len())?;
+        check_len("nested absmax", absmax.len().div_ceil(NESTED_BLOCK), nested_absmax.len())?;
+        // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+        unsafe { (self.table.quantize_absmax)(absmax, offset, codes, nested_absmax) };
+        Ok(())
+    }
+
+    /// Quantizes a vector for [`Self::gemv`] in the caller's buffers.
+    ///
+    /// The lengths of `values` and `scales` are [`Activations::values_len`] and [`Activations::scales_len`]. The result
+    /// serves matrices of every block size with the same group ([`BlockSize::group`]). A group with a NaN or infinity gets
+    /// the scale NaN: every output is then NaN.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if a buffer has the wrong length.
+    pub fn quantize_activations<'a>(
+        &self,
+        inputs: &'a [f32],
+        block_size: BlockSize,
+        values: &'a mut [i16],
+        scales: &'a mut [f32],
+    ) -> Result<Activations<'a>, ShapeError> {
+        Activations::check(inputs, block_size, values, scales)?;
+        let group = block_size.group();
+        if !scales.is_empty() {
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            unsafe { (self.table.quantize_activations)(inputs, group, values, scales) };
+        }
+        Ok(Activations::new(inputs, group, values, scales))
+    }
+}
+
+/// Products.
+impl Kernels {
+    /// The 16x4 product `out = W x`; see [`crate::spec`] for every bit of it and for its error bound.
+    ///
+    /// Matrices whose blocks straddle rows ([`Nf4Matrix::is_row_aligned`]) are multiplied as by [`Self::gemv_f32`].
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `activations` does not have `cols` inputs or `out` not `rows` elements;
+    /// [`ShapeError::Group`] if the activations were quantized for another group.
+    pub fn gemv(
+        &self,
+        matrix: &Nf4Matrix<'_>,
+        activations: &Activations<'_>,
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        if !matrix.is_row_aligned() {
+            return self.gemv_f32(matrix, activations.inputs(), out);
+        }
+        check_len("activations", matrix.cols(), activations.len())?;
+        check_len("outputs", matrix.rows(), out.len())?;
+        let expected = matrix.block_size().group();
+        if activations.group() != expected {
+            return Err(ShapeError::Group { expected, got: activations.group() });
+        }
+        // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+        unsafe { (self.table.gemv)(matrix, activations, out) };
+        Ok(())
+    }
+
+    /// The f32 product `out = W x`; see [`crate::spec`]. It does not depend on how the rows are split.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `inputs` does not have `cols` elements or `out` not `rows`.
+    pub fn gemv_f32(&self, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
+        check_len("inputs", matrix.cols(), inputs.len())?;
+        check_len("outputs", matrix.rows(), out.len())?;
+        // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+        unsafe { (self.table.gemv_f32)(matrix, inputs, out) };
+        Ok(())
+    }
+
+    /// The product `out = A x` with a dense row-major f32 matrix `[out.len(), x.len()]`; see [`crate::spec`].
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `a` does not have `out.len() * x.len()` elements; [`ShapeError::Overflow`] if that product
+    /// does not fit in `usize`.
+    pub fn gemv_dense(&self, a: &[f32], x: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
+        self.dense(a, x, None, out)
+    }
+
+    /// `out += factor * (A x)` with a dense row-major f32 matrix; the rest as [`Self::gemv_dense`].
+    ///
+    /// # Errors
+    /// As [`Self::gemv_dense`].
+    pub fn gemv_dense_add(&self, a: &[f32], x: &[f32], factor: f32, out: &mut [f32]) -> Result<(), ShapeError> {
+        self.dense(a, x, Some(factor), out)
+    }
+
+    fn dense(&self, a: &[f32], x: &[f32], add: Option<f32>, out: &mut [f32]) -> Result<(), ShapeError> {
+        let (rows, cols) = (out.len(), x.len());
+        let elements = rows.checked_mul(cols).ok_or(ShapeError::Overflow { rows, cols })?;
+        check_len("dense matrix", elements, a.len())?;
+        if x.is_empty() {
+            out.iter_mut().for_each(|o| isa::scalar::store_dense(o, 0.0, add));
+        } else {
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            unsafe { (self.table.gemv_dense)(a, x, add, out) };
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,23 @@
+#![doc = include_str!("../README.md")]
+#![no_std]
+
+mod absmax;
+mod activations;
+mod double_quant;
+mod error;
+mod float;
+mod format;
+mod isa;
+mod kernels;
+mod matrix;
+pub mod spec;
+
+pub use absmax::{Absmax, NestedAbsmax};
+pub use activations::{ACTIVATION_MAX, Activations};
+pub use double_quant::DYNAMIC_MAP;
+pub use error::ShapeError;
+pub use float::Float;
+pub use format::{BlockSize, CODEBOOK, NESTED_BLOCK, THRESHOLDS, packed_len};
+pub use half::{bf16, f16};
+pub use kernels::{Isa, Kernels};
+pub use matrix::Nf4Matrix;

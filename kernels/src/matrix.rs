@@ -1,0 +1,189 @@
+//! The borrowed, validated view of a packed matrix.
+
+use core::ops::Range;
+
+use crate::absmax::Absmax;
+use crate::error::{ShapeError, check_len};
+use crate::format::{BlockSize, code_at, packed_len};
+
+/// A borrowed NF4 matrix of `rows` x `cols` weights, row-major: packed codes and the absmax of their blocks.
+///
+/// The constructor checks every relation between the parts, so an operation on a view cannot read out of bounds. A view can
+/// be cut by rows ([`Self::row_range`], [`Self::split_at_row`]); the parts share the same bytes, and that is how threads share
+/// work. Blocks may straddle rows and rows may start in the middle of a byte.
+///
+/// ```
+/// use nf4_kernels::{Absmax, BlockSize, Nf4Matrix};
+/// let (packed, absmax) = ([0x7f; 64], [1.0; 2]);
+/// let m = Nf4Matrix::new(&packed, Absmax::Plain(&absmax), 2, 64, BlockSize::B64)?;
+/// let (top, bottom) = m.split_at_row(1)?;
+/// assert_eq!((top.rows(), bottom.rows()), (1, 1));
+/// assert!(Nf4Matrix::new(&packed, Absmax::Plain(&absmax), 2, 65, BlockSize::B64).is_err());
+/// # Ok::<(), nf4_kernels::ShapeError>(())
+/// ```
+#[derive(Debug, Clone, Copy)]
+pub struct Nf4Matrix<'a> {
+    packed: &'a [u8],
+    absmax: Absmax<'a>,
+    /// First row of this view in the tensor that `packed` and `absmax` hold.
+    first_row: usize,
+    rows: usize,
+    cols: usize,
+    block_size: BlockSize,
+}
+
+impl<'a> Nf4Matrix<'a> {
+    /// A view of `rows` x `cols` weights.
+    ///
+    /// # Errors
+    /// [`ShapeError::Overflow`] if `rows * cols` does not fit in `usize`; [`ShapeError::Length`] if `packed` does not have
+    /// `ceil(rows * cols / 2)` bytes or `absmax` not one entry for each block that the matrix touches.
+    pub fn new(
+        packed: &'a [u8],
+        absmax: Absmax<'a>,
+        rows: usize,
+        cols: usize,
+        block_size: BlockSize,
+    ) -> Result<Self, ShapeError> {
+        let elements = rows.checked_mul(cols).ok_or(ShapeError::Overflow { rows, cols })?;
+        check_len("packed codes", packed_len(elements), packed.len())?;
+        check_len("absmax", block_size.blocks(elements), absmax.len())?;
+        Ok(Self { packed, absmax, first_row: 0, rows, cols, block_size })
+    }
+
+    /// Number of rows (outputs).
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns (inputs).
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Weights in a block.
+    #[must_use]
+    pub fn block_size(&self) -> BlockSize {
+        self.block_size
+    }
+
+    /// The scales of the whole tensor that this view is a part of.
+    #[must_use]
+    pub fn absmax(&self) -> Absmax<'a> {
+        self.absmax
+    }
+
+    /// The view of some of the rows.
+    ///
+    /// # Errors
+    /// [`ShapeError::Rows`] if `range` does not lie in `0..self.rows()`.
+    pub fn row_range(&self, range: Range<usize>) -> Result<Self, ShapeError> {
+        let Range { start, end } = range;
+        if start > end || end > self.rows {
+            return Err(ShapeError::Rows { start, end, rows: self.rows });
+        }
+        Ok(Self { first_row: self.first_row + start, rows: end - start, ..*self })
+    }
+
+    /// The rows before `row`, and the rows from `row` on.
+    ///
+    /// # Errors
+    /// [`ShapeError::Rows`] if `row > self.rows()`.
+    pub fn split_at_row(&self, row: usize) -> Result<(Self, Self), ShapeError> {
+        Ok((self.row_range(0..row)?, self.row_range(row..self.rows)?))
+    }
+
+    /// Whether every row starts at the start of a block. If so each row's bytes and blocks are its own; if not, blocks
+    /// straddle rows (or the last one is partial) and the products take the portable path.
+    #[must_use]
+    pub fn is_row_aligned(&self) -> bool {
+        self.cols.is_multiple_of(self.block_size.get())
+    }
+
+    /// Flat index, in the whole tensor, of the first element of `row`.
+    #[inline(always)]
+    pub(crate) fn row_start(&self, row: usize) -> usize {
+        (self.first_row + row) * self.cols
+    }
+
+    /// Packed bytes and index of the first block of a row of a row-aligned matrix.
+    #[inline(always)]
+    pub(crate) fn aligned_row(&self, row: usize) -> (&'a [u8], usize) {
+        let start = self.row_start(row);
+        (&self.packed[start / 2..(start + self.cols) / 2], start / self.block_size.get())
+    }
+
+    /// Absmax times activation scale for the activation groups from `first_group` on of an aligned row.
+    #[inline(always)]
+    pub(crate) fn group_scales(&self, first_block: usize, first_group: usize, scales: &[f32], out: &mut [f32]) {
+        let groups_per_block = self.block_size.get() / self.block_size.group();
+        if groups_per_block == 1 {
+            self.absmax.fill(first_block + first_group, out);
+            for (o, scale) in out.iter_mut().zip(scales) {
+                *o *= scale;
+            }
+        } else {
+            for (group, (o, scale)) in (first_group..).zip(out.iter_mut().zip(scales)) {
+                *o = self.absmax.get(first_block + group / groups_per_block) * scale;
+            }
+        }
+    }
+
+    /// The code of element `index` of the whole tensor.
+    #[inline(always)]
+    pub(crate) fn code(&self, index: usize) -> usize {
+        code_at(self.packed, index)
+    }
+
+    /// Cuts the flat elements `start..end` of the whole tensor at the borders of blocks.
+    #[inline(always)]
+    pub(crate) fn segments(&self, start: usize, end: usize) -> Segments<'a> {
+        Segments { matrix: *self, next: start, end }
+    }
+
+    /// All elements of this view, cut at the borders of blocks.
+    #[inline(always)]
+    pub(crate) fn all_segments(&self) -> Segments<'a> {
+        self.segments(self.row_start(0), self.row_start(self.rows))
+    }
+}
+
+/// Consecutive elements of one block.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Segment<'a> {
+    /// Flat index of the first element.
+    pub start: usize,
+    /// Number of elements.
+    pub len: usize,
+    /// Scale of the block.
+    pub absmax: f32,
+    /// The packed bytes if this is a whole block, which always starts at the start of a byte.
+    pub whole: Option<&'a [u8]>,
+}
+
+/// Iterator over [`Segment`]s.
+#[derive(Debug, Clone)]
+pub(crate) struct Segments<'a> {
+    matrix: Nf4Matrix<'a>,
+    next: usize,
+    end: usize,
+}
+
+impl<'a> Iterator for Segments<'a> {
+    type Item = Segment<'a>;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Segment<'a>> {
+        if self.next >= self.end {
+            return None;
+        }
+        let size = self.matrix.block_size.get();
+        let (start, block) = (self.next, self.next / size);
+        let len = (size - start % size).min(self.end - start);
+        self.next = start + len;
+        let whole = (len == size).then(|| &self.matrix.packed[start / 2..(start + len) / 2]);
+        Some(Segment { start, len, absmax: self.matrix.absmax.get(block), whole })
+    }
+}
