@@ -108,15 +108,23 @@ impl Absmax<'_> {
     }
 
     /// As [`Self::restore`], with a range already known to be inside.
-    #[inline(always)]
     pub(crate) fn fill(&self, first: usize, out: &mut [f32]) {
+        for (block, o) in (first..).zip(out) {
+            *o = self.get(block);
+        }
+    }
+
+    /// The absmax of the `N` blocks from `first` on, in few instructions: for the inner loops.
+    #[inline(always)]
+    pub(crate) fn get_array<const N: usize>(&self, first: usize) -> [f32; N] {
         match self {
-            Self::Plain(a) => out.copy_from_slice(&a[first..first + out.len()]),
-            Self::Nested(n) => {
-                for (i, o) in out.iter_mut().enumerate() {
-                    *o = n.get(first + i);
-                }
+            Self::Plain(a) => a[first..first + N].as_chunks().0[0],
+            Self::Nested(n) if first % NESTED_BLOCK <= NESTED_BLOCK - N => {
+                let scale = n.absmax[first / NESTED_BLOCK];
+                let codes: [u8; N] = n.codes[first..first + N].as_chunks().0[0];
+                codes.map(|code| n.map[usize::from(code)] * scale + n.offset)
             }
+            Self::Nested(n) => core::array::from_fn(|i| n.get(first + i)),
         }
     }
 }

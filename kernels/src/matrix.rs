@@ -115,20 +115,31 @@ impl<'a> Nf4Matrix<'a> {
         (&self.packed[start / 2..(start + self.cols) / 2], start / self.block_size.get())
     }
 
-    /// Absmax times activation scale for the activation groups from `first_group` on of an aligned row.
+    /// The absmax that belong to `N` activation groups of an aligned row, from `first_group` on, which is the first of a
+    /// block. The row's blocks start at `first_block`.
     #[inline(always)]
-    pub(crate) fn group_scales(&self, first_block: usize, first_group: usize, scales: &[f32], out: &mut [f32]) {
-        let groups_per_block = self.block_size.get() / self.block_size.group();
-        if groups_per_block == 1 {
-            self.absmax.fill(first_block + first_group, out);
-            for (o, scale) in out.iter_mut().zip(scales) {
-                *o *= scale;
-            }
+    pub(crate) fn group_absmax<const N: usize>(&self, first_block: usize, first_group: usize) -> [f32; N] {
+        let shift = self.groups_per_block_log2();
+        let first = first_block + (first_group >> shift);
+        if shift == 0 {
+            self.absmax.get_array(first)
         } else {
-            for (group, (o, scale)) in (first_group..).zip(out.iter_mut().zip(scales)) {
-                *o = self.absmax.get(first_block + group / groups_per_block) * scale;
-            }
+            core::array::from_fn(|i| self.absmax.get(first + (i >> shift)))
         }
+    }
+
+    /// As [`Self::group_absmax`], for any number of groups.
+    #[inline(never)]
+    pub(crate) fn group_absmax_rest(&self, first_block: usize, first_group: usize, out: &mut [f32]) {
+        let shift = self.groups_per_block_log2();
+        for (group, o) in (first_group..).zip(out) {
+            *o = self.absmax.get(first_block + (group >> shift));
+        }
+    }
+
+    #[inline(always)]
+    fn groups_per_block_log2(&self) -> u32 {
+        self.block_size.get().trailing_zeros() - self.block_size.group().trailing_zeros()
     }
 
     /// The code of element `index` of the whole tensor.

@@ -131,7 +131,7 @@ fn dequantize_f32(matrix: &Nf4Matrix<'_>, out: &mut [f32]) {
             Some(packed) if segment.absmax.is_finite() => {
                 let absmax = _mm256_set1_ps(segment.absmax);
                 for (bytes, out) in packed.as_chunks().0.iter().zip(out.as_chunks_mut::<32>().0) {
-                    let weights = decode_f32(bytes, &planes);
+                    let weights = look_up_f32(codes_in_order::<4>(bytes), &planes);
                     for (w, out) in weights.into_iter().zip(out.as_chunks_mut().0) {
                         store_f32(out, _mm256_mul_ps(w, absmax));
                     }
@@ -174,12 +174,11 @@ macro_rules! dequantize_half {
 dequantize_half!(dequantize_f16, f16, round_f16);
 dequantize_half!(dequantize_bf16, bf16, round_bf16);
 
-/// The 32 weights of 16 packed bytes, in column order, without their absmax.
+/// The weights, without absmax, of 32 codes. Codes `4i..4i+4` of each half become the 32-bit lanes of result `i`: their four
+/// bytes are looked up apart and brought together by two levels of unpacking.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn decode_f32(bytes: &[u8; 16], planes: &[__m256i; 4]) -> [__m256; 4] {
-    // Two levels of unpacking: codes 4i..4i+4 of a half become the 32-bit lanes of result i.
-    let codes = codes_in_order::<4>(bytes);
+fn look_up_f32(codes: __m256i, planes: &[__m256i; 4]) -> [__m256; 4] {
     let [b0, b1, b2, b3] = planes.map(|p| _mm256_shuffle_epi8(p, codes));
     let (low, high) = (_mm256_unpacklo_epi8(b0, b1), _mm256_unpackhi_epi8(b0, b1));
     let (low_top, high_top) = (_mm256_unpacklo_epi8(b2, b3), _mm256_unpackhi_epi8(b2, b3));
@@ -220,7 +219,7 @@ fn codes_in_order<const RUN: usize>(bytes: &[u8; 16]) -> __m256i {
         }
         from
     };
-    let twice = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_128(bytes)), load_256(&twice));
+    let twice = _mm256_shuffle_epi8(_mm256_set_m128i(load_128(bytes), load_128(bytes)), load_256(&twice));
     let even = _mm256_and_si256(_mm256_srli_epi16::<4>(twice), _mm256_set1_epi16(0x000f));
     _mm256_or_si256(even, _mm256_and_si256(twice, _mm256_set1_epi16(0x0f00)))
 }
@@ -303,46 +302,71 @@ const _: () = assert!(ACTIVATION_MAX == 8191, "the sums below rely on it to fit 
 #[target_feature(enable = "avx2")]
 fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
     if activations.group() == SPAN {
-        gemv_groups::<1>(matrix, activations, out);
+        gemv_groups::<1, STRIDE>(matrix, activations, out);
     } else {
-        gemv_groups::<2>(matrix, activations, out);
+        gemv_groups::<2, { 2 * STRIDE }>(matrix, activations, out);
     }
 }
 
-/// Groups whose scales are multiplied with the absmax of their blocks in advance, on the stack, so that the loop over spans
-/// only has to broadcast each product from memory.
-const SCALES: usize = 64;
+/// Spans that share one look at the scales: the products of absmax and activation scale are made for all of them at once,
+/// and stored, for a broadcast from memory is free and one from a register is not. No more than eight, so that decoding
+/// nested absmax hides behind the vector work of the spans before.
+const STRIDE: usize = 8;
 
-/// The 16x4 product with `GROUPS` activation groups in a span of 64 columns.
+/// The 16x4 product with `GROUPS` activation groups in a span of 64 columns; `SCALES` is `GROUPS * STRIDE`.
 #[target_feature(enable = "avx2")]
-fn gemv_groups<const GROUPS: usize>(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+fn gemv_groups<const GROUPS: usize, const SCALES: usize>(
+    matrix: &Nf4Matrix<'_>,
+    activations: &Activations<'_>,
+    out: &mut [f32],
+) {
     let planes = i16_planes();
-    let mut products = [0.0; SCALES];
+    let (values, values_rest) = activations.values().as_chunks::<{ STRIDE * SPAN }>();
+    let (scales, scales_rest) = activations.scales().as_chunks::<SCALES>();
     for (row, out) in out.iter_mut().enumerate() {
         let (packed, first_block) = matrix.aligned_row(row);
+        let (packed, packed_rest) = packed.as_chunks::<{ STRIDE * SPAN / 2 }>();
         let mut lanes = _mm256_setzero_ps();
-        let columns = SCALES / GROUPS * SPAN;
-        let chunks = packed.chunks(columns / 2).zip(activations.values().chunks(columns));
-        for (c, ((packed, values), scales)) in chunks.zip(activations.scales().chunks(SCALES)).enumerate() {
-            let products = &mut products[..scales.len()];
-            matrix.group_scales(first_block, c * SCALES, scales, products);
-            let (spans, half_span) = packed.as_chunks::<{ SPAN / 2 }>();
-            let (values, _) = values.as_chunks::<SPAN>();
-            let (products, last_product) = products.as_chunks::<GROUPS>();
-            for ((bytes, values), products) in spans.iter().zip(values).zip(products) {
-                let sums = _mm256_cvtepi32_ps(span_sums(bytes, values, &planes));
-                lanes = _mm256_add_ps(lanes, _mm256_mul_ps(sums, spread_products(products)));
+        for (stride, ((packed, values), scales)) in packed.iter().zip(values).zip(scales).enumerate() {
+            let mut products = matrix.group_absmax::<SCALES>(first_block, stride * SCALES);
+            for (product, scale) in products.iter_mut().zip(scales) {
+                *product *= scale;
             }
-            if let ([product], Some(values)) = (last_product, values.last()) {
-                // Zeros in place of the other half: it adds 0 to its lanes, which changes none.
-                let mut bytes = [0; SPAN / 2];
-                bytes[..SPAN / 4].copy_from_slice(half_span);
-                let sums = _mm256_cvtepi32_ps(span_sums(&bytes, values, &planes));
-                lanes = _mm256_add_ps(lanes, _mm256_mul_ps(sums, spread_products(&[*product, 0.0])));
+            // Or else the compiler keeps the products in a register and broadcasts from there.
+            let products = core::hint::black_box(products);
+            lanes = add_spans::<GROUPS>(lanes, packed, values, &products, &planes);
+        }
+        if !scales_rest.is_empty() {
+            let mut products = [0.0; SCALES];
+            matrix.group_absmax_rest(first_block, scales.len() * SCALES, &mut products[..scales_rest.len()]);
+            for (product, scale) in products.iter_mut().zip(scales_rest) {
+                *product *= scale;
             }
+            // Half a span is filled with codes whose values and product are 0: they add 0 to their lanes.
+            let mut packed = [0; STRIDE * SPAN / 2];
+            packed[..packed_rest.len()].copy_from_slice(packed_rest);
+            lanes = add_spans::<GROUPS>(lanes, &packed, values_rest, &products, &planes);
         }
         *out = canonical(add_lanes(lanes) * spec::WEIGHT_STEP);
     }
+}
+
+/// Adds spans, as many as there are values for, to the lanes.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn add_spans<const GROUPS: usize>(
+    mut lanes: __m256,
+    packed: &[u8],
+    values: &[i16],
+    products: &[f32],
+    planes: &[__m256i; 2],
+) -> __m256 {
+    let spans = packed.as_chunks().0.iter().zip(values.as_chunks().0).zip(products.as_chunks::<GROUPS>().0);
+    for ((packed, values), products) in spans {
+        let sums = _mm256_cvtepi32_ps(span_sums(packed, values, planes));
+        lanes = _mm256_add_ps(lanes, _mm256_mul_ps(sums, spread_products(products)));
+    }
+    lanes
 }
 
 /// The eight exact lane sums of a span; see the top of this file.
@@ -388,23 +412,104 @@ fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     if !matrix.is_row_aligned() {
         return scalar::gemv_f32(matrix, inputs, out);
     }
+    out.fill(0.0);
+    let mut panel = [0.0; spec::PANEL];
+    for (p, inputs) in inputs.chunks(spec::PANEL).enumerate() {
+        let panel = &mut panel[..inputs.len().next_multiple_of(SPAN)];
+        arrange_f32(inputs, panel);
+        if matrix.block_size().group() == SPAN {
+            gemv_f32_panel::<1, STRIDE>(matrix, p, inputs.len(), panel, out);
+        } else {
+            gemv_f32_panel::<2, { 2 * STRIDE }>(matrix, p, inputs.len(), panel, out);
+        }
+    }
+    out.iter_mut().for_each(|y| *y = canonical(*y));
+}
+
+/// Puts inputs into the order of [`spec::F32_SLOTS`], with zeros after the last.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn arrange_f32(inputs: &[f32], panel: &mut [f32]) {
+    for (inputs, panel) in inputs.chunks(SPAN).zip(panel.as_chunks_mut::<SPAN>().0) {
+        let mut padded = [0.0; SPAN];
+        padded[..inputs.len()].copy_from_slice(inputs);
+        let ((first, second), (even, odd)) = (padded.split_at(SPAN / 2), panel.split_at_mut(SPAN / 2));
+        let places = even.as_chunks_mut().0.iter_mut().zip(odd.as_chunks_mut().0);
+        for ((a, b), (even, odd)) in first.as_chunks().0.iter().zip(second.as_chunks().0).zip(places) {
+            let (a, b) = (load_f32(a), load_f32(b));
+            let (low, high) = (_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+            store_f32(even, _mm256_shuffle_ps::<0b10_00_10_00>(low, high));
+            store_f32(odd, _mm256_shuffle_ps::<0b11_01_11_01>(low, high));
+        }
+    }
+}
+
+/// Adds the product of panel `p` of a row-aligned matrix, `cols` columns, with `GROUPS` blocks in a span of 64 columns at
+/// most; `SCALES` is `GROUPS * STRIDE`.
+#[target_feature(enable = "avx2")]
+fn gemv_f32_panel<const GROUPS: usize, const SCALES: usize>(
+    matrix: &Nf4Matrix<'_>,
+    p: usize,
+    cols: usize,
+    inputs: &[f32],
+    out: &mut [f32],
+) {
     let planes = f32_planes();
-    let (group, block_size) = (matrix.block_size().group(), matrix.block_size().get());
+    let first_group = p * (spec::PANEL / SPAN * GROUPS);
+    let (inputs, inputs_rest) = inputs.as_chunks::<{ STRIDE * SPAN }>();
     for (row, out) in out.iter_mut().enumerate() {
         let (packed, first_block) = matrix.aligned_row(row);
+        let (packed, packed_rest) = packed[p * spec::PANEL / 2..][..cols / 2].as_chunks::<{ STRIDE * SPAN / 2 }>();
         let mut lanes = _mm256_setzero_ps();
-        for (g, (bytes, x)) in packed.chunks_exact(group / 2).zip(inputs.chunks_exact(group)).enumerate() {
-            let absmax = matrix.absmax().get(first_block + g * group / block_size);
-            let mut sums = _mm256_setzero_ps();
-            for (bytes, x) in bytes.as_chunks().0.iter().zip(x.as_chunks::<32>().0) {
-                for (w, x) in decode_f32(bytes, &planes).into_iter().zip(x.as_chunks().0) {
-                    sums = _mm256_add_ps(sums, _mm256_mul_ps(w, load_f32(x)));
-                }
-            }
-            lanes = _mm256_add_ps(lanes, _mm256_mul_ps(sums, _mm256_set1_ps(absmax)));
+        let mut group = first_group;
+        for (packed, inputs) in packed.iter().zip(inputs) {
+            let absmax = core::hint::black_box(matrix.group_absmax::<SCALES>(first_block, group));
+            lanes = add_spans_f32::<GROUPS>(lanes, packed, inputs, &absmax, &planes);
+            group += SCALES;
         }
-        *out = canonical(add_lanes(lanes));
+        if !packed_rest.is_empty() {
+            let mut absmax = [0.0; SCALES];
+            let groups = packed_rest.len() / (SPAN / 2 / GROUPS);
+            matrix.group_absmax_rest(first_block, group, &mut absmax[..groups]);
+            let mut packed = [0; STRIDE * SPAN / 2];
+            packed[..packed_rest.len()].copy_from_slice(packed_rest);
+            lanes = add_spans_f32::<GROUPS>(lanes, &packed, inputs_rest, &absmax, &planes);
+        }
+        *out += add_lanes(lanes);
     }
+}
+
+/// Adds spans, as many as there are inputs for, to the lanes.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn add_spans_f32<const GROUPS: usize>(
+    mut lanes: __m256,
+    packed: &[u8],
+    inputs: &[f32],
+    absmax: &[f32],
+    planes: &[__m256i; 4],
+) -> __m256 {
+    let nibble = _mm256_set1_epi8(15);
+    let spans = packed.as_chunks().0.iter().zip(inputs.as_chunks::<SPAN>().0).zip(absmax.as_chunks::<GROUPS>().0);
+    for ((packed, x), absmax) in spans {
+        let (bytes, (x, _)) = (load_256(packed), x.as_chunks());
+        let even = dot_32(_mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble), &x[0], planes);
+        let odd = dot_32(_mm256_and_si256(bytes, nibble), &x[1], planes);
+        let sums = _mm256_add_ps(even, odd);
+        lanes = _mm256_add_ps(lanes, _mm256_mul_ps(sums, spread_products(absmax)));
+    }
+    lanes
+}
+
+/// Lane sums of the products of 32 codes.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn dot_32(codes: __m256i, x: &[f32; 32], planes: &[__m256i; 4]) -> __m256 {
+    let [a, b, c, d] = look_up_f32(codes, planes);
+    let (x, _) = x.as_chunks();
+    let ab = _mm256_add_ps(_mm256_mul_ps(a, load_f32(&x[0])), _mm256_mul_ps(b, load_f32(&x[1])));
+    let cd = _mm256_add_ps(_mm256_mul_ps(c, load_f32(&x[2])), _mm256_mul_ps(d, load_f32(&x[3])));
+    _mm256_add_ps(ab, cd)
 }
 
 /// `out = A x`, or `out += factor * A x`, for a dense row-major `a`; four rows at a time, which share the loads of `x` and

@@ -162,24 +162,36 @@ fn span_sums(bytes: &[u8], values: &[i16; SPAN]) -> [i32; 8] {
 /// The f32 product of a matrix of any shape.
 pub(crate) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     for (row, out) in out.iter_mut().enumerate() {
-        let start = matrix.row_start(row);
-        let mut lanes = [0.0; 8];
-        for (s, span) in inputs.chunks(matrix.block_size().group()).enumerate() {
-            let first = start + s * matrix.block_size().group();
-            for segment in matrix.segments(first, first + span.len()) {
-                let mut sums = [0.0; 8];
-                let column = segment.start - start;
-                for (i, x) in span[segment.start - first..][..segment.len].iter().enumerate() {
-                    sums[(column + i) % 8] += CODEBOOK[matrix.code(segment.start + i)] * x;
+        let mut start = matrix.row_start(row);
+        let mut sum = 0.0;
+        for panel in inputs.chunks(spec::PANEL) {
+            let mut lanes = [0.0; 8];
+            for inputs in panel.chunks(SPAN) {
+                for segment in matrix.segments(start, start + inputs.len()) {
+                    add_segment(matrix, &segment, segment.start - start, inputs, &mut lanes);
                 }
-                // A lane without an element in this segment must not meet the block's absmax, which may be infinite.
-                for i in 0..segment.len.min(8) {
-                    let lane = (column + i) % 8;
-                    lanes[lane] += sums[lane] * segment.absmax;
-                }
+                start += inputs.len();
             }
+            sum += spec::add_lanes(lanes);
         }
-        *out = canonical(spec::add_lanes(lanes));
+        *out = canonical(sum);
+    }
+}
+
+/// Adds the products of the columns of a span that lie in one block; the first is column `skip` of the span.
+fn add_segment(matrix: &Nf4Matrix<'_>, segment: &Segment<'_>, skip: usize, inputs: &[f32], lanes: &mut [f32; 8]) {
+    let mut products = [0.0; SPAN];
+    let mut present = [false; 8];
+    for (i, x) in inputs[skip..skip + segment.len].iter().enumerate() {
+        let slot = usize::from(spec::F32_SLOTS[skip + i]);
+        products[slot] = CODEBOOK[matrix.code(segment.start + i)] * x;
+        present[slot % 8] = true;
+    }
+    // A lane without a column in this segment must not meet the block's absmax, which may be infinite.
+    for ((lane, sum), present) in lanes.iter_mut().zip(spec::add_places(&products)).zip(present) {
+        if present {
+            *lane += sum * segment.absmax;
+        }
     }
 }
 
