@@ -1,4 +1,61 @@
-//! placeholder
+//! 4-bit `NormalFloat` (NF4) weights and `QLoRA` layers on CPUs, on the bytes of `bitsandbytes`.
+//!
+//! ```
+//! # #[cfg(feature = "alloc")] {
+//! use nf4::{QLoRALayer, Tensor};
+//!
+//! let (d_out, d_in, rank, alpha) = (32, 128, 8, 16.0);
+//! let weight: Vec<f32> = (0..d_out * d_in).map(|i| (i as f32 * 0.37).sin() * 0.02).collect();
+//!
+//! // The base weight becomes NF4 with one scale for each 64 weights; A is random, B is zero.
+//! let mut layer = QLoRALayer::new(Tensor::from_vec(weight, false), d_out, d_in, rank, alpha);
+//! layer.lora_b_mut().data_mut().fill(0.001);
+//!
+//! let x = Tensor::from_vec(vec![1.0; d_in], false);
+//! let y = layer.forward(&x); // W x + scale * B (A x), directly on the packed bytes
+//! assert_eq!(y.len(), d_out);
+//! assert_eq!(layer.base_weight_quantized().bits_per_weight(), 4.5);
+//! # }
+//! ```
+//!
+//! Three levels, each knowing only the one below:
+//!
+//! * **bytes**: [`Nf4Matrix`], a checked view of packed codes and their [`Absmax`];
+//! * **operations**: [`Kernels`], the table of kernels of one instruction set, all with the same bits as result;
+//! * **layers**: [`QLoRALayer`] on a [`Quantized4Bit`] base and a [`LoRAAdapter`], and [`LoRALayer`] on a dense base.
+//!
+//! The first two come from `nf4-kernels`, which never allocates. What owns its data needs the feature `alloc` (default);
+//! without it this crate is only those two. The crate is `no_std` and has no unsafe code.
 #![no_std]
 #![forbid(unsafe_code)]
+
+#[cfg(feature = "alloc")]
+extern crate alloc;
+
+#[cfg(feature = "alloc")]
+mod adapter;
+#[cfg(feature = "alloc")]
+mod error;
+#[cfg(feature = "alloc")]
+mod lora;
+#[cfg(feature = "alloc")]
+mod qlora;
+#[cfg(feature = "alloc")]
+mod quantized;
+#[cfg(feature = "alloc")]
+mod scratch;
+#[cfg(feature = "alloc")]
+mod tensor;
+
 pub use nf4_kernels::*;
+
+#[cfg(feature = "alloc")]
+pub use {
+    adapter::{DEFAULT_SEED, LoRAAdapter, LoRAScaling},
+    error::Error,
+    lora::LoRALayer,
+    qlora::{MemoryStats, QLoRALayer},
+    quantized::{AbsmaxBuf, Quantized4Bit},
+    scratch::Scratch,
+    tensor::Tensor,
+};

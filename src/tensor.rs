@@ -1,0 +1,118 @@
+//! A flat vector of f32 and its gradient.
+
+use alloc::boxed::Box;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use crate::error::{Error, check_len};
+
+/// A flat vector of f32 values, with a gradient of the same length if it is trained.
+///
+/// It does not know its shape: the layer that holds it does. Memory is exact: 4 bytes a value, and once there is a gradient
+/// 4 more. Values may be anything, NaN too.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    data: Box<[f32]>,
+    grad: Option<Box<[f32]>>,
+    requires_grad: bool,
+}
+
+impl Tensor {
+    /// A tensor with the given values. Spare capacity of the vector is given back.
+    #[must_use]
+    pub fn from_vec(data: Vec<f32>, requires_grad: bool) -> Self {
+        Self { data: data.into_boxed_slice(), grad: None, requires_grad }
+    }
+
+    /// A tensor of `len` zeros.
+    #[must_use]
+    pub fn zeros(len: usize, requires_grad: bool) -> Self {
+        Self::from_vec(vec![0.0; len], requires_grad)
+    }
+
+    /// The values.
+    #[must_use]
+    pub fn data(&self) -> &[f32] {
+        &self.data
+    }
+
+    /// The values, to be changed.
+    pub fn data_mut(&mut self) -> &mut [f32] {
+        &mut self.data
+    }
+
+    /// The values without the gradient.
+    #[must_use]
+    pub fn into_vec(self) -> Vec<f32> {
+        self.data.into_vec()
+    }
+
+    /// Number of values.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.data.len()
+    }
+
+    /// Whether there are no values.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.data.is_empty()
+    }
+
+    /// Bytes on the heap: 4 a value, and 4 more if there is a gradient.
+    #[must_use]
+    pub fn memory_bytes(&self) -> usize {
+        size_of_val(self.data()) + self.grad().map_or(0, size_of_val)
+    }
+}
+
+/// The gradient.
+impl Tensor {
+    /// Whether gradients are wanted for this tensor.
+    #[must_use]
+    pub fn requires_grad(&self) -> bool {
+        self.requires_grad
+    }
+
+    /// The gradient, one value for each value of the tensor; `None` until one was accumulated.
+    #[must_use]
+    pub fn grad(&self) -> Option<&[f32]> {
+        self.grad.as_deref()
+    }
+
+    /// The gradient, to be accumulated into; zeros are allocated if there was none. `None` if [`Self::requires_grad`] is
+    /// false.
+    pub fn grad_mut(&mut self) -> Option<&mut [f32]> {
+        let len = self.data.len();
+        self.requires_grad.then(|| &mut **self.grad.get_or_insert_with(|| vec![0.0; len].into_boxed_slice()))
+    }
+
+    /// Adds `grad` to the gradient; does nothing if [`Self::requires_grad`] is false.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `grad` does not have as many values as the tensor.
+    pub fn accumulate_grad(&mut self, grad: &[f32]) -> Result<(), Error> {
+        check_len("gradient", self.len(), grad.len())?;
+        if let Some(sum) = self.grad_mut() {
+            sum.iter_mut().zip(grad).for_each(|(s, g)| *s += g);
+        }
+        Ok(())
+    }
+
+    /// Sets the gradient to zero, keeping its memory for the next step.
+    pub fn zero_grad(&mut self) {
+        if let Some(grad) = &mut self.grad {
+            grad.fill(0.0);
+        }
+    }
+
+    /// Drops the gradient and its memory.
+    pub fn clear_grad(&mut self) {
+        self.grad = None;
+    }
+
+    /// The values to be changed, and the gradient to change them by: what a step of an optimizer needs.
+    pub fn data_mut_and_grad(&mut self) -> (&mut [f32], Option<&[f32]>) {
+        (&mut self.data, self.grad.as_deref())
+    }
+}
