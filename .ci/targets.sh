@@ -1,0 +1,53 @@
+# The steps for targets other than the machine's own. The rustup toolchain has only that one's standard library, so they
+# use Debian's compiler, `rustc-web`. Each target has its own folder under target/: no step reuses another's work.
+
+packages=(
+    rustc-web rust-web-clippy rust-web-src
+    libstd-rust-web-dev:arm64 gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+)
+
+check_install() {
+    if ! dpkg-query -W -f '' "${packages[@]}" 2>/dev/null; then
+        export DEBIAN_FRONTEND=noninteractive
+        dpkg --add-architecture arm64
+        apt-get update -qq -o Acquire::Retries=3
+        apt-get install -qq -y --no-install-recommends -o Acquire::Retries=3 "${packages[@]}" >/dev/null
+    fi
+    "$(from_package rustc-web rustc)" --version
+    qemu-aarch64 --version | head -n 1
+}
+
+# from_package PACKAGE PROGRAM: where Debian put it; the rustup program of the same name comes first in PATH.
+from_package() {
+    dpkg -L "$1" | grep "/bin/$2\$"
+}
+
+check_aarch64() {
+    local target=aarch64-unknown-linux-gnu
+    RUSTC=$(from_package rustc-web rustc)
+    clippy=$(from_package rust-web-clippy cargo-clippy)
+    export RUSTC
+    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
+    # `-L /`: with the cross compiler's own libraries a program that starts a thread hangs.
+    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /"
+    export CARGO_TARGET_DIR=target/aarch64
+
+    "$clippy" clippy -q --locked --workspace --target "$target" --lib --tests -- -D warnings
+    NF4_REQUIRE_ISA=neon cargo test --locked --workspace --target "$target" --lib --tests
+}
+
+check_bare() {
+    local target
+    RUSTC=$(from_package rustc-web rustc)
+    export RUSTC
+    export RUSTC_BOOTSTRAP=1 # for -Zbuild-std
+    export RUSTFLAGS="-D warnings"
+    export CARGO_TARGET_DIR=target/bare
+
+    for target in thumbv7em-none-eabihf thumbv6m-none-eabi riscv32imac-unknown-none-elf aarch64-unknown-none; do
+        cargo build -q --locked -Zbuild-std=core -p nf4-kernels --target "$target"
+        cargo build -q --locked -Zbuild-std=core -p nf4 --no-default-features --target "$target"
+        cargo build -q --locked -Zbuild-std=core,alloc -p nf4 --target "$target"
+        echo "$target: nf4-kernels, nf4 without alloc, nf4"
+    done
+}
