@@ -1,0 +1,307 @@
+//! Every instruction set gives the same bits, for any input, and they lie within the derived bounds of float64.
+//!
+//! Scalar code is compared with independent truth here and in `reference`; the other instruction sets with scalar code.
+
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "shapes are small")]
+
+#[path = "support/truth.rs"]
+mod truth;
+#[allow(dead_code, reason = "only its generator is used")]
+#[path = "support/vector.rs"]
+mod vector;
+
+use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, bf16, f16};
+use truth::Row;
+use vector::Generator;
+
+/// Rows x columns: empty, one element, shorter than a block, odd, straddling, partial, aligned for some or for all block
+/// sizes, a stride of eight spans and one more, more than a panel of the f32 product.
+const SHAPES: [(usize, usize); 18] = [
+    (0, 64),
+    (3, 0),
+    (1, 1),
+    (1, 63),
+    (5, 33),
+    (2, 65),
+    (4, 32),
+    (9, 96),
+    (3, 128),
+    (1, 160),
+    (7, 320),
+    (4, 1000),
+    (3, 1056),
+    (2, 4096),
+    (5, 576),
+    (1, 4160),
+    (2, 8192),
+    (2, 12_352),
+];
+
+/// What the inputs are like.
+const KINDS: [&str; 8] = ["bell", "any bits", "zero", "subnormal", "huge", "sparse", "infinite", "one NaN"];
+
+fn inputs(kind: &str, n: usize, g: &mut Generator) -> Vec<f32> {
+    let mut values: Vec<f32> = (0..n)
+        .map(|_| match kind {
+            "any bits" => f32::from_bits(g.next() as u32),
+            "zero" => f32::from_bits((g.next() as u32) & 0x8000_0000),
+            "subnormal" => f32::from_bits((g.next() as u32) & 0x803f_ffff),
+            "huge" => g.value() * 1e37,
+            "sparse" if !g.next().is_multiple_of(50) => 0.0,
+            _ => g.value(),
+        })
+        .collect();
+    let at = if n == 0 { 0 } else { g.next() as usize % n };
+    match (kind, values.get_mut(at)) {
+        ("infinite", Some(x)) => *x = f32::NEG_INFINITY,
+        ("one NaN", Some(x)) => *x = -f32::NAN,
+        _ => {}
+    }
+    values
+}
+
+/// The bits of floats, for exact comparison.
+fn bits<T: Float>(values: &[T]) -> Vec<u32> {
+    values.iter().map(|x| x.to_f32().to_bits()).collect()
+}
+
+/// A quantized tensor and its shape.
+struct Quantized {
+    rows: usize,
+    cols: usize,
+    block_size: BlockSize,
+    packed: Vec<u8>,
+    absmax: Vec<f32>,
+    codes: Vec<u8>,
+    nested: Vec<f32>,
+    offset: f32,
+}
+
+impl Quantized {
+    fn new<T: Float>(k: Kernels, weights: &[T], rows: usize, cols: usize, block_size: BlockSize) -> Self {
+        let blocks = block_size.blocks(rows * cols);
+        let (mut packed, mut absmax) = (vec![0; (rows * cols).div_ceil(2)], vec![0.0; blocks]);
+        k.quantize(weights, block_size, &mut packed, &mut absmax).unwrap();
+        let (mut codes, mut nested) = (vec![0; blocks], vec![0.0; blocks.div_ceil(256)]);
+        let offset = k.quantize_absmax(&absmax, &mut codes, &mut nested).unwrap();
+        Self { rows, cols, block_size, packed, absmax, codes, nested, offset }
+    }
+
+    fn plain(&self) -> Nf4Matrix<'_> {
+        self.matrix(Absmax::Plain(&self.absmax))
+    }
+
+    fn nested(&self) -> Nf4Matrix<'_> {
+        let nested = NestedAbsmax::new(&self.codes, &DYNAMIC_MAP, &self.nested, self.offset).unwrap();
+        self.matrix(Absmax::Nested(nested))
+    }
+
+    fn matrix<'a>(&'a self, absmax: Absmax<'a>) -> Nf4Matrix<'a> {
+        Nf4Matrix::new(&self.packed, absmax, self.rows, self.cols, self.block_size).unwrap()
+    }
+
+    /// Everything, as bits.
+    fn bits(&self) -> (Vec<u8>, Vec<u32>, Vec<u8>, Vec<u32>, u32) {
+        let (absmax, nested) = (bits(&self.absmax), bits(&self.nested));
+        (self.packed.clone(), absmax, self.codes.clone(), nested, self.offset.to_bits())
+    }
+
+    fn row(&self, absmax: &Absmax<'_>, row: usize) -> Row {
+        let flat = row * self.cols..(row + 1) * self.cols;
+        let code = |i: usize| if i.is_multiple_of(2) { self.packed[i / 2] >> 4 } else { self.packed[i / 2] & 15 };
+        Row {
+            codes: flat.clone().map(code).collect(),
+            absmax: flat.map(|i| absmax.get(i / self.block_size.get())).collect(),
+        }
+    }
+}
+
+/// Buffers that activations live in.
+struct ActivationBuffers(Vec<i16>, Vec<f32>);
+
+impl ActivationBuffers {
+    fn new(cols: usize, block_size: BlockSize) -> Self {
+        let (values, scales) = (Activations::values_len(cols, block_size), Activations::scales_len(cols, block_size));
+        Self(vec![0x5555; values], vec![9.0; scales])
+    }
+
+    fn quantize<'a>(&'a mut self, k: Kernels, x: &'a [f32], block_size: BlockSize) -> Activations<'a> {
+        k.quantize_activations(x, block_size, &mut self.0, &mut self.1).unwrap()
+    }
+}
+
+fn dequantized<T: Float>(k: Kernels, matrix: &Nf4Matrix<'_>) -> Vec<u32> {
+    let mut out = vec![T::from_f32(3.0); matrix.rows() * matrix.cols()];
+    k.dequantize(matrix, &mut out).unwrap();
+    bits(&out)
+}
+
+fn gemv(k: Kernels, matrix: &Nf4Matrix<'_>, activations: &Activations<'_>) -> Vec<f32> {
+    let mut out = vec![3.0; matrix.rows()];
+    k.gemv(matrix, activations, &mut out).unwrap();
+    out
+}
+
+fn gemv_f32(k: Kernels, matrix: &Nf4Matrix<'_>, x: &[f32]) -> Vec<f32> {
+    let mut out = vec![3.0; matrix.rows()];
+    k.gemv_f32(matrix, x, &mut out).unwrap();
+    out
+}
+
+/// Runs `test` on every shape and block size that differ for it, and says on which instruction sets.
+fn for_all_shapes(what: &str, mut test: impl FnMut(Kernels, usize, usize, BlockSize, &mut Generator)) {
+    for k in Kernels::available() {
+        let mut g = Generator(what.len() as u64);
+        for (rows, cols) in SHAPES {
+            for block_size in BlockSize::ALL {
+                test(k, rows, cols, block_size, &mut g);
+            }
+        }
+        println!("{what}: {} shapes x {} block sizes on {}", SHAPES.len(), BlockSize::ALL.len(), k.isa());
+    }
+}
+
+#[test]
+fn required_isas_are_present() {
+    let present: Vec<_> = Kernels::available().map(|k| k.isa().name()).collect();
+    println!("instruction sets: {present:?}");
+    for isa in std::env::var("NF4_REQUIRE_ISA").unwrap_or_default().split(',').filter(|isa| !isa.is_empty()) {
+        assert!(present.contains(&isa), "{isa} is required, but there are only {present:?}");
+    }
+}
+
+#[test]
+fn conversions_are_the_same_bits_everywhere() {
+    for_all_shapes("conversions", |k, rows, cols, block_size, g| {
+        for kind in KINDS {
+            let weights = inputs(kind, rows * cols, g);
+            let half: Vec<f16> = weights.iter().map(|w| f16::from_bits((w.to_bits() >> 7) as u16)).collect();
+            let brain: Vec<bf16> = weights.iter().map(|w| bf16::from_bits((w.to_bits() >> 16) as u16)).collect();
+            let what = format!("{rows} x {cols}, {block_size:?}, {kind}, {}", k.isa());
+            let scalar = Quantized::new(Kernels::scalar(), &weights, rows, cols, block_size);
+            assert_eq!(Quantized::new(k, &weights, rows, cols, block_size).bits(), scalar.bits(), "f32 {what}");
+            for matrix in [scalar.plain(), scalar.nested()] {
+                let expected = dequantized::<f32>(Kernels::scalar(), &matrix);
+                assert_eq!(dequantized::<f32>(k, &matrix), expected, "to f32 {what}");
+                assert_eq!(dequantized::<f16>(k, &matrix), dequantized::<f16>(Kernels::scalar(), &matrix), "{what}");
+                assert_eq!(dequantized::<bf16>(k, &matrix), dequantized::<bf16>(Kernels::scalar(), &matrix), "{what}");
+            }
+            let scalar = Quantized::new(Kernels::scalar(), &half, rows, cols, block_size);
+            assert_eq!(Quantized::new(k, &half, rows, cols, block_size).bits(), scalar.bits(), "f16 {what}");
+            let scalar = Quantized::new(Kernels::scalar(), &brain, rows, cols, block_size);
+            assert_eq!(Quantized::new(k, &brain, rows, cols, block_size).bits(), scalar.bits(), "bf16 {what}");
+        }
+    });
+}
+
+#[test]
+fn products_are_the_same_bits_everywhere() {
+    for_all_shapes("products", |k, rows, cols, block_size, g| {
+        for (weight_kind, kind) in KINDS.iter().flat_map(|w| KINDS.map(|x| (*w, x))) {
+            if weight_kind != "bell" && kind != "bell" && weight_kind != kind {
+                continue;
+            }
+            let weights = inputs(weight_kind, rows * cols, g);
+            let q = Quantized::new(Kernels::scalar(), &weights, rows, cols, block_size);
+            let x = inputs(kind, cols, g);
+            let what = format!("{rows} x {cols}, {block_size:?}, {weight_kind} x {kind}, {}", k.isa());
+            let mut buffers = [0, 1].map(|_| ActivationBuffers::new(cols, block_size));
+            let [here, there] = &mut buffers;
+            let expected = there.quantize(Kernels::scalar(), &x, block_size);
+            let activations = here.quantize(k, &x, block_size);
+            let values = |a: &Activations<'_>| (0..cols).map(|c| a.get(c)).collect::<Vec<_>>();
+            assert_eq!(values(&activations), values(&expected), "activations {what}");
+            assert_eq!(bits(activations.scales()), bits(expected.scales()), "scales {what}");
+            for matrix in [q.plain(), q.nested()] {
+                let (y, expected) = (gemv(k, &matrix, &activations), gemv(Kernels::scalar(), &matrix, &expected));
+                assert_eq!(bits(&y), bits(&expected), "16x4 {what}");
+                let (y, expected) = (gemv_f32(k, &matrix, &x), gemv_f32(Kernels::scalar(), &matrix, &x));
+                assert_eq!(bits(&y), bits(&expected), "f32 {what}");
+            }
+        }
+    });
+}
+
+#[test]
+fn dense_products_are_the_same_bits_everywhere_and_within_their_bound() {
+    for k in Kernels::available() {
+        let mut g = Generator(3);
+        for (rows, cols) in (0..10).flat_map(|r| (0..40).map(move |c| (r, c))).chain([(16, 4096), (4096, 16)]) {
+            for kind in ["bell", "any bits"] {
+                let (a, x) = (inputs(kind, rows * cols, &mut g), inputs(kind, cols, &mut g));
+                let start = inputs(kind, rows, &mut g);
+                let run = |k: Kernels| {
+                    let (mut y, mut z) = (vec![3.0; rows], start.clone());
+                    k.gemv_dense(&a, &x, &mut y).unwrap();
+                    k.gemv_dense_add(&a, &x, -0.75, &mut z).unwrap();
+                    (y, z)
+                };
+                let ((y, z), (y_scalar, z_scalar)) = (run(k), run(Kernels::scalar()));
+                assert_eq!(bits(&y), bits(&y_scalar), "{rows} x {cols}, {kind}, {}", k.isa());
+                assert_eq!(bits(&z), bits(&z_scalar), "{rows} x {cols}, {kind}, adding, {}", k.isa());
+                if kind == "bell" {
+                    for (r, (y, (z, start))) in y.iter().zip(z.iter().zip(&start)).enumerate() {
+                        truth::dense(&a[r * cols..(r + 1) * cols], &x).check(*y, || format!("{rows} x {cols}, {r}"));
+                        assert_eq!(*z, start + -0.75 * y);
+                    }
+                }
+            }
+        }
+        println!("dense products on {}", k.isa());
+    }
+}
+
+#[test]
+fn products_lie_within_their_bounds() {
+    for_all_shapes("bounds", |k, rows, cols, block_size, g| {
+        for (weight_kind, kind) in
+            [("bell", "bell"), ("subnormal", "huge"), ("bell", "subnormal"), ("sparse", "sparse"), ("zero", "bell")]
+        {
+            let q = Quantized::new(k, &inputs(weight_kind, rows * cols, g), rows, cols, block_size);
+            let x = inputs(kind, cols, g);
+            let mut buffers = ActivationBuffers::new(cols, block_size);
+            let activations = buffers.quantize(k, &x, block_size);
+            for matrix in [q.plain(), q.nested()] {
+                let (fast, exact) = (gemv(k, &matrix, &activations), gemv_f32(k, &matrix, &x));
+                for (r, (fast, exact)) in fast.iter().zip(&exact).enumerate() {
+                    let row = q.row(&matrix.absmax(), r);
+                    let what =
+                        || format!("{rows} x {cols}, {block_size:?}, {weight_kind} x {kind}, row {r}, {}", k.isa());
+                    row.f32(&x).check(*exact, what);
+                    if matrix.is_row_aligned() {
+                        row.sixteen_by_four(&activations).check(*fast, what);
+                    } else {
+                        assert_eq!(fast.to_bits(), exact.to_bits(), "straddling rows take the f32 path: {}", what());
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn results_do_not_depend_on_how_rows_are_split() {
+    for_all_shapes("splits", |k, rows, cols, block_size, g| {
+        let q = Quantized::new(k, &inputs("bell", rows * cols, g), rows, cols, block_size);
+        let x = inputs("bell", cols, g);
+        let mut buffers = ActivationBuffers::new(cols, block_size);
+        let activations = buffers.quantize(k, &x, block_size);
+        for matrix in [q.plain(), q.nested()] {
+            let whole = (gemv(k, &matrix, &activations), gemv_f32(k, &matrix, &x), dequantized::<f32>(k, &matrix));
+            for row in 0..=rows {
+                let (top, bottom) = matrix.split_at_row(row).unwrap();
+                let joined = |mut a: Vec<f32>, b: Vec<f32>| {
+                    a.extend(b);
+                    bits(&a)
+                };
+                let fast = joined(gemv(k, &top, &activations), gemv(k, &bottom, &activations));
+                assert_eq!(fast, bits(&whole.0), "16x4, {rows} x {cols}, {block_size:?} at {row}");
+                let exact = joined(gemv_f32(k, &top, &x), gemv_f32(k, &bottom, &x));
+                assert_eq!(exact, bits(&whole.1), "f32, {rows} x {cols}, {block_size:?} at {row}");
+                let mut weights = dequantized::<f32>(k, &top);
+                weights.extend(dequantized::<f32>(k, &bottom));
+                assert_eq!(weights, whole.2, "dequantize, {rows} x {cols}, {block_size:?} at {row}");
+            }
+        }
+    });
+}

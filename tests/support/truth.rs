@@ -1,0 +1,88 @@
+//! The products in float64, and how far f32 results may be from them: the bounds of `kernels/SPEC.md`, term by term.
+
+use nf4::{Activations, CODEBOOK, spec};
+
+/// Unit roundoff of f32.
+const U: f64 = 1.0 / (1 << 24) as f64;
+
+fn gamma(n: usize) -> f64 {
+    let nu = n as f64 * U;
+    nu / (1.0 - nu)
+}
+
+/// A value and how far a computed one may be from it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Truth {
+    pub value: f64,
+    pub bound: f64,
+}
+
+impl Truth {
+    #[track_caller]
+    pub(crate) fn check(&self, got: f32, what: impl FnOnce() -> String) {
+        let error = (f64::from(got) - self.value).abs();
+        assert!(
+            error <= self.bound,
+            "{}: {got} for {}, off by {error:e}, allowed {:e}",
+            what(),
+            self.value,
+            self.bound
+        );
+    }
+}
+
+/// A row of weights: for each column its code and the absmax of its block.
+pub(crate) struct Row {
+    pub codes: Vec<u8>,
+    pub absmax: Vec<f32>,
+}
+
+impl Row {
+    fn terms<'a>(&'a self, x: &'a [f32]) -> impl Iterator<Item = (usize, f64, f64, f64)> + 'a {
+        assert_eq!(x.len(), self.codes.len());
+        self.codes.iter().zip(&self.absmax).zip(x).map(|((code, a), x)| {
+            let code = usize::from(*code);
+            (code, f64::from(*a), f64::from(CODEBOOK[code]), f64::from(*x))
+        })
+    }
+
+    fn exact(&self, x: &[f32]) -> f64 {
+        self.terms(x).map(|(_, a, w, x)| a * w * x).sum()
+    }
+
+    /// The 16x4 product.
+    pub(crate) fn sixteen_by_four(&self, activations: &Activations<'_>) -> Truth {
+        let x = activations.inputs();
+        let groups = activations.scales().len();
+        let (mut quantization, mut rounding) = (0.0, 0.0);
+        for (c, (code, a, w, x)) in self.terms(x).enumerate() {
+            let (a, x) = (a.abs(), x.abs());
+            let scale = f64::from(activations.scales()[c / activations.group()]);
+            let q = f64::from(activations.get(c).unwrap()).abs();
+            let step_error = if scale > 0.0 { scale * (0.5 + 2.0_f64.powi(-100)) + 8.0 * U * x } else { x };
+            let weight = f64::from(spec::CODEBOOK_I16[code]) / 32767.0;
+            quantization += a * (w.abs() * step_error + (weight - w).abs() * (x + step_error));
+            rounding += a * weight.abs() * scale * q;
+        }
+        let underflow = (groups + 1) as f64 * 2.0_f64.powi(-130);
+        Truth { value: self.exact(x), bound: quantization + gamma(groups + 8) * rounding + underflow }
+    }
+
+    /// The f32 product.
+    pub(crate) fn f32(&self, x: &[f32]) -> Truth {
+        let spans = x.len().min(spec::PANEL).div_ceil(64);
+        let panels = x.len().div_ceil(spec::PANEL);
+        let magnitude: f64 = self.terms(x).map(|(_, a, w, x)| (a * w * x).abs()).sum();
+        let absmax: f64 = self.absmax.iter().map(|a| f64::from(*a).abs()).sum();
+        let segments = 2 * x.len().div_ceil(32);
+        let underflow = (absmax + 8.0 * segments as f64) * 2.0_f64.powi(-149);
+        Truth { value: self.exact(x), bound: gamma(8 + 2 * spans + panels) * magnitude + underflow }
+    }
+}
+
+/// The dense product of a row.
+pub(crate) fn dense(a: &[f32], x: &[f32]) -> Truth {
+    let terms = || a.iter().zip(x).map(|(a, x)| f64::from(*a) * f64::from(*x));
+    let bound = gamma(x.len().div_ceil(8) + 4) * terms().map(f64::abs).sum::<f64>();
+    Truth { value: terms().sum(), bound: bound + x.len() as f64 * 2.0_f64.powi(-150) }
+}
