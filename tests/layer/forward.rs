@@ -1,0 +1,121 @@
+//! Forwards.
+
+use nf4::{BlockSize, LoRALayer, QLoRALayer, Scratch, Tensor};
+
+use crate::{adapter, all_kernels, bits, layer, normal, truth};
+
+/// `[d_out, d_in]`, rank: one of each, odd rows (which start in the middle of a byte), rows that straddle blocks, whole
+/// blocks, ranks larger than a block and than the layer.
+const SHAPES: [(usize, usize, usize); 13] = [
+    (1, 1, 1),
+    (3, 2, 5),
+    (5, 63, 2),
+    (7, 65, 3),
+    (4, 64, 1),
+    (9, 96, 8),
+    (40, 33, 4),
+    (6, 128, 100),
+    (33, 192, 16),
+    (5, 1024, 7),
+    (12, 384, 64),
+    (3, 4096, 9),
+    (1, 8192, 1),
+];
+
+#[test]
+fn forward_is_near_f64_with_the_same_bits_on_every_instruction_set() {
+    let kernels = all_kernels();
+    for (d_out, d_in, rank) in SHAPES {
+        for block in BlockSize::ALL {
+            for double_quant in [false, true] {
+                let name = format!("{d_out}x{d_in}, rank {rank}, block {}, dq {double_quant}", block.get());
+                let mut layer = layer(d_out, d_in, rank, block, double_quant);
+                let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
+                let expected = layer.forward(&x);
+                truth::check(&name, &truth::forward(&layer, x.data()), expected.data());
+                for k in &kernels {
+                    layer = layer.with_kernels(*k);
+                    assert_eq!(layer.kernels(), *k);
+                    assert_eq!(bits(layer.forward(&x).data()), bits(expected.data()), "{name}, {}", k.isa());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_dense_layer_is_near_f64() {
+    for (d_out, d_in, rank) in SHAPES {
+        let weight = normal(d_out * d_in, 0.02, 1);
+        let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
+        // The dense product rounds as the adapter's products do.
+        let mut expected: Vec<_> = weight
+            .chunks(d_in)
+            .map(|w| {
+                let terms = || w.iter().zip(x.data()).map(|(w, x)| f64::from(*w) * f64::from(*x));
+                let magnitude: f64 = terms().map(f64::abs).sum();
+                truth::Output { exact: terms().sum(), bound: (d_in / 8 + 5) as f64 * truth::EPS * magnitude }
+            })
+            .collect();
+        let layer = LoRALayer::try_from_adapter(Tensor::from_vec(weight, false), adapter(d_out, d_in, rank)).unwrap();
+        truth::add_adapter(layer.adapter(), x.data(), &mut expected);
+        truth::check(&format!("{d_out}x{d_in}, rank {rank}"), &expected, layer.forward(&x).data());
+    }
+}
+
+#[test]
+fn a_fresh_adapter_adds_nothing() {
+    let (d_out, d_in) = (6, 128);
+    let layer = QLoRALayer::new(Tensor::from_vec(normal(d_out * d_in, 0.02, 1), false), d_out, d_in, 8, 16.0);
+    let x = normal(d_in, 1.0, 4);
+    let block = layer.base_weight_quantized().block_size();
+    let (mut values, mut scales, mut base) = ([0; 128], [0.0; 2], [0.0; 6]);
+    let activations = layer.kernels().quantize_activations(&x, block, &mut values, &mut scales).unwrap();
+    layer.kernels().gemv(&layer.base_weight_quantized().view(), &activations, &mut base).unwrap();
+    assert_eq!(layer.forward(&Tensor::from_vec(x, false)).data(), base);
+}
+
+#[test]
+fn one_scratch_serves_layers_of_every_shape() {
+    let mut scratch = Scratch::new();
+    assert_eq!(scratch.memory_bytes(), 0);
+    for (d_out, d_in, rank) in SHAPES {
+        let layer = layer(d_out, d_in, rank, BlockSize::B64, true);
+        let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
+        scratch.reserve(d_in, BlockSize::B64, rank);
+        let mut y = vec![f32::NAN; d_out];
+        layer.forward_into(x.data(), &mut scratch, &mut y).unwrap();
+        assert_eq!(bits(&y), bits(layer.forward(&x).data()), "{d_out}x{d_in}, rank {rank}");
+    }
+    // As documented: 2 bytes for each of 8192 inputs, 4 for each of 128 groups, 4 for each of 100 ranks.
+    assert_eq!(scratch.memory_bytes(), 2 * 8192 + 4 * 128 + 4 * 100);
+}
+
+#[test]
+fn layers_without_inputs_or_outputs() {
+    for (d_out, d_in) in [(0, 64), (4, 0), (0, 0)] {
+        for double_quant in [false, true] {
+            let layer = layer(d_out, d_in, 2, BlockSize::B64, double_quant);
+            assert_eq!(layer.forward(&Tensor::zeros(d_in, false)).data(), vec![0.0; d_out]);
+            assert!(layer.merge_to_f32().is_empty());
+        }
+    }
+}
+
+#[test]
+fn a_nan_or_infinite_input_shows_in_every_output() {
+    for d_in in [128, 96] {
+        for k in all_kernels() {
+            let layer = layer(5, d_in, 3, BlockSize::B64, false).with_kernels(k);
+            for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
+                let mut x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
+                x.data_mut()[17] = bad;
+                let y = layer.forward(&x);
+                assert!(y.data().iter().all(|y| !y.is_finite()), "{}: {:?}", k.isa(), y.data());
+                if bad.is_nan() {
+                    assert_eq!(bits(y.data()), [f32::NAN.to_bits(); 5]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! The layers against plain f64 arithmetic, on every instruction set of this machine.
+#![cfg(feature = "alloc")]
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+mod errors;
+mod forward;
+mod memory;
+mod merge;
+mod peft;
+mod tensor;
+mod truth;
+
+use nf4::{BlockSize, Kernels, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit};
+
+/// Every kind of kernels of this machine, named in the output of the test.
+fn all_kernels() -> Vec<Kernels> {
+    let kernels: Vec<_> = Kernels::available().collect();
+    println!("instruction sets: {}", kernels.iter().map(|k| k.isa().name()).collect::<Vec<_>>().join(", "));
+    kernels
+}
+
+/// `len` values, about normal with deviation `sigma`: the sum of 12 uniform numbers of a linear congruential generator
+/// (Knuth's MMIX constants), less 6.
+fn normal(len: usize, sigma: f32, seed: u64) -> Vec<f32> {
+    let mut state = seed;
+    let mut uniform = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / 16_777_216.0
+    };
+    (0..len).map(|_| ((0..12).map(|_| uniform()).sum::<f32>() - 6.0) * sigma).collect()
+}
+
+/// A layer with a normal weight and a normal adapter, `B` not zero.
+fn layer(d_out: usize, d_in: usize, rank: usize, block: BlockSize, double_quant: bool) -> QLoRALayer {
+    let base = Quantized4Bit::quantize(&normal(d_out * d_in, 0.02, 1), d_out, d_in, block, double_quant).unwrap();
+    QLoRALayer::try_from_parts(base, adapter(d_out, d_in, rank)).unwrap()
+}
+
+fn adapter(d_out: usize, d_in: usize, rank: usize) -> LoRAAdapter {
+    let (a, b) = (normal(rank * d_in, 0.05, 2), normal(d_out * rank, 0.05, 3));
+    LoRAAdapter::try_from_parts(a, b, [d_out, d_in], rank, 16.0, LoRAScaling::RsLoRA).unwrap()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}

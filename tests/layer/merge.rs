@@ -1,0 +1,112 @@
+//! Merged weights.
+
+use nf4::{BlockSize, LoRAAdapter, LoRALayer, LoRAScaling, QLoRALayer, Tensor};
+
+use crate::{adapter, all_kernels, bits, layer, normal};
+
+/// `weight + scale * B A` in f64, in the order of the rank, rounded once.
+fn merged(weight: &[f32], adapter: &LoRAAdapter) -> Vec<f32> {
+    let (a, b, rank, d_in) = (adapter.a().data(), adapter.b().data(), adapter.rank(), adapter.d_in());
+    let delta = |i: usize| -> f64 {
+        let (row, column) = (i / d_in, i % d_in);
+        (0..rank).map(|k| f64::from(b[row * rank + k]) * f64::from(a[k * d_in + column])).sum()
+    };
+    let exact = |(i, w): (usize, &f32)| f64::from(*w) + f64::from(adapter.scale()) * delta(i);
+    #[allow(clippy::cast_possible_truncation, reason = "rounding is meant")]
+    weight.iter().enumerate().map(|w| exact(w) as f32).collect()
+}
+
+#[test]
+fn merge_to_f32_is_the_f64_sum_rounded_once() {
+    let kernels = all_kernels();
+    for (d_out, d_in, rank) in [(1, 1, 1), (5, 63, 2), (6, 128, 100), (9, 96, 8), (3, 200, 300)] {
+        for double_quant in [false, true] {
+            let layer = layer(d_out, d_in, rank, BlockSize::B32, double_quant);
+            let expected = merged(&layer.base_weight_quantized().dequantize(), layer.adapter());
+            for k in &kernels {
+                let got = layer.clone().with_kernels(*k).merge_to_f32();
+                assert_eq!(bits(&got), bits(&expected), "{d_out}x{d_in}, rank {rank}, {}", k.isa());
+            }
+            for row in 0..d_out {
+                let mut part = vec![0.0; d_in];
+                layer.merge_rows_into(row..row + 1, &mut part).unwrap();
+                assert_eq!(bits(&part), bits(&expected[row * d_in..][..d_in]), "row {row}");
+            }
+        }
+    }
+}
+
+#[test]
+fn unmerge_restores_every_bit() {
+    let (d_out, d_in) = (5, 70);
+    // Magnitudes from subnormal to huge, where subtracting what was added could not give the weight back.
+    let weight: Vec<f32> = normal(d_out * d_in, 1.0, 1)
+        .iter()
+        .zip((0..7).cycle())
+        .map(|(w, e)| w * [1e-40, 1e-9, 1e-3, 1.0, 1e5, 1e20, -0.0][e])
+        .collect();
+    let adapter = adapter(d_out, d_in, 3);
+    let expected = merged(&weight, &adapter);
+    let mut layer = LoRALayer::try_from_adapter(Tensor::from_vec(weight.clone(), false), adapter).unwrap();
+    let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
+    let y = layer.forward(&x);
+    for _ in 0..3 {
+        layer.merge();
+        layer.merge();
+        assert!(layer.is_merged());
+        assert_eq!(bits(layer.base_weight().data()), bits(&expected));
+        layer.unmerge();
+        layer.unmerge();
+        assert!(!layer.is_merged());
+        assert_eq!(bits(layer.base_weight().data()), bits(&weight));
+        assert_eq!(bits(layer.forward(&x).data()), bits(y.data()));
+    }
+}
+
+#[test]
+fn a_merged_forward_uses_the_merged_weight_alone() {
+    let mut layer =
+        LoRALayer::try_from_adapter(Tensor::from_vec(normal(4 * 64, 0.02, 1), false), adapter(4, 64, 3)).unwrap();
+    let x = Tensor::from_vec(normal(64, 1.0, 4), false);
+    let before = layer.forward(&x);
+    layer.merge();
+    let after = layer.forward(&x);
+    let exact = |row: &[f32]| row.iter().zip(x.data()).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum::<f64>();
+    for (i, w) in layer.base_weight().data().chunks(64).enumerate() {
+        // 64 terms in 8 lanes: 13 roundings of terms below 1 each; counted as 64 for all of them.
+        assert!((f64::from(after.data()[i]) - exact(w)).abs() < 64.0 * 13.0 / 16_777_216.0);
+        assert!((after.data()[i] - before.data()[i]).abs() < 1e-4);
+    }
+}
+
+#[test]
+fn from_lora_of_a_merged_layer_counts_the_adapter_once() {
+    let (d_out, d_in) = (8, 128);
+    for make in [QLoRALayer::from_lora, QLoRALayer::from_lora_double_quant] {
+        let plain = LoRALayer::try_from_adapter(
+            Tensor::from_vec(normal(d_out * d_in, 0.02, 1), false),
+            adapter(d_out, d_in, 4),
+        )
+        .unwrap();
+        let mut merged = plain.clone();
+        merged.merge();
+        let (plain, merged) = (make(plain), make(merged));
+        assert!(!merged.is_merged());
+        let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
+        assert_eq!(bits(plain.forward(&x).data()), bits(merged.forward(&x).data()));
+        assert_eq!(bits(&plain.merge_to_f32()), bits(&merged.merge_to_f32()));
+    }
+}
+
+#[test]
+fn from_lora_keeps_adapter_and_scaling() {
+    let (d_out, d_in, rank) = (4, 64, 3);
+    let weight = Tensor::from_vec(normal(d_out * d_in, 0.02, 1), false);
+    let mut lora = LoRALayer::new_with_scaling(weight, d_out, d_in, rank, 8.0, LoRAScaling::RsLoRA);
+    lora.lora_b_mut().data_mut()[5] = 0.25;
+    let (a, b, scale) = (bits(lora.lora_a().data()), bits(lora.lora_b().data()), lora.scale());
+    let layer = QLoRALayer::from_lora(lora);
+    assert_eq!((bits(layer.lora_a().data()), bits(layer.lora_b().data()), layer.scale()), (a, b, scale));
+    assert_eq!((layer.rank(), layer.d_out(), layer.d_in()), (rank, d_out, d_in));
+    assert_eq!((layer.adapter().scaling(), layer.adapter().alpha()), (LoRAScaling::RsLoRA, 8.0));
+}
