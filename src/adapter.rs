@@ -2,9 +2,9 @@
 
 use alloc::vec::Vec;
 
-use nf4_kernels::{Float, Kernels};
+use nf4_kernels::{Float, Kernels, ShapeError};
 
-use crate::error::{Error, check_finite, check_matrix};
+use crate::error::{Error, check_finite, check_len, check_matrix};
 use crate::tensor::Tensor;
 
 /// The seed of `A` where none is given. Layers of one shape then start with the same `A`.
@@ -56,8 +56,8 @@ impl LoRAAdapter {
     /// 2014) with `seed` as state, of which the upper 24 bits, less 2^23, over 2^23, are multiplied by the f32 `1/sqrt(d_in)`.
     ///
     /// # Errors
-    /// [`Error::RankZero`]; [`Error::Alpha`] if alpha is NaN or infinite; [`Error::Shape`] if `rank * d_in` or
-    /// `d_out * rank` does not fit in `usize`.
+    /// [`Error::RankZero`]; [`Error::Alpha`] if alpha is NaN or infinite; [`Error::Shape`] if there is no room for
+    /// `rank * d_in` or `d_out * rank` values.
     pub fn try_init(
         d_out: usize,
         d_in: usize,
@@ -66,12 +66,11 @@ impl LoRAAdapter {
         scaling: LoRAScaling,
         seed: u64,
     ) -> Result<Self, Error> {
-        let overflow = |rows, cols| Error::Shape(nf4_kernels::ShapeError::Overflow { rows, cols });
-        let a_len = rank.checked_mul(d_in).ok_or(overflow(rank, d_in))?;
-        let b_len = d_out.checked_mul(rank).ok_or(overflow(d_out, rank))?;
+        let (mut a, mut b) = (reserved(rank, d_in)?, reserved(d_out, rank)?);
         let bound = 1.0 / libm::sqrtf(d_in as f32);
-        let a = uniform(seed).take(a_len).map(|u| u * bound).collect();
-        Self::try_from_parts(a, alloc::vec![0.0; b_len], [d_out, d_in], rank, alpha, scaling)
+        a.extend(uniform(seed).take(rank * d_in).map(|u| u * bound));
+        b.resize(d_out * rank, 0.0);
+        Self::try_from_parts(a, b, [d_out, d_in], rank, alpha, scaling)
     }
 
     /// An adapter from given `A` `[rank, d_in]` and `B` `[d_out, rank]`, row-major; `shape` is `[d_out, d_in]`.
@@ -109,9 +108,9 @@ impl LoRAAdapter {
     /// # Errors
     /// [`Error::Shape`] if `x` does not have `d_in` values, `low_rank` not `rank` or `y` not `d_out`.
     pub fn add_product(&self, kernels: Kernels, x: &[f32], low_rank: &mut [f32], y: &mut [f32]) -> Result<(), Error> {
-        crate::error::check_len("input", self.d_in, x.len())?;
-        crate::error::check_len("output", self.d_out, y.len())?;
-        crate::error::check_len("low-rank product", self.rank, low_rank.len())?;
+        check_len("input", self.d_in, x.len())?;
+        check_len("output", self.d_out, y.len())?;
+        check_len("low-rank product", self.rank, low_rank.len())?;
         kernels.gemv_dense(self.a.data(), x, low_rank)?;
         Ok(kernels.gemv_dense_add(self.b.data(), low_rank, self.scale, y)?)
     }
@@ -213,6 +212,14 @@ impl LoRAAdapter {
     pub fn memory_bytes(&self) -> usize {
         self.a.memory_bytes() + self.b.memory_bytes()
     }
+}
+
+/// An empty vector with exactly the room for `rows * cols` values.
+fn reserved(rows: usize, cols: usize) -> Result<Vec<f32>, Error> {
+    let overflow = ShapeError::Overflow { rows, cols };
+    let mut values = Vec::new();
+    values.try_reserve_exact(rows.checked_mul(cols).ok_or(overflow)?).map_err(|_| overflow)?;
+    Ok(values)
 }
 
 /// Rounds to nearest even; every NaN becomes [`f32::NAN`].

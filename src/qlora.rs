@@ -188,6 +188,9 @@ impl QLoRALayer {
     ///
     /// The base is exact, products and sums are f64 in the order of the rank, and each weight is rounded once to f32; the same
     /// bits everywhere. The result is the only copy made.
+    ///
+    /// # Panics
+    /// If the result does not fit in memory; [`Self::merge_rows_into`] merges in parts.
     #[must_use]
     pub fn merge_to_f32(&self) -> Vec<f32> {
         let mut merged = vec![0.0; self.base.len()];
@@ -293,7 +296,7 @@ impl QLoRALayer {
     /// What the layer holds in memory.
     #[must_use]
     pub fn memory_stats(&self) -> MemoryStats {
-        let base_unquantized_bytes = self.base.len() * size_of::<f32>();
+        let base_unquantized_bytes = self.base.len().saturating_mul(size_of::<f32>());
         let base_quantized_bytes = self.base.memory_bytes();
         let lora_bytes = self.adapter.memory_bytes();
         MemoryStats {

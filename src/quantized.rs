@@ -166,6 +166,9 @@ impl Quantized4Bit {
     }
 
     /// The weights, row-major `[rows, cols]`, rounded once to `T`: `CODEBOOK[code] * absmax`.
+    ///
+    /// # Panics
+    /// If the result does not fit in memory; [`Self::dequantize_rows`] restores it in parts.
     #[must_use]
     pub fn dequantize<T: Float>(&self) -> Vec<T> {
         let mut out = vec![T::from_f32(0.0); self.rows * self.cols];

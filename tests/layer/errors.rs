@@ -42,9 +42,11 @@ fn of_constructors() {
             assert_eq!(message(result), expected);
         }
     }
-    for result in try_new(good, usize::MAX, 1.0) {
-        let got = message(result);
-        assert_eq!(got, format!("a matrix of {} x 64 elements does not fit in the address space", usize::MAX));
+    // More values than a `usize` counts, and more bytes than a vector can have.
+    for rank in [usize::MAX, 1 << (usize::BITS - 8)] {
+        for result in try_new(good.clone(), rank, 1.0) {
+            assert_eq!(message(result), format!("a matrix of {rank} x 64 elements does not fit in the address space"));
+        }
     }
     let huge = QLoRALayer::try_new(Tensor::zeros(0, false), usize::MAX, 2, 1, 1.0);
     assert!(matches!(huge, Err(Error::Shape(ShapeError::Overflow { rows: usize::MAX, cols: 2 }))));
