@@ -6,20 +6,28 @@ packages=(
     libstd-rust-web-dev:arm64 gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 )
 
+# from_package PACKAGE PROGRAM: where Debian put it; the rustup program of the same name comes first in PATH.
+from_package() {
+    dpkg -L "$1" | grep "/bin/$2\$"
+}
+
+# Debian's compiler is there and at least the declared rust-version.
+compiler_is_recent() {
+    local minimum version
+    minimum=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+    version=$(dpkg-query -W -f '${Version}' rustc-web) && dpkg --compare-versions "$version" ge "$minimum"
+}
+
 check_install() {
-    if ! dpkg-query -W -f '' "${packages[@]}" 2>/dev/null; then
+    if ! { dpkg-query -W "${packages[@]}" && compiler_is_recent; } &>/dev/null; then
         export DEBIAN_FRONTEND=noninteractive
         dpkg --add-architecture arm64
         apt-get update -qq -o Acquire::Retries=3
         apt-get install -qq -y --no-install-recommends -o Acquire::Retries=3 "${packages[@]}" >/dev/null
     fi
     "$(from_package rustc-web rustc)" --version
+    compiler_is_recent || { echo "too old: the suite bookworm-security has a newer one"; return 1; }
     qemu-aarch64 --version | head -n 1
-}
-
-# from_package PACKAGE PROGRAM: where Debian put it; the rustup program of the same name comes first in PATH.
-from_package() {
-    dpkg -L "$1" | grep "/bin/$2\$"
 }
 
 check_aarch64() {
