@@ -129,7 +129,7 @@ impl<'a> Nf4Matrix<'a> {
     }
 
     /// As [`Self::group_absmax`], for any number of groups.
-    #[inline(never)]
+    #[inline(always)]
     pub(crate) fn group_absmax_rest(&self, first_block: usize, first_group: usize, out: &mut [f32]) {
         let shift = self.groups_per_block_log2();
         for (group, o) in (first_group..).zip(out) {
