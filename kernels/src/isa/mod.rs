@@ -1,4 +1,4 @@
-//! One file an instruction set. The files have the same functions in the same order; `scalar.rs` is the plainest to read,
+//! One module an instruction set. They have the same functions in the same files; `scalar.rs` is the plainest to read,
 //! and what the others must equal to the bit.
 //!
 //! Every function takes arguments whose shapes the callers in `kernels.rs` have checked.

@@ -1,0 +1,56 @@
+//! x86-64 with AVX2.
+//!
+//! The step of the 16x4 product, for 32 packed bytes (64 weights, two 128-bit halves):
+//!
+//! ```text
+//! even = bytes >> 4 & 15                    codes of columns 0, 2, .. 62
+//! odd  = bytes & 15                         codes of columns 1, 3, .. 63
+//! for codes in [even, odd]:
+//!     lo, hi = LOW[codes], HIGH[codes]      vpshufb: the two bytes of each 16-bit weight
+//!     w0, w1 = unpack(lo, hi)               8 weights a half: w0 bytes 0-7 and 16-23, w1 bytes 8-15 and 24-31
+//!     sums += pmadd(w0, q) + pmadd(w1, q)   32-bit lane l: weights 2l, 2l+1 of its half
+//! lanes += f32(sums) * (absmax * scale)
+//! ```
+//!
+//! ```text
+//!               half 0                         half 1
+//! w0 (even)  0 2 | 4 6 | 8 10 | 12 14      32 34 | 36 38 | 40 42 | 44 46
+//! w1 (even) 16 18|20 22|24 26 | 28 30      48 50 | 52 54 | 56 58 | 60 62
+//! lane         0    1     2      3            4      5      6      7
+//! ```
+//!
+//! The f32 paths first bring the codes into column order, then look up the four bytes of each f32 and unpack them twice:
+//! two look-ups by `vpermps` and a blend take the same ports for half as many weights.
+
+mod activations;
+mod dense;
+mod dequantize;
+mod gemv;
+mod gemv_f32;
+mod quantize;
+mod vector;
+
+use crate::kernels::Table;
+use crate::{Isa, double_quant};
+
+cpufeatures::new!(avx2, "avx2");
+
+pub(crate) fn is_supported() -> bool {
+    avx2::get()
+}
+
+pub(crate) static TABLE: Table = Table {
+    isa: Isa::Avx2,
+    quantize_f32: quantize::quantize_f32,
+    quantize_f16: quantize::quantize_f16,
+    quantize_bf16: quantize::quantize_bf16,
+    dequantize_f32: dequantize::dequantize_f32,
+    dequantize_f16: dequantize::dequantize_f16,
+    dequantize_bf16: dequantize::dequantize_bf16,
+    mean: double_quant::mean,
+    quantize_absmax: double_quant::quantize_absmax,
+    quantize_activations: activations::quantize_activations,
+    gemv: gemv::gemv,
+    gemv_f32: gemv_f32::gemv_f32,
+    gemv_dense: dense::gemv_dense,
+};

@@ -1,0 +1,123 @@
+//! Loads, stores and small steps that several files share.
+
+use core::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+/// [`spec::add_lanes`] of the lanes of a register.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn add_lanes(lanes: __m256) -> f32 {
+    let four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
+/// Bits of the absolute values.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn abs_bits(x: __m256) -> __m256i {
+    _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fff_ffff))
+}
+
+/// The largest of eight unsigned integers.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn largest_u32(x: __m256i) -> u32 {
+    let x = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+    let x = _mm_max_epu32(x, _mm_shuffle_epi32::<0b0100_1110>(x));
+    let x = _mm_max_epu32(x, _mm_shuffle_epi32::<0b1011_0001>(x));
+    _mm_cvtsi128_si32(x).cast_unsigned()
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load_bf16(x: &[bf16; 8]) -> __m256 {
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(widen_u16(x)))
+}
+
+/// f16 to f32, exact, NaN and subnormals included: the exponent is moved by a product with 2^112.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load_f16(x: &[f16; 8]) -> __m256 {
+    let bits = widen_u16(x);
+    let magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fff));
+    let sign = _mm256_slli_epi32::<16>(_mm256_xor_si256(bits, magnitude));
+    let scaled = _mm256_mul_ps(
+        _mm256_castsi256_ps(_mm256_slli_epi32::<13>(magnitude)),
+        _mm256_set1_ps(f32::from_bits((127 + 112) << 23)),
+    );
+    let special = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7bff));
+    let special = _mm256_and_si256(special, _mm256_set1_epi32(0x7f80_0000));
+    _mm256_or_ps(scaled, _mm256_castsi256_ps(_mm256_or_si256(special, sign)))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load_f32(x: &[f32; 8]) -> __m256 {
+    // SAFETY: the array has the 32 bytes that an unaligned load reads.
+    unsafe { _mm256_loadu_ps(x.as_ptr()) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load_i16(x: &[i16; 16]) -> __m256i {
+    // SAFETY: the array has the 32 bytes that an unaligned load reads.
+    unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load_256(x: &[u8; 32]) -> __m256i {
+    // SAFETY: the array has the 32 bytes that an unaligned load reads.
+    unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load_128(x: &[u8; 16]) -> __m128i {
+    // SAFETY: the array has the 16 bytes that an unaligned load reads.
+    unsafe { _mm_loadu_si128(x.as_ptr().cast()) }
+}
+
+/// Eight 16-bit values of any type, as 32-bit integers.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn widen_u16<T: Half>(x: &[T; 8]) -> __m256i {
+    // SAFETY: the array has the 16 bytes that an unaligned load reads, for `Half` types have two.
+    _mm256_cvtepu16_epi32(unsafe { _mm_loadu_si128(x.as_ptr().cast()) })
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn store_f32(out: &mut [f32; 8], x: __m256) {
+    // SAFETY: the array has the 32 bytes that an unaligned store writes.
+    unsafe { _mm256_storeu_ps(out.as_mut_ptr(), x) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn store_i16(out: &mut [i16; 16], x: __m256i) {
+    // SAFETY: the array has the 32 bytes that an unaligned store writes.
+    unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), x) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn store_u16<T: Half>(out: &mut [T; 16], x: __m256i) {
+    // SAFETY: the array has the 32 bytes that an unaligned store writes, for `Half` types have two and take any bits.
+    unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), x) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn store_128(out: &mut [u8; 16], x: __m128i) {
+    // SAFETY: the array has the 16 bytes that an unaligned store writes.
+    unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), x) }
+}
+
+/// The two types of 16 bits that any bit pattern is a value of.
+pub(super) trait Half {}
+impl Half for f16 {}
+impl Half for bf16 {}
+const _: () = assert!(size_of::<f16>() == 2 && size_of::<bf16>() == 2);
