@@ -324,10 +324,15 @@ fn gemv_groups<const GROUPS: usize, const SCALES: usize>(
             for (product, scale) in products.iter_mut().zip(scales_rest) {
                 *product *= scale;
             }
-            // Half a span is filled with codes whose values and product are 0: they add 0 to their lanes.
-            let mut packed = [0; STRIDE * SPAN / 2];
-            packed[..packed_rest.len()].copy_from_slice(packed_rest);
-            lanes = add_spans::<GROUPS>(lanes, &packed, values_rest, &products, &planes);
+            lanes = add_spans::<GROUPS>(lanes, packed_rest, values_rest, &products, &planes);
+            if let (half, [.., values]) = (packed_rest.as_chunks::<{ SPAN / 2 }>().1, values_rest.as_chunks::<SPAN>().0)
+                && !half.is_empty()
+            {
+                // The other half of the span has products of 0, which change no lane.
+                let mut packed = [0; SPAN / 2];
+                packed[..half.len()].copy_from_slice(half);
+                lanes = add_spans::<GROUPS>(lanes, &packed, values, &[products[scales_rest.len() - 1], 0.0], &planes);
+            }
         }
         *out = canonical(add_lanes(lanes) * spec::WEIGHT_STEP);
     }
@@ -458,9 +463,15 @@ fn gemv_f32_panel<const GROUPS: usize, const SCALES: usize>(
             let mut absmax = [0.0; SCALES];
             let groups = packed_rest.len() / (SPAN / 2 / GROUPS);
             matrix.group_absmax_rest(first_block, group, &mut absmax[..groups]);
-            let mut packed = [0; STRIDE * SPAN / 2];
-            packed[..packed_rest.len()].copy_from_slice(packed_rest);
-            lanes = add_spans_f32::<GROUPS>(lanes, &packed, inputs_rest, &absmax, &planes);
+            lanes = add_spans_f32::<GROUPS>(lanes, packed_rest, inputs_rest, &absmax, &planes);
+            if let (half, [.., inputs]) = (packed_rest.as_chunks::<{ SPAN / 2 }>().1, inputs_rest.as_chunks::<SPAN>().0)
+                && !half.is_empty()
+            {
+                // The other half of the span has inputs and an absmax of 0, which change no lane.
+                let mut packed = [0; SPAN / 2];
+                packed[..half.len()].copy_from_slice(half);
+                lanes = add_spans_f32::<GROUPS>(lanes, &packed, inputs, &[absmax[groups - 1], 0.0], &planes);
+            }
         }
         *out += add_lanes(lanes);
     }
