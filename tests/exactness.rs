@@ -10,7 +10,7 @@ mod truth;
 #[path = "support/vector.rs"]
 mod vector;
 
-use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, bf16, f16};
+use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, bf16, f16, spec};
 use truth::Row;
 use vector::Generator;
 
@@ -301,6 +301,76 @@ fn results_do_not_depend_on_how_rows_are_split() {
                 let mut weights = dequantized::<f32>(k, &top);
                 weights.extend(dequantized::<f32>(k, &bottom));
                 assert_eq!(weights, whole.2, "dequantize, {rows} x {cols}, {block_size:?} at {row}");
+            }
+        }
+    });
+}
+
+#[test]
+fn batches_give_the_bits_of_single_vectors() {
+    for_all_shapes("batches", |k, rows, cols, block_size, g| {
+        let q = Quantized::new(k, &inputs("bell", rows * cols, g), rows, cols, block_size);
+        for batch in [0, 1, 2, 3, 8, 131].into_iter().filter(|_| cols > 0) {
+            if batch > 8 && rows * cols > 5000 {
+                continue;
+            }
+            let kind = KINDS[g.next() as usize % KINDS.len()];
+            let x: Vec<f32> = (0..batch).flat_map(|_| inputs(kind, cols, g)).collect();
+            let (values, scales) =
+                (Activations::values_len(cols, block_size), Activations::scales_len(cols, block_size));
+            let (mut values, mut scales) = (vec![0x5555; batch * values], vec![9.0; batch * scales]);
+            let activations = k.quantize_activations_batch(&x, cols, block_size, &mut values, &mut scales).unwrap();
+            for matrix in [q.plain(), q.nested()] {
+                let (mut fast, mut exact) = (vec![3.0; rows * batch], vec![3.0; rows * batch]);
+                k.gemm(&matrix, &activations, &mut fast).unwrap();
+                k.gemm_f32(&matrix, &x, &mut exact).unwrap();
+                for n in 0..batch {
+                    let column = |y: &[f32]| bits(&(0..rows).map(|r| y[r * batch + n]).collect::<Vec<_>>());
+                    let what =
+                        || format!("vector {n} of {batch}, {kind}, {rows} x {cols}, {block_size:?}, {}", k.isa());
+                    let vector = activations.vector(n);
+                    let mut buffers = ActivationBuffers::new(cols, block_size);
+                    let single = buffers.quantize(Kernels::scalar(), vector.inputs(), block_size);
+                    assert_eq!(column(&fast), bits(&gemv(Kernels::scalar(), &matrix, &single)), "16x4 {}", what());
+                    let single = gemv_f32(Kernels::scalar(), &matrix, vector.inputs());
+                    assert_eq!(column(&exact), bits(&single), "f32 {}", what());
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn transposed_products_are_the_same_bits_everywhere_and_within_their_bound() {
+    for_all_shapes("transposed", |k, rows, cols, block_size, g| {
+        // More rows than a chunk, of a narrow matrix.
+        let rows = if cols <= 96 { rows * 150 } else { rows };
+        for kind in ["bell", "any bits", "sparse", "one NaN", "infinite"] {
+            let q = Quantized::new(k, &inputs("bell", rows * cols, g), rows, cols, block_size);
+            let x = inputs(kind, rows, g);
+            for matrix in [q.plain(), q.nested()] {
+                let run = |k: Kernels, matrix: &Nf4Matrix<'_>, x: &[f32]| {
+                    let mut out = vec![3.0; cols];
+                    k.gemv_transposed_f32(matrix, x, &mut out).unwrap();
+                    out
+                };
+                let y = run(k, &matrix, &x);
+                let what = format!("{rows} x {cols}, {block_size:?}, {kind}, {}", k.isa());
+                assert_eq!(bits(&y), bits(&run(Kernels::scalar(), &matrix, &x)), "{what}");
+                if rows > spec::ROW_CHUNK {
+                    let (top, bottom) = matrix.split_at_row(spec::ROW_CHUNK).unwrap();
+                    let (top, bottom) = (run(k, &top, &x[..spec::ROW_CHUNK]), run(k, &bottom, &x[spec::ROW_CHUNK..]));
+                    let sum: Vec<f32> = top.iter().zip(&bottom).map(|(a, b)| f32::from_f32(a + b)).collect();
+                    if rows <= 2 * spec::ROW_CHUNK {
+                        assert_eq!(bits(&sum), bits(&y), "split, {what}");
+                    }
+                }
+                if kind == "bell" {
+                    let dense: Vec<_> = (0..rows).map(|r| q.row(&matrix.absmax(), r)).collect();
+                    for (c, y) in y.iter().enumerate() {
+                        truth::transposed(&dense, c, &x).check(*y, || format!("column {c}, {what}"));
+                    }
+                }
             }
         }
     });

@@ -9,69 +9,90 @@ pub const ACTIVATION_MAX: i16 = 8191;
 /// A span of 64 columns: what the packed order below permutes, and the row step of the 16x4 multiply.
 pub(crate) const SPAN: usize = 64;
 
-/// A vector of `len` inputs, quantized in groups of 64 (32 for block size 32) to `i16` with one f32 scale a group.
+/// A batch of vectors, most often one, quantized in groups of 64 columns (32 for block size 32) to `i16` with one f32 scale a
+/// group.
 ///
-/// Made by [`crate::Kernels::quantize_activations`] in buffers of the caller; see [`crate::spec`] for the arithmetic. It
-/// also keeps the f32 inputs, for matrices whose blocks straddle rows are multiplied in f32.
+/// Made by [`crate::Kernels::quantize_activations`] or [`crate::Kernels::quantize_activations_batch`] in buffers of the
+/// caller; see [`crate::spec`] for the arithmetic. It also keeps the f32 inputs, for matrices whose blocks straddle rows are
+/// multiplied in f32.
 ///
-/// If `len` is not a multiple of the group, every matrix with so many columns has straddling blocks; then nothing is
-/// quantized and both buffers have length 0.
+/// If the number of columns is not a multiple of the group, every matrix with so many columns has straddling blocks; then
+/// nothing is quantized and both buffers have length 0.
 #[derive(Debug, Clone, Copy)]
 pub struct Activations<'a> {
     inputs: &'a [f32],
+    cols: usize,
     values: &'a [i16],
     scales: &'a [f32],
     group: usize,
 }
 
 impl<'a> Activations<'a> {
-    /// `i16` values that a vector of `len` inputs needs: `len` rounded up to a multiple of 64, or 0 if it is not a
-    /// multiple of the group.
+    /// `i16` values that a vector of `cols` inputs needs: `cols` rounded up to a multiple of 64, or 0 if it is not a multiple
+    /// of the group. A batch needs so many for each vector.
     #[must_use]
-    pub const fn values_len(len: usize, block_size: BlockSize) -> usize {
-        if len.is_multiple_of(block_size.group()) { len.div_ceil(SPAN) * SPAN } else { 0 }
+    pub const fn values_len(cols: usize, block_size: BlockSize) -> usize {
+        if cols.is_multiple_of(block_size.group()) { cols.next_multiple_of(SPAN) } else { 0 }
     }
 
-    /// f32 scales that a vector of `len` inputs needs: one a group, or 0 if `len` is not a multiple of the group.
+    /// f32 scales that a vector of `cols` inputs needs: one a group, or 0 if `cols` is not a multiple of the group. A batch
+    /// needs so many for each vector.
     #[must_use]
-    pub const fn scales_len(len: usize, block_size: BlockSize) -> usize {
-        if len.is_multiple_of(block_size.group()) { len / block_size.group() } else { 0 }
+    pub const fn scales_len(cols: usize, block_size: BlockSize) -> usize {
+        if cols.is_multiple_of(block_size.group()) { cols / block_size.group() } else { 0 }
     }
 
-    pub(crate) fn check(
-        inputs: &[f32],
+    /// Joins the parts if they fit.
+    pub(crate) fn new(
+        inputs: &'a [f32],
+        cols: usize,
         block_size: BlockSize,
-        values: &[i16],
-        scales: &[f32],
-    ) -> Result<(), ShapeError> {
-        check_len("activation values", Self::values_len(inputs.len(), block_size), values.len())?;
-        check_len("activation scales", Self::scales_len(inputs.len(), block_size), scales.len())
+        values: &'a [i16],
+        scales: &'a [f32],
+    ) -> Result<Self, ShapeError> {
+        let batch = inputs.len().checked_div(cols).unwrap_or(0);
+        check_len("inputs", batch * cols, inputs.len())?;
+        check_len("activation values", batch * Self::values_len(cols, block_size), values.len())?;
+        check_len("activation scales", batch * Self::scales_len(cols, block_size), scales.len())?;
+        Ok(Self { inputs, cols, values, scales, group: block_size.group() })
     }
 
-    /// Joins parts that [`Self::check`] accepted.
-    pub(crate) fn new(inputs: &'a [f32], group: usize, values: &'a [i16], scales: &'a [f32]) -> Self {
-        Self { inputs, values, scales, group }
-    }
-
-    /// Number of inputs.
+    /// Number of inputs of a vector.
     #[must_use]
-    pub fn len(&self) -> usize {
-        self.inputs.len()
+    pub fn cols(&self) -> usize {
+        self.cols
     }
 
-    /// Whether there are no inputs.
+    /// Number of vectors; 0 if they have no inputs.
     #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.inputs.is_empty()
+    pub fn batch(&self) -> usize {
+        self.inputs.len().checked_div(self.cols).unwrap_or(0)
     }
 
-    /// The f32 inputs.
+    /// One vector of the batch.
+    ///
+    /// # Panics
+    /// If `index >= self.batch()`.
+    #[must_use]
+    pub fn vector(&self, index: usize) -> Self {
+        let batch = self.batch();
+        assert!(index < batch, "vector {index} of a batch of {batch}");
+        let (values, scales) = (self.values.len() / batch, self.scales.len() / batch);
+        Self {
+            inputs: &self.inputs[index * self.cols..][..self.cols],
+            values: &self.values[index * values..][..values],
+            scales: &self.scales[index * scales..][..scales],
+            ..*self
+        }
+    }
+
+    /// The f32 inputs, `[batch, cols]`.
     #[must_use]
     pub fn inputs(&self) -> &'a [f32] {
         self.inputs
     }
 
-    /// One scale a group; empty if nothing was quantized.
+    /// One scale a group, vector by vector; empty if nothing was quantized.
     #[must_use]
     pub fn scales(&self) -> &'a [f32] {
         self.scales
@@ -83,14 +104,21 @@ impl<'a> Activations<'a> {
         self.group
     }
 
-    /// The quantized value of input `column`, or `None` if nothing was quantized or there is no such column.
+    /// The quantized value of input `column` of the first vector, or `None` if nothing was quantized or there is no such
+    /// column.
     #[must_use]
     pub fn get(&self, column: usize) -> Option<i16> {
-        if column >= self.len() || self.values.is_empty() {
+        if column >= self.cols || self.values.is_empty() {
             return None;
         }
         let slot = usize::from(SLOTS[column % SPAN]);
         Some(self.values[column / SPAN * SPAN + slot])
+    }
+
+    /// `Ok` if these were quantized in the groups that matrices of `block_size` need.
+    pub(crate) fn check_group(&self, block_size: BlockSize) -> Result<(), ShapeError> {
+        let (expected, got) = (block_size.group(), self.group);
+        if got == expected { Ok(()) } else { Err(ShapeError::Group { expected, got }) }
     }
 
     /// Values in the packed order of [`SLOTS`], padded with zeros to whole spans.

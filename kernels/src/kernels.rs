@@ -63,6 +63,11 @@ pub struct Table {
     /// Only for row-aligned matrices and quantized activations.
     pub gemv: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]),
     pub gemv_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
+    /// As `gemv`, for any batch; `out` is `[rows, batch]`.
+    pub gemm: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]),
+    /// `inputs` is `[batch, cols]` with `cols > 0`, `out` `[rows, batch]`.
+    pub gemm_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
+    pub gemv_transposed_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
     /// `x` is not empty.
     pub gemv_dense: unsafe fn(a: &[f32], x: &[f32], add: Option<f32>, out: &mut [f32]),
 }
@@ -257,13 +262,33 @@ impl Kernels {
         values: &'a mut [i16],
         scales: &'a mut [f32],
     ) -> Result<Activations<'a>, ShapeError> {
-        Activations::check(inputs, block_size, values, scales)?;
-        let group = block_size.group();
-        if !scales.is_empty() {
-            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
-            unsafe { (self.table.quantize_activations)(inputs, group, values, scales) };
+        self.quantize_activations_batch(inputs, inputs.len(), block_size, values, scales)
+    }
+
+    /// Quantizes a batch of vectors, `inputs` `[batch, cols]`, for [`Self::gemm`]: each as [`Self::quantize_activations`] does.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `inputs` does not hold whole vectors, or if `values` or `scales` does not have `batch` times
+    /// the length that one vector needs.
+    pub fn quantize_activations_batch<'a>(
+        &self,
+        inputs: &'a [f32],
+        cols: usize,
+        block_size: BlockSize,
+        values: &'a mut [i16],
+        scales: &'a mut [f32],
+    ) -> Result<Activations<'a>, ShapeError> {
+        Activations::new(inputs, cols, block_size, values, scales)?;
+        let (values_len, scales_len) =
+            (Activations::values_len(cols, block_size), Activations::scales_len(cols, block_size));
+        if scales_len > 0 {
+            let vectors = inputs.chunks(cols).zip(values.chunks_mut(values_len)).zip(scales.chunks_mut(scales_len));
+            for ((inputs, values), scales) in vectors {
+                // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+                unsafe { (self.table.quantize_activations)(inputs, block_size.group(), values, scales) };
+            }
         }
-        Ok(Activations::new(inputs, group, values, scales))
+        Activations::new(inputs, cols, block_size, values, scales)
     }
 }
 
@@ -282,17 +307,48 @@ impl Kernels {
         activations: &Activations<'_>,
         out: &mut [f32],
     ) -> Result<(), ShapeError> {
+        check_len("activations", matrix.cols(), activations.cols())?;
+        if matrix.cols() > 0 {
+            check_len("vectors of the batch", 1, activations.batch())?;
+        }
         if !matrix.is_row_aligned() {
             return self.gemv_f32(matrix, activations.inputs(), out);
         }
-        check_len("activations", matrix.cols(), activations.len())?;
         check_len("outputs", matrix.rows(), out.len())?;
-        let expected = matrix.block_size().group();
-        if activations.group() != expected {
-            return Err(ShapeError::Group { expected, got: activations.group() });
-        }
+        activations.check_group(matrix.block_size())?;
         // SAFETY: `self` exists, so the CPU has the instruction set of its table.
         unsafe { (self.table.gemv)(matrix, activations, out) };
+        Ok(())
+    }
+
+    /// The 16x4 product of a batch of vectors. Every output has the bits that [`Self::gemv`] gives for its row and vector,
+    /// whatever the batch.
+    ///
+    /// `out` is `[rows, batch]`: the outputs of a row of the matrix stand together, so that it is split as the matrix is. Up
+    /// to 64 KB of stack hold decoded weights and sums.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if the activations do not have `cols` inputs or `out` not `rows * batch` elements;
+    /// [`ShapeError::Group`] if the activations were quantized for another group.
+    pub fn gemm(
+        &self,
+        matrix: &Nf4Matrix<'_>,
+        activations: &Activations<'_>,
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        check_len("activations", matrix.cols(), activations.cols())?;
+        if !matrix.is_row_aligned() {
+            return self.gemm_f32(matrix, activations.inputs(), out);
+        }
+        check_batch_outputs(matrix, activations.batch(), out)?;
+        activations.check_group(matrix.block_size())?;
+        match activations.batch() {
+            0 => {}
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            1 => unsafe { (self.table.gemv)(matrix, activations, out) },
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            _ => unsafe { (self.table.gemm)(matrix, activations, out) },
+        }
         Ok(())
     }
 
@@ -305,6 +361,46 @@ impl Kernels {
         check_len("outputs", matrix.rows(), out.len())?;
         // SAFETY: `self` exists, so the CPU has the instruction set of its table.
         unsafe { (self.table.gemv_f32)(matrix, inputs, out) };
+        Ok(())
+    }
+
+    /// The f32 product of a batch of vectors, `inputs` `[batch, cols]`, `out` `[rows, batch]` as in [`Self::gemm`]. Every
+    /// output has the bits that [`Self::gemv_f32`] gives for its row and vector.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `inputs` does not hold whole vectors or `out` does not have `rows * batch` elements.
+    pub fn gemm_f32(&self, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
+        let batch = inputs.len().checked_div(matrix.cols()).unwrap_or(0);
+        check_len("inputs", batch * matrix.cols(), inputs.len())?;
+        check_batch_outputs(matrix, batch, out)?;
+        match batch {
+            0 => {}
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            1 => unsafe { (self.table.gemv_f32)(matrix, inputs, out) },
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            _ => unsafe { (self.table.gemm_f32)(matrix, inputs, out) },
+        }
+        Ok(())
+    }
+
+    /// The f32 product with the transposed matrix, `out = W^T x`, for gradients; see [`crate::spec`]. `inputs` has one
+    /// element a row, `out` one a column.
+    ///
+    /// Rows are summed in chunks of [`crate::spec::ROW_CHUNK`], so a sum of the results of views that were cut at multiples of
+    /// it, in order, has the same bits.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `inputs` does not have `rows` elements or `out` not `cols`.
+    pub fn gemv_transposed_f32(
+        &self,
+        matrix: &Nf4Matrix<'_>,
+        inputs: &[f32],
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        check_len("inputs", matrix.rows(), inputs.len())?;
+        check_len("outputs", matrix.cols(), out.len())?;
+        // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+        unsafe { (self.table.gemv_transposed_f32)(matrix, inputs, out) };
         Ok(())
     }
 
@@ -337,4 +433,10 @@ impl Kernels {
         }
         Ok(())
     }
+}
+
+/// `Ok` if `out` has `rows * batch` elements.
+fn check_batch_outputs(matrix: &Nf4Matrix<'_>, batch: usize, out: &[f32]) -> Result<(), ShapeError> {
+    let (rows, cols) = (matrix.rows(), batch);
+    check_len("outputs", rows.checked_mul(batch).ok_or(ShapeError::Overflow { rows, cols })?, out.len())
 }

@@ -30,6 +30,9 @@ pub fn add_lanes(l: [f32; 8]) -> f32 {
 /// Columns of a panel of the f32 product. Its inputs are put into decode order once for all rows, on the stack.
 pub const PANEL: usize = 4096;
 
+/// Rows that the transposed f32 product sums before it adds to its output.
+pub const ROW_CHUNK: usize = 512;
+
 /// Lane and place in the lane of each column of a span of 64 in the f32 product, as `place * 8 + lane`.
 ///
 /// The even columns come first, then the odd ones; the first 32 columns go to lanes 0-3, the others to lanes 4-7.

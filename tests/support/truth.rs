@@ -86,3 +86,15 @@ pub(crate) fn dense(a: &[f32], x: &[f32]) -> Truth {
     let bound = gamma(x.len().div_ceil(8) + 4) * terms().map(f64::abs).sum::<f64>();
     Truth { value: terms().sum(), bound: bound + x.len() as f64 * 2.0_f64.powi(-150) }
 }
+
+/// The product of column `c` of some rows with one input a row.
+pub(crate) fn transposed(rows: &[Row], c: usize, x: &[f32]) -> Truth {
+    let terms = || {
+        rows.iter()
+            .zip(x)
+            .map(|(row, x)| f64::from(row.absmax[c]) * f64::from(CODEBOOK[usize::from(row.codes[c])]) * f64::from(*x))
+    };
+    let (fours, chunks) = (rows.len().min(spec::ROW_CHUNK).div_ceil(4), rows.len().div_ceil(spec::ROW_CHUNK));
+    let bound = gamma(4 + fours + chunks) * terms().map(f64::abs).sum::<f64>();
+    Truth { value: terms().sum(), bound: bound + rows.len() as f64 * 2.0_f64.powi(-148) }
+}

@@ -23,6 +23,9 @@ pub(crate) static TABLE: Table = Table {
     quantize_activations,
     gemv,
     gemv_f32,
+    gemm,
+    gemm_f32,
+    gemv_transposed_f32,
     gemv_dense,
 };
 
@@ -126,23 +129,36 @@ fn round_to_i16(x: f32) -> i16 {
 /// The 16x4 product.
 fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
     for (row, out) in out.iter_mut().enumerate() {
-        let (packed, first_block) = matrix.aligned_row(row);
-        let mut lanes = [0.0; 8];
-        for (s, (bytes, values)) in packed.chunks(SPAN / 2).zip(activations.values().as_chunks::<SPAN>().0).enumerate()
-        {
-            let sums = span_sums(bytes, values);
-            for (l, (lane, sum)) in lanes.iter_mut().zip(sums).enumerate() {
-                let column = s * SPAN + l / 4 * 32;
-                if column < matrix.cols() {
-                    let absmax = matrix.absmax().get(first_block + column / matrix.block_size().get());
-                    #[allow(clippy::cast_precision_loss, reason = "this rounding is part of the definition")]
-                    let sum = sum as f32;
-                    *lane += sum * (absmax * activations.scales()[column / activations.group()]);
-                }
+        *out = dot(matrix, row, activations);
+    }
+}
+
+/// The 16x4 product of a batch.
+fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    for (row, out) in out.chunks_exact_mut(activations.batch()).enumerate() {
+        for (n, out) in out.iter_mut().enumerate() {
+            *out = dot(matrix, row, &activations.vector(n));
+        }
+    }
+}
+
+/// The 16x4 product of a row and a vector.
+fn dot(matrix: &Nf4Matrix<'_>, row: usize, activations: &Activations<'_>) -> f32 {
+    let (packed, first_block) = matrix.aligned_row(row);
+    let mut lanes = [0.0; 8];
+    for (s, (bytes, values)) in packed.chunks(SPAN / 2).zip(activations.values().as_chunks::<SPAN>().0).enumerate() {
+        let sums = span_sums(bytes, values);
+        for (l, (lane, sum)) in lanes.iter_mut().zip(sums).enumerate() {
+            let column = s * SPAN + l / 4 * 32;
+            if column < matrix.cols() {
+                let absmax = matrix.absmax().get(first_block + column / matrix.block_size().get());
+                #[allow(clippy::cast_precision_loss, reason = "this rounding is part of the definition")]
+                let sum = sum as f32;
+                *lane += sum * (absmax * activations.scales()[column / activations.group()]);
             }
         }
-        *out = canonical(spec::add_lanes(lanes) * spec::WEIGHT_STEP);
     }
+    canonical(spec::add_lanes(lanes) * spec::WEIGHT_STEP)
 }
 
 /// The eight exact lane sums of a span of up to 32 packed bytes.
@@ -162,20 +178,34 @@ fn span_sums(bytes: &[u8], values: &[i16; SPAN]) -> [i32; 8] {
 /// The f32 product of a matrix of any shape.
 pub(crate) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     for (row, out) in out.iter_mut().enumerate() {
-        let mut start = matrix.row_start(row);
-        let mut sum = 0.0;
-        for panel in inputs.chunks(spec::PANEL) {
-            let mut lanes = [0.0; 8];
-            for inputs in panel.chunks(SPAN) {
-                for segment in matrix.segments(start, start + inputs.len()) {
-                    add_segment(matrix, &segment, segment.start - start, inputs, &mut lanes);
-                }
-                start += inputs.len();
-            }
-            sum += spec::add_lanes(lanes);
-        }
-        *out = canonical(sum);
+        *out = dot_f32(matrix, row, inputs);
     }
+}
+
+/// The f32 product of a batch, with a matrix of any shape.
+pub(crate) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+    for (row, out) in out.chunks_exact_mut(inputs.len() / matrix.cols()).enumerate() {
+        for (inputs, out) in inputs.chunks_exact(matrix.cols()).zip(out) {
+            *out = dot_f32(matrix, row, inputs);
+        }
+    }
+}
+
+/// The f32 product of a row and a vector.
+fn dot_f32(matrix: &Nf4Matrix<'_>, row: usize, inputs: &[f32]) -> f32 {
+    let mut start = matrix.row_start(row);
+    let mut sum = 0.0;
+    for panel in inputs.chunks(spec::PANEL) {
+        let mut lanes = [0.0; 8];
+        for inputs in panel.chunks(SPAN) {
+            for segment in matrix.segments(start, start + inputs.len()) {
+                add_segment(matrix, &segment, segment.start - start, inputs, &mut lanes);
+            }
+            start += inputs.len();
+        }
+        sum += spec::add_lanes(lanes);
+    }
+    canonical(sum)
 }
 
 /// Adds the products of the columns of a span that lie in one block; the first is column `skip` of the span.
@@ -193,6 +223,36 @@ fn add_segment(matrix: &Nf4Matrix<'_>, segment: &Segment<'_>, skip: usize, input
             *lane += sum * segment.absmax;
         }
     }
+}
+
+/// The f32 product with the transpose of a matrix of any shape.
+pub(crate) fn gemv_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+    out.fill(0.0);
+    for (chunk, inputs) in inputs.chunks(spec::ROW_CHUNK).enumerate() {
+        for (s, out) in out.chunks_mut(SPAN).enumerate() {
+            let mut sums = [0.0; SPAN];
+            for (four, inputs) in inputs.chunks(4).enumerate() {
+                let mut products = [[0.0; SPAN]; 4];
+                for (i, (x, products)) in inputs.iter().zip(&mut products).enumerate() {
+                    let start = matrix.row_start(chunk * spec::ROW_CHUNK + four * 4 + i) + s * SPAN;
+                    for segment in matrix.segments(start, start + out.len()) {
+                        let factor = segment.absmax * x;
+                        let products = &mut products[segment.start - start..][..segment.len];
+                        for (j, product) in products.iter_mut().enumerate() {
+                            *product = CODEBOOK[matrix.code(segment.start + j)] * factor;
+                        }
+                    }
+                }
+                for (c, sum) in sums.iter_mut().enumerate() {
+                    *sum += (products[0][c] + products[1][c]) + (products[2][c] + products[3][c]);
+                }
+            }
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out += sum;
+            }
+        }
+    }
+    out.iter_mut().for_each(|y| *y = canonical(*y));
 }
 
 /// `out[r] = init[r] + factor * (row r of a . x)` for a dense row-major `a`; `init` and `factor` only if given.

@@ -115,6 +115,14 @@ fn codes_in_order<const RUN: usize>(bytes: &[u8; 16]) -> __m256i {
     _mm256_or_si256(even, _mm256_and_si256(twice, _mm256_set1_epi16(0x0f00)))
 }
 
+/// The codes of the even and of the odd columns of a span of 64.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn split_codes(packed: &[u8; 32]) -> [__m256i; 2] {
+    let (bytes, nibble) = (load_256(packed), _mm256_set1_epi8(15));
+    [_mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble), _mm256_and_si256(bytes, nibble)]
+}
+
 /// Byte `p` of the f32 of all codes, in both halves.
 #[target_feature(enable = "avx2")]
 #[inline]

@@ -2,7 +2,7 @@
 
 use core::arch::x86_64::*;
 
-use super::dequantize::u16_planes;
+use super::dequantize::{split_codes, u16_planes};
 use super::vector::*;
 use crate::activations::{ACTIVATION_MAX, Activations, SPAN};
 use crate::format::canonical;
@@ -87,22 +87,29 @@ fn add_spans<const GROUPS: usize>(
     lanes
 }
 
-/// The eight exact lane sums of a span; see the top of this file.
+/// The eight exact lane sums of a span; see the top of the module.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn span_sums(bytes: &[u8; SPAN / 2], values: &[i16; SPAN], [low, high]: &[__m256i; 2]) -> __m256i {
-    let bytes = load_256(bytes);
-    let nibble = _mm256_set1_epi8(15);
+fn span_sums(packed: &[u8; SPAN / 2], values: &[i16; SPAN], planes: &[__m256i; 2]) -> __m256i {
     let (values, _) = values.as_chunks::<16>();
-    let pair_sums = |codes: __m256i, v0: &[i16; 16], v1: &[i16; 16]| {
-        let (lo, hi) = (_mm256_shuffle_epi8(*low, codes), _mm256_shuffle_epi8(*high, codes));
-        let w0 = _mm256_madd_epi16(_mm256_unpacklo_epi8(lo, hi), load_i16(v0));
-        let w1 = _mm256_madd_epi16(_mm256_unpackhi_epi8(lo, hi), load_i16(v1));
-        _mm256_add_epi32(w0, w1)
-    };
-    let even = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble);
-    let odd = _mm256_and_si256(bytes, nibble);
-    _mm256_add_epi32(pair_sums(even, &values[0], &values[1]), pair_sums(odd, &values[2], &values[3]))
+    let [a, b, c, d] = decode_span(packed, planes);
+    let even = _mm256_add_epi32(_mm256_madd_epi16(a, load_i16(&values[0])), _mm256_madd_epi16(b, load_i16(&values[1])));
+    let odd = _mm256_add_epi32(_mm256_madd_epi16(c, load_i16(&values[2])), _mm256_madd_epi16(d, load_i16(&values[3])));
+    _mm256_add_epi32(even, odd)
+}
+
+/// The 64 weights of a span, as 16-bit integers in the order of the activations.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn decode_span(packed: &[u8; SPAN / 2], [low, high]: &[__m256i; 2]) -> [__m256i; 4] {
+    let [(even_lo, even_hi), (odd_lo, odd_hi)] =
+        split_codes(packed).map(|codes| (_mm256_shuffle_epi8(*low, codes), _mm256_shuffle_epi8(*high, codes)));
+    [
+        _mm256_unpacklo_epi8(even_lo, even_hi),
+        _mm256_unpackhi_epi8(even_lo, even_hi),
+        _mm256_unpacklo_epi8(odd_lo, odd_hi),
+        _mm256_unpackhi_epi8(odd_lo, odd_hi),
+    ]
 }
 
 /// The product of absmax and activation scale for each lane: of one group, or of two for the two halves.
@@ -119,7 +126,7 @@ pub(super) fn spread_products<const GROUPS: usize>(products: &[f32; GROUPS]) -> 
 /// The two bytes of each entry of the 16x4 codebook, in both halves.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn i16_planes() -> [__m256i; 2] {
+pub(super) fn i16_planes() -> [__m256i; 2] {
     let book = load_i16(&spec::CODEBOOK_I16);
     u16_planes([_mm256_castsi256_si128(book), _mm256_extracti128_si256::<1>(book)])
 }

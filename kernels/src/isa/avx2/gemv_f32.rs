@@ -2,7 +2,7 @@
 
 use core::arch::x86_64::*;
 
-use super::dequantize::{f32_planes, look_up_f32};
+use super::dequantize::{f32_planes, look_up_f32, split_codes};
 use super::gemv::{STRIDE, spread_products};
 use super::vector::*;
 use crate::activations::SPAN;
@@ -34,7 +34,7 @@ pub(super) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) 
 /// Puts inputs into the order of [`spec::F32_SLOTS`], with zeros after the last.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn arrange_f32(inputs: &[f32], panel: &mut [f32]) {
+pub(super) fn arrange_f32(inputs: &[f32], panel: &mut [f32]) {
     for (inputs, panel) in inputs.chunks(SPAN).zip(panel.as_chunks_mut::<SPAN>().0) {
         let mut padded = [0.0; SPAN];
         padded[..inputs.len()].copy_from_slice(inputs);
@@ -100,13 +100,10 @@ fn add_spans_f32<const GROUPS: usize>(
     absmax: &[f32],
     planes: &[__m256i; 4],
 ) -> __m256 {
-    let nibble = _mm256_set1_epi8(15);
     let spans = packed.as_chunks().0.iter().zip(inputs.as_chunks::<SPAN>().0).zip(absmax.as_chunks::<GROUPS>().0);
     for ((packed, x), absmax) in spans {
-        let (bytes, (x, _)) = (load_256(packed), x.as_chunks());
-        let even = dot_32(_mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble), &x[0], planes);
-        let odd = dot_32(_mm256_and_si256(bytes, nibble), &x[1], planes);
-        let sums = _mm256_add_ps(even, odd);
+        let ([even, odd], (x, _)) = (split_codes(packed), x.as_chunks());
+        let sums = _mm256_add_ps(dot_32(even, &x[0], planes), dot_32(odd, &x[1], planes));
         lanes = _mm256_add_ps(lanes, _mm256_mul_ps(sums, spread_products(absmax)));
     }
     lanes

@@ -19,15 +19,18 @@
 //! lane         0    1     2      3            4      5      6      7
 //! ```
 //!
-//! The f32 paths first bring the codes into column order, then look up the four bytes of each f32 and unpack them twice:
-//! two look-ups by `vpermps` and a blend take the same ports for half as many weights.
+//! The f32 products look up the four bytes of each f32 and unpack them twice, which takes fewer instructions than two
+//! look-ups by `vpermps` and a blend, and put the inputs into that order once for all rows.
 
 mod activations;
 mod dense;
 mod dequantize;
+mod gemm;
+mod gemm_f32;
 mod gemv;
 mod gemv_f32;
 mod quantize;
+mod transposed;
 mod vector;
 
 use crate::kernels::Table;
@@ -52,5 +55,8 @@ pub(crate) static TABLE: Table = Table {
     quantize_activations: activations::quantize_activations,
     gemv: gemv::gemv,
     gemv_f32: gemv_f32::gemv_f32,
+    gemm: gemm::gemm,
+    gemm_f32: gemm_f32::gemm_f32,
+    gemv_transposed_f32: transposed::gemv_transposed_f32,
     gemv_dense: dense::gemv_dense,
 };

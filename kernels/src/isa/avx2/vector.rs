@@ -4,7 +4,7 @@ use core::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-/// [`spec::add_lanes`] of the lanes of a register.
+/// [`crate::spec::add_lanes`] of the lanes of a register.
 #[target_feature(enable = "avx2")]
 #[inline]
 pub(super) fn add_lanes(lanes: __m256) -> f32 {
@@ -93,6 +93,15 @@ fn widen_u16<T: Half>(x: &[T; 8]) -> __m256i {
 pub(super) fn store_f32(out: &mut [f32; 8], x: __m256) {
     // SAFETY: the array has the 32 bytes that an unaligned store writes.
     unsafe { _mm256_storeu_ps(out.as_mut_ptr(), x) }
+}
+
+/// The lanes of a register.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn to_array(x: __m256) -> [f32; 8] {
+    let mut array = [0.0; 8];
+    store_f32(&mut array, x);
+    array
 }
 
 #[target_feature(enable = "avx2")]
