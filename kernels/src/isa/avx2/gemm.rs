@@ -1,8 +1,9 @@
 //! The 16x4 product of a batch.
 //!
 //! Weights are decoded once into 16-bit values on the stack, in the order of the activations, for all vectors of the batch:
-//! tiles of `ROWS` rows and `COLUMNS` columns. Two rows and two vectors at a time then share their loads. The lanes of a row and
-//! a vector wait on the stack from one tile of columns to the next, so that they are added to in the order of `gemv`.
+//! tiles of `ROWS` rows and `COLUMNS` columns. Two rows at a time then share the loads of a vector (two rows and two vectors
+//! would load less, but ran a third slower). The lanes of a row and a vector wait on the stack from one tile of columns to
+//! the next, so that they are added to in the order of `gemv`.
 
 use core::arch::x86_64::*;
 
@@ -13,10 +14,10 @@ use crate::format::canonical;
 use crate::matrix::Nf4Matrix;
 use crate::spec;
 
-/// Rows of a tile: 8 KB of decoded weights, and 16 KB of lanes.
+/// Rows of a tile: 16 KB of decoded weights, and as much of lanes.
 const ROWS: usize = 4;
 /// Columns of a tile.
-const COLUMNS: usize = 1024;
+const COLUMNS: usize = 2048;
 const SPANS: usize = COLUMNS / SPAN;
 /// Vectors whose lanes are held at once.
 const VECTORS: usize = 128;
@@ -25,6 +26,7 @@ const VECTORS: usize = 128;
 type Lanes = [[f32; 8]; VECTORS];
 
 /// The decoded weights of a row in a tile, span by span, and the absmax of their groups.
+#[repr(align(64))]
 struct Row<const SCALES: usize> {
     weights: [[i16; SPAN]; SPANS],
     absmax: [f32; SCALES],
@@ -63,27 +65,18 @@ fn gemm_groups<const GROUPS: usize, const SCALES: usize>(
                 for (r, row) in rows[..count].iter_mut().enumerate() {
                     decode_row::<GROUPS, SCALES>(matrix, tile * ROWS + r, column, row);
                 }
-                let vector = |n: usize| {
-                    let spans = values[n * values_len + column..(n + 1) * values_len].as_chunks().0;
+                for n in 0..vectors {
+                    let x = values[n * values_len + column..(n + 1) * values_len].as_chunks().0;
+                    let x = &x[..SPANS.min(x.len())];
                     let scales = &scales[n * scales_len + column / (SPAN / GROUPS)..(n + 1) * scales_len];
-                    (&spans[..SPANS.min(spans.len())], &scales[..SCALES.min(scales.len())])
-                };
-                for n in (0..vectors).step_by(2) {
-                    for (rows, lanes) in rows[..count].chunks(2).zip(lanes[..count].chunks_mut(2)) {
-                        match (rows, lanes) {
-                            ([a, b], [la, lb]) if n + 1 < vectors => {
-                                let lanes = [[la[n], la[n + 1]], [lb[n], lb[n + 1]]];
-                                let sums = block::<GROUPS, SCALES, 2, 2>([a, b], [vector(n), vector(n + 1)], lanes);
-                                [[la[n], la[n + 1]], [lb[n], lb[n + 1]]] = sums;
-                            }
-                            (rows, lanes) => {
-                                for (row, lanes) in rows.iter().zip(lanes) {
-                                    for (n, lanes) in (n..).zip(&mut lanes[n..vectors.min(n + 2)]) {
-                                        [[*lanes]] = block::<GROUPS, SCALES, 1, 1>([row], [vector(n)], [[*lanes]]);
-                                    }
-                                }
-                            }
-                        }
+                    let scales = &scales[..SCALES.min(scales.len())];
+                    let (pairs, last) = rows[..count].as_chunks::<2>();
+                    let (lane_pairs, last_lanes) = lanes[..count].as_chunks_mut::<2>();
+                    for (rows, [a, b]) in pairs.iter().zip(lane_pairs) {
+                        add_rows::<GROUPS, SCALES, 2>(rows, x, scales, [&mut a[n], &mut b[n]]);
+                    }
+                    for (row, lanes) in last.iter().zip(last_lanes) {
+                        add_rows::<GROUPS, SCALES, 1>(core::array::from_ref(row), x, scales, [&mut lanes[n]]);
                     }
                 }
             }
@@ -133,40 +126,38 @@ fn store_span(weights: [__m256i; 4], out: &mut [i16; SPAN]) {
     }
 }
 
-/// Adds the products of `R` rows and `N` vectors in a tile to their lanes.
+/// Adds the products of `R` rows and a vector in a tile to their lanes.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn block<const GROUPS: usize, const SCALES: usize, const R: usize, const N: usize>(
-    rows: [&Row<SCALES>; R],
-    vectors: [(&[[i16; SPAN]], &[f32]); N],
-    lanes: [[[f32; 8]; N]; R],
-) -> [[[f32; 8]; N]; R] {
-    let mut products = [[[0.0; SCALES]; N]; R];
+fn add_rows<const GROUPS: usize, const SCALES: usize, const R: usize>(
+    rows: &[Row<SCALES>; R],
+    x: &[[i16; SPAN]],
+    scales: &[f32],
+    lanes: [&mut [f32; 8]; R],
+) {
+    let mut products = [[0.0; SCALES]; R];
     for (products, row) in products.iter_mut().zip(rows) {
-        for (products, (_, scales)) in products.iter_mut().zip(vectors) {
-            for ((product, absmax), scale) in products.iter_mut().zip(&row.absmax).zip(scales) {
-                *product = absmax * scale;
-            }
+        for ((product, absmax), scale) in products.iter_mut().zip(&row.absmax).zip(scales) {
+            *product = absmax * scale;
         }
     }
-    let mut sums = lanes.map(|lanes| lanes.map(|lanes| load_f32(&lanes)));
-    for s in 0..vectors[0].0.len() {
-        let mut exact = [[_mm256_setzero_si256(); N]; R];
-        for part in 0..4 {
-            let x = vectors.map(|(spans, _)| load_i16(&spans[s].as_chunks().0[part]));
-            for (exact, row) in exact.iter_mut().zip(rows) {
-                let w = load_i16(&row.weights[s].as_chunks().0[part]);
-                for (exact, x) in exact.iter_mut().zip(x) {
-                    *exact = _mm256_add_epi32(*exact, _mm256_madd_epi16(w, x));
-                }
-            }
-        }
-        for ((sums, exact), products) in sums.iter_mut().zip(exact).zip(&products) {
-            for ((sum, exact), products) in sums.iter_mut().zip(exact).zip(products) {
-                let product = spread_products::<GROUPS>(&products.as_chunks().0[s]);
-                *sum = _mm256_add_ps(*sum, _mm256_mul_ps(_mm256_cvtepi32_ps(exact), product));
-            }
+    let mut sums = [_mm256_setzero_ps(); R];
+    for (sum, lanes) in sums.iter_mut().zip(&lanes) {
+        *sum = load_f32(lanes);
+    }
+    for (s, x) in x.iter().enumerate().take(SPANS) {
+        let (x, _) = x.as_chunks();
+        let x = [load_i16(&x[0]), load_i16(&x[1]), load_i16(&x[2]), load_i16(&x[3])];
+        for ((sum, row), products) in sums.iter_mut().zip(rows).zip(&products) {
+            let (w, _) = row.weights[s].as_chunks();
+            let product = |part: usize| _mm256_madd_epi16(x[part], load_i16(&w[part]));
+            let exact =
+                _mm256_add_epi32(_mm256_add_epi32(product(0), product(1)), _mm256_add_epi32(product(2), product(3)));
+            let scale = spread_products::<GROUPS>(&products.as_chunks().0[s]);
+            *sum = _mm256_add_ps(*sum, _mm256_mul_ps(_mm256_cvtepi32_ps(exact), scale));
         }
     }
-    sums.map(|sums| sums.map(|sum| to_array(sum)))
+    for (lanes, sum) in lanes.into_iter().zip(sums) {
+        store_f32(lanes, sum);
+    }
 }

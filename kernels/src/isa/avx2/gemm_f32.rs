@@ -21,6 +21,7 @@ const SPANS: usize = COLUMNS / SPAN;
 const VECTORS: usize = 64;
 
 /// The decoded weights of a row in a tile, in the order of [`spec::F32_SLOTS`], and the absmax of their groups.
+#[repr(align(64))]
 struct Row<const SCALES: usize> {
     weights: [[f32; SPAN]; SPANS],
     absmax: [f32; SCALES],
@@ -65,8 +66,13 @@ fn gemm_f32_groups<const GROUPS: usize, const SCALES: usize>(matrix: &Nf4Matrix<
                         lanes.fill([0.0; 8]);
                     }
                     let x = &arranged.as_chunks().0[..spans];
-                    for (row, lanes) in rows[..count].iter().zip(lanes) {
-                        *lanes = add_row::<GROUPS, SCALES>(row, x, lanes);
+                    let (fours, rest) = rows[..count].as_chunks::<4>();
+                    let (lane_fours, rest_lanes) = lanes[..count].as_chunks_mut::<4>();
+                    for (rows, lanes) in fours.iter().zip(lane_fours) {
+                        add_rows::<GROUPS, SCALES, 4>(rows, x, lanes);
+                    }
+                    for (row, lanes) in rest.iter().zip(rest_lanes) {
+                        add_rows::<GROUPS, SCALES, 1>(core::array::from_ref(row), x, core::array::from_mut(lanes));
                     }
                 }
                 let end = column + width;
@@ -113,24 +119,35 @@ fn decode_row<const GROUPS: usize, const SCALES: usize>(
     }
 }
 
-/// Adds the products of a row and a vector in a tile to their lanes.
+/// Adds the products of `R` rows, which share the loads of the inputs, and a vector in a tile to their lanes.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn add_row<const GROUPS: usize, const SCALES: usize>(
-    row: &Row<SCALES>,
+fn add_rows<const GROUPS: usize, const SCALES: usize, const R: usize>(
+    rows: &[Row<SCALES>; R],
     inputs: &[[f32; SPAN]],
-    lanes: &[f32; 8],
-) -> [f32; 8] {
-    let mut lanes = load_f32(lanes);
-    for ((x, w), absmax) in inputs.iter().zip(&row.weights).zip(row.absmax.as_chunks::<GROUPS>().0) {
-        let (x, w) = (x.as_chunks().0, w.as_chunks().0);
-        let product = |j: usize| _mm256_mul_ps(load_f32(&w[j]), load_f32(&x[j]));
-        let four = |j: usize| {
-            let (ab, cd) = (_mm256_add_ps(product(j), product(j + 1)), _mm256_add_ps(product(j + 2), product(j + 3)));
-            _mm256_add_ps(ab, cd)
-        };
-        let sums = _mm256_add_ps(four(0), four(4));
-        lanes = _mm256_add_ps(lanes, _mm256_mul_ps(sums, spread_products(absmax)));
+    lanes: &mut [[f32; 8]; R],
+) {
+    let mut totals = [_mm256_setzero_ps(); R];
+    for (total, lanes) in totals.iter_mut().zip(lanes.iter()) {
+        *total = load_f32(lanes);
     }
-    to_array(lanes)
+    for (s, x) in inputs.iter().enumerate().take(SPANS) {
+        let mut vectors = [_mm256_setzero_ps(); 8];
+        for (vector, x) in vectors.iter_mut().zip(x.as_chunks().0) {
+            *vector = load_f32(x);
+        }
+        for (total, row) in totals.iter_mut().zip(rows) {
+            let (w, _) = row.weights[s].as_chunks();
+            let product = |j: usize| _mm256_mul_ps(vectors[j], load_f32(&w[j]));
+            let ab = _mm256_add_ps(product(0), product(1));
+            let abcd = _mm256_add_ps(ab, _mm256_add_ps(product(2), product(3)));
+            let ef = _mm256_add_ps(product(4), product(5));
+            let sums = _mm256_add_ps(abcd, _mm256_add_ps(ef, _mm256_add_ps(product(6), product(7))));
+            let absmax = spread_products::<GROUPS>(&row.absmax.as_chunks().0[s]);
+            *total = _mm256_add_ps(*total, _mm256_mul_ps(sums, absmax));
+        }
+    }
+    for (lanes, total) in lanes.iter_mut().zip(totals) {
+        store_f32(lanes, total);
+    }
 }

@@ -35,17 +35,28 @@ pub(super) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) 
 #[target_feature(enable = "avx2")]
 #[inline]
 pub(super) fn arrange_f32(inputs: &[f32], panel: &mut [f32]) {
-    for (inputs, panel) in inputs.chunks(SPAN).zip(panel.as_chunks_mut::<SPAN>().0) {
+    let (spans, rest) = inputs.as_chunks::<SPAN>();
+    let (panel, _) = panel.as_chunks_mut::<SPAN>();
+    for (inputs, panel) in spans.iter().zip(&mut *panel) {
+        arrange_span(inputs, panel);
+    }
+    if let ([_, ..], Some(panel)) = (rest, panel.last_mut()) {
         let mut padded = [0.0; SPAN];
-        padded[..inputs.len()].copy_from_slice(inputs);
-        let ((first, second), (even, odd)) = (padded.split_at(SPAN / 2), panel.split_at_mut(SPAN / 2));
-        let places = even.as_chunks_mut().0.iter_mut().zip(odd.as_chunks_mut().0);
-        for ((a, b), (even, odd)) in first.as_chunks().0.iter().zip(second.as_chunks().0).zip(places) {
-            let (a, b) = (load_f32(a), load_f32(b));
-            let (low, high) = (_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
-            store_f32(even, _mm256_shuffle_ps::<0b10_00_10_00>(low, high));
-            store_f32(odd, _mm256_shuffle_ps::<0b11_01_11_01>(low, high));
-        }
+        padded[..rest.len()].copy_from_slice(rest);
+        arrange_span(&padded, panel);
+    }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn arrange_span(inputs: &[f32; SPAN], panel: &mut [f32; SPAN]) {
+    let ((first, second), (even, odd)) = (inputs.split_at(SPAN / 2), panel.split_at_mut(SPAN / 2));
+    let places = even.as_chunks_mut().0.iter_mut().zip(odd.as_chunks_mut().0);
+    for ((a, b), (even, odd)) in first.as_chunks().0.iter().zip(second.as_chunks().0).zip(places) {
+        let (a, b) = (load_f32(a), load_f32(b));
+        let (low, high) = (_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+        store_f32(even, _mm256_shuffle_ps::<0b10_00_10_00>(low, high));
+        store_f32(odd, _mm256_shuffle_ps::<0b11_01_11_01>(low, high));
     }
 }
 

@@ -95,15 +95,6 @@ pub(super) fn store_f32(out: &mut [f32; 8], x: __m256) {
     unsafe { _mm256_storeu_ps(out.as_mut_ptr(), x) }
 }
 
-/// The lanes of a register.
-#[target_feature(enable = "avx2")]
-#[inline]
-pub(super) fn to_array(x: __m256) -> [f32; 8] {
-    let mut array = [0.0; 8];
-    store_f32(&mut array, x);
-    array
-}
-
 #[target_feature(enable = "avx2")]
 #[inline]
 pub(super) fn store_i16(out: &mut [i16; 16], x: __m256i) {
