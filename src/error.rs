@@ -44,6 +44,13 @@ pub enum Error {
         /// The alpha that was given.
         got: f32,
     },
+    /// A batch that does not consist of whole vectors.
+    Batch {
+        /// Values of a vector.
+        d_in: usize,
+        /// Values of the batch.
+        got: usize,
+    },
 }
 
 impl fmt::Display for Error {
@@ -62,6 +69,7 @@ impl fmt::Display for Error {
                 write!(f, "{what}: value {index} is {value}, which is not finite")
             }
             Self::Alpha { got } => write!(f, "alpha is {got}, which is not finite"),
+            Self::Batch { d_in, got } => write!(f, "a batch of vectors of {d_in} values cannot have {got}"),
         }
     }
 }
@@ -110,4 +118,13 @@ pub(crate) fn check_finite<T: Float>(what: &'static str, data: &[T]) -> Result<(
 /// `Ok` if `got == expected`.
 pub(crate) fn check_len(what: &'static str, expected: usize, got: usize) -> Result<(), Error> {
     if got == expected { Ok(()) } else { Err(ShapeError::Length { what, expected, got }.into()) }
+}
+
+/// The number of vectors of `d_in` values in `got` values, if these are whole vectors; 0 if there are no values.
+pub(crate) fn check_batch(got: usize, d_in: usize) -> Result<usize, Error> {
+    match got.checked_rem(d_in) {
+        Some(0) => Ok(got / d_in),
+        None if got == 0 => Ok(0),
+        _ => Err(Error::Batch { d_in, got }),
+    }
 }

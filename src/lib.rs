@@ -37,7 +37,13 @@ mod adapter;
 #[cfg(feature = "alloc")]
 mod error;
 #[cfg(feature = "alloc")]
+mod linear;
+#[cfg(feature = "alloc")]
 mod lora;
+#[cfg(feature = "alloc")]
+mod memory;
+#[cfg(feature = "alloc")]
+mod merge;
 #[cfg(feature = "alloc")]
 mod qlora;
 #[cfg(feature = "alloc")]
@@ -53,8 +59,10 @@ pub use nf4_kernels::*;
 pub use {
     adapter::{DEFAULT_SEED, LoRAAdapter, LoRAScaling},
     error::Error,
+    linear::Arithmetic,
     lora::LoRALayer,
-    qlora::{MemoryStats, QLoRALayer},
+    memory::MemoryStats,
+    qlora::QLoRALayer,
     quantized::{AbsmaxBuf, Quantized4Bit},
     scratch::Scratch,
     tensor::Tensor,

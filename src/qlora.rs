@@ -1,23 +1,24 @@
 //! `LoRA` on an NF4 base weight.
 
-use alloc::vec;
 use alloc::vec::Vec;
-use core::ops::Range;
 
-use nf4_kernels::{BlockSize, Kernels};
+use nf4_kernels::{BlockSize, Float, Kernels};
 
 use crate::adapter::{DEFAULT_SEED, LoRAAdapter, LoRAScaling};
-use crate::error::{Error, check_len, or_panic};
+use crate::error::{Error, check_batch, check_len, or_panic};
+use crate::linear::{Arithmetic, Linear, Term};
 use crate::lora::LoRALayer;
+use crate::memory::MemoryStats;
 use crate::quantized::Quantized4Bit;
 use crate::scratch::Scratch;
 use crate::tensor::Tensor;
 
-/// A linear layer with a frozen NF4 base weight `W` `[d_out, d_in]` and a `LoRA` adapter: `y = W x + scale * B (A x)`.
+/// A linear layer with a frozen NF4 base weight `W` `[d_out, d_in]`, a `LoRA` adapter and, if [`Self::try_with_bias`] gave it
+/// one, a frozen bias: `y = W x + scale * B (A x) + bias`.
 ///
 /// The base product is 16x4 on the packed bytes (see [`nf4_kernels::spec`]; about as precise as f16 activations), or f32
-/// where blocks straddle rows; the adapter is f32. No weight is ever dequantized for it, and the bits of the result are the
-/// same on each machine and with each choice of [`Kernels`].
+/// where blocks straddle rows or [`Arithmetic::F32`] was chosen; adapter and bias are f32. No weight is ever dequantized for
+/// it, and the bits of the result are the same on each machine, with each choice of [`Kernels`] and in each batch.
 ///
 /// Constructors quantize with block size 64, the default of `bitsandbytes`. For another one, for an existing base or for a
 /// given adapter there is [`Self::try_from_parts`]:
@@ -39,9 +40,8 @@ use crate::tensor::Tensor;
 /// ```
 #[derive(Debug, Clone)]
 pub struct QLoRALayer {
-    base: Quantized4Bit,
-    adapter: LoRAAdapter,
-    kernels: Kernels,
+    pub(crate) linear: Linear,
+    pub(crate) adapter: LoRAAdapter,
 }
 
 /// Construction.
@@ -120,27 +120,43 @@ impl QLoRALayer {
         if shapes.0 != shapes.1 {
             return Err(Error::Mismatch { base: shapes.0, adapter: shapes.1 });
         }
-        Ok(Self { base, adapter, kernels: Kernels::detect() })
+        Ok(Self { linear: Linear::new(base), adapter })
+    }
+
+    /// The same layer with a bias, `[d_out]`, instead of the one that it had, if any.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `bias` does not have `d_out` values; [`Error::NotFinite`] if one is NaN or infinite.
+    pub fn try_with_bias(self, bias: Vec<f32>) -> Result<Self, Error> {
+        Ok(Self { linear: self.linear.with_bias(bias)?, ..self })
+    }
+
+    /// The same layer with another arithmetic of the base product than [`Arithmetic::SixteenByFour`].
+    #[must_use]
+    pub fn with_arithmetic(mut self, arithmetic: Arithmetic) -> Self {
+        self.linear.arithmetic = arithmetic;
+        self
     }
 
     /// The same layer on other kernels than those of [`Kernels::detect`]. That changes the speed, never a bit.
     #[must_use]
-    pub fn with_kernels(self, kernels: Kernels) -> Self {
-        Self { kernels, ..self }
+    pub fn with_kernels(mut self, kernels: Kernels) -> Self {
+        self.linear.kernels = kernels;
+        self
     }
 
-    /// The base and the adapter.
+    /// The base, the bias and the adapter.
     #[must_use]
-    pub fn into_parts(self) -> (Quantized4Bit, LoRAAdapter) {
-        (self.base, self.adapter)
+    pub fn into_parts(self) -> (Quantized4Bit, Option<Vec<f32>>, LoRAAdapter) {
+        (self.linear.weight, self.linear.bias.map(<[f32]>::into_vec), self.adapter)
     }
 }
 
 /// Products.
 impl QLoRALayer {
-    /// `y = W x + scale * B (A x)`. `x` has `d_in` values, `y` has `d_out`.
+    /// `y = W x + scale * B (A x) + bias`. `x` has `d_in` values, `y` has `d_out`.
     ///
-    /// If a value of `x` is NaN or infinite, every output is [`f32::NAN`] (where blocks straddle rows: what IEEE 754 says).
+    /// If a value of `x` is NaN or infinite, every output is [`f32::NAN`] (in f32 arithmetic: what IEEE 754 says).
     ///
     /// # Panics
     /// Where [`Self::try_forward`] gives an error.
@@ -153,7 +169,8 @@ impl QLoRALayer {
     /// As [`Self::forward`].
     ///
     /// # Errors
-    /// [`Error::Shape`] if `x` does not have `d_in` values.
+    /// [`Error::Shape`] if `x` does not have `d_in` values; [`Error::MatrixLength`] if `A` or `B` was replaced by a tensor of
+    /// another length.
     pub fn try_forward(&self, x: &Tensor) -> Result<Tensor, Error> {
         let mut y = Tensor::zeros(self.d_out(), false);
         self.forward_into(x.data(), &mut self.scratch(), y.data_mut())?;
@@ -164,49 +181,98 @@ impl QLoRALayer {
     /// grown for this layer; see [`Scratch`] for its size.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `x` does not have `d_in` values, `y` not `d_out`, or `scratch` is too small. `y` may then have
-    /// been written to.
+    /// Those of [`Self::try_forward`]; [`Error::Shape`] if `y` does not have `d_out` values or `scratch` is too small. `y` may
+    /// then have been written to.
     pub fn forward_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
         check_len("input", self.d_in(), x.len())?;
         check_len("output", self.d_out(), y.len())?;
-        let block_size = self.base.block_size();
-        let (values, scales) = scratch.activations(x.len(), block_size)?;
-        let activations = self.kernels.quantize_activations(x, block_size, values, scales)?;
-        self.kernels.gemv(&self.base.view(), &activations, y)?;
-        self.adapter.add_product(self.kernels, x, scratch.low_rank(self.rank())?, y)
+        self.forward_batch_into(x, scratch, y)
+    }
+
+    /// The forward of each vector of a batch: `x` is `[batch, d_in]`, the result `[batch, d_out]`. Each output has the bits
+    /// that [`Self::forward`] gives for its vector. A layer without inputs takes every batch for an empty one.
+    ///
+    /// # Panics
+    /// Where [`Self::try_forward_batch`] gives an error.
+    #[must_use]
+    #[track_caller]
+    pub fn forward_batch(&self, x: &Tensor) -> Tensor {
+        or_panic(self.try_forward_batch(x))
+    }
+
+    /// As [`Self::forward_batch`].
+    ///
+    /// # Errors
+    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::MatrixLength`] if `A` or `B` was replaced
+    /// by a tensor of another length.
+    pub fn try_forward_batch(&self, x: &Tensor) -> Result<Tensor, Error> {
+        let batch = check_batch(x.len(), self.d_in())?;
+        let mut y = Tensor::zeros(batch * self.d_out(), false);
+        self.forward_batch_into(x.data(), &mut self.scratch_for_batch(batch), y.data_mut())?;
+        Ok(y)
+    }
+
+    /// As [`Self::forward_batch`], in buffers of the caller and without allocation. `scratch` comes from
+    /// [`Self::scratch_for_batch`] for at least this batch or was grown for it; see [`Scratch`] for its size.
+    ///
+    /// # Errors
+    /// Those of [`Self::try_forward_batch`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or `scratch` is too
+    /// small. `y` may then have been written to.
+    pub fn forward_batch_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
+        self.linear.forward(x, |_| self.terms(), self.row_factors(), scratch.work(), y)
+    }
+
+    /// As [`Self::forward_batch_into`], for inputs and outputs in f32, f16 or bf16; one vector is a batch of one. Inputs are
+    /// converted to f32 in the scratch, exactly; outputs are those for f32, rounded once to nearest even.
+    ///
+    /// `scratch` comes from [`Self::scratch_for_batch_as`] or was grown by [`Scratch::reserve_inputs`] too.
+    ///
+    /// # Errors
+    /// Those of [`Self::forward_batch_into`].
+    pub fn forward_batch_into_as<X: Float, Y: Float>(
+        &self,
+        x: &[X],
+        scratch: &mut Scratch,
+        y: &mut [Y],
+    ) -> Result<(), Error> {
+        self.linear.forward_as(x, |_| self.terms(), self.row_factors(), scratch, y)
     }
 
     /// Working memory for [`Self::forward_into`].
     #[must_use]
     pub fn scratch(&self) -> Scratch {
-        let mut scratch = Scratch::new();
-        scratch.reserve(self.d_in(), self.base.block_size(), self.rank());
+        self.scratch_for_batch(1)
+    }
+
+    /// Working memory for [`Self::forward_batch_into`] with up to `batch` vectors.
+    ///
+    /// # Panics
+    /// If it does not fit in memory.
+    #[must_use]
+    pub fn scratch_for_batch(&self, batch: usize) -> Scratch {
+        self.linear.scratch(self.rank(), batch)
+    }
+
+    /// Working memory for [`Self::forward_batch_into_as`] with up to `batch` vectors.
+    ///
+    /// # Panics
+    /// If it does not fit in memory.
+    #[must_use]
+    pub fn scratch_for_batch_as(&self, batch: usize) -> Scratch {
+        let mut scratch = self.scratch_for_batch(batch);
+        scratch.reserve_inputs(self.d_in(), batch);
         scratch
     }
 
-    /// The merged weight `dequantize(base) + scale * B A`, row-major `[d_out, d_in]`.
-    ///
-    /// The base is exact, products and sums are f64 in the order of the rank, and each weight is rounded once to f32; the same
-    /// bits everywhere. The result is the only copy made.
-    ///
-    /// # Panics
-    /// If the result does not fit in memory; [`Self::merge_rows_into`] merges in parts.
-    #[must_use]
-    pub fn merge_to_f32(&self) -> Vec<f32> {
-        let mut merged = vec![0.0; self.base.len()];
-        self.merge_rows_into(0..self.d_out(), &mut merged).expect("all rows, and `merged` was made for them");
-        merged
+    /// What the adapter adds to a product.
+    fn terms(&self) -> impl Iterator<Item = Term<'_>> {
+        core::iter::once(Term { adapter: &self.adapter, factor: self.scale() })
     }
 
-    /// Some rows of [`Self::merge_to_f32`], `[rows.len(), d_in]`, in a buffer of the caller: for merging in small memory.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if there are no such rows or `out` does not have `rows.len() * d_in` values.
-    pub fn merge_rows_into(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), Error> {
-        let first_row = rows.start;
-        self.kernels.dequantize(&self.base.view().row_range(rows)?, out)?;
-        self.adapter.add_to_rows(first_row, out);
-        Ok(())
+    /// A factor for each row of `W x + scale * B (A x)` and of the merged weight, if there is one: `[d_out]` values.
+    #[allow(clippy::unused_self, reason = "no adapter has one yet")]
+    pub(crate) fn row_factors(&self) -> Option<&[f32]> {
+        None
     }
 }
 
@@ -245,16 +311,28 @@ impl QLoRALayer {
         &self.adapter
     }
 
+    /// The bias, `[d_out]`, if there is one.
+    #[must_use]
+    pub fn bias(&self) -> Option<&[f32]> {
+        self.linear.bias.as_deref()
+    }
+
+    /// How the base product is computed.
+    #[must_use]
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.linear.arithmetic
+    }
+
     /// The quantized base weight, `[d_out, d_in]`.
     #[must_use]
     pub fn base_weight_quantized(&self) -> &Quantized4Bit {
-        &self.base
+        &self.linear.weight
     }
 
     /// The kernels in use.
     #[must_use]
     pub fn kernels(&self) -> Kernels {
-        self.kernels
+        self.linear.kernels
     }
 
     /// The rank of the adapter.
@@ -272,13 +350,13 @@ impl QLoRALayer {
     /// Outputs.
     #[must_use]
     pub fn d_out(&self) -> usize {
-        self.base.rows()
+        self.linear.d_out()
     }
 
     /// Inputs.
     #[must_use]
     pub fn d_in(&self) -> usize {
-        self.base.cols()
+        self.linear.d_in()
     }
 
     /// Always false: an adapter is never merged into packed weights, see [`Self::merge_to_f32`].
@@ -290,36 +368,12 @@ impl QLoRALayer {
     /// Whether the scales of the base are double-quantized.
     #[must_use]
     pub fn is_double_quantized(&self) -> bool {
-        self.base.is_double_quantized()
+        self.linear.weight.is_double_quantized()
     }
 
     /// What the layer holds in memory.
     #[must_use]
     pub fn memory_stats(&self) -> MemoryStats {
-        let base_unquantized_bytes = self.base.len().saturating_mul(size_of::<f32>());
-        let base_quantized_bytes = self.base.memory_bytes();
-        let lora_bytes = self.adapter.memory_bytes();
-        MemoryStats {
-            base_unquantized_bytes,
-            base_quantized_bytes,
-            lora_bytes,
-            total_bytes: base_quantized_bytes + lora_bytes,
-            compression_ratio: base_unquantized_bytes as f32 / base_quantized_bytes as f32,
-        }
+        MemoryStats::new(&self.linear, self.adapter.memory_bytes())
     }
-}
-
-/// Bytes on the heap of a [`QLoRALayer`]; all that it holds, exactly. The layer's own struct is not counted.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct MemoryStats {
-    /// What the base weight would take in f32: `d_out * d_in * 4`. It is not held.
-    pub base_unquantized_bytes: usize,
-    /// Packed codes and scales of the base: [`Quantized4Bit::memory_bytes`].
-    pub base_quantized_bytes: usize,
-    /// `A` and `B`, `(d_in + d_out) * rank * 4`; twice that once training has given both a gradient.
-    pub lora_bytes: usize,
-    /// Base and adapter: `base_quantized_bytes + lora_bytes`.
-    pub total_bytes: usize,
-    /// `base_unquantized_bytes / base_quantized_bytes`; NaN if there are no weights.
-    pub compression_ratio: f32,
 }

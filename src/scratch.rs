@@ -6,53 +6,139 @@ use nf4_kernels::{Activations, BlockSize, ShapeError};
 
 use crate::error::Error;
 
-/// Working memory of [`crate::QLoRALayer::forward_into`], made once and used for any number of forwards and layers.
+/// Rows of the base that a forward takes at a time.
+pub(crate) const TILE_ROWS: usize = 128;
+
+/// Working memory of the forwards that end in `_into`, made once and used for any number of forwards and layers.
 ///
-/// A layer `[d_out, d_in]` of rank `r` needs [`Activations::values_len`] `i16` (`d_in` rounded up to a multiple of 64),
-/// [`Activations::scales_len`] f32 (`d_in / 64`) and `r` f32; the first two are 0 if `d_in` is not a multiple of 64 (32
-/// with block size 32). It does not depend on `d_out`. A forward leaves nothing in it that the next one reads.
+/// For each vector of a batch, a layer with `d_in` inputs and adapters of rank `r` needs
+///
+/// * [`Activations::values_len`] `i16`: `d_in` rounded up to a multiple of 64,
+/// * [`Activations::scales_len`] f32: `d_in / 64` (`d_in / 32` with block size 32); these two are 0 if `d_in` is not a multiple
+///   of 64 (32 with block size 32),
+/// * `r` f32,
+/// * 128 f32 for outputs,
+///
+/// which [`Self::bytes`] adds up; and for inputs that are not f32 (`_as`) `d_in` f32 more. It does not depend on the outputs
+/// of the layer. A forward leaves nothing in it that the next one reads.
 #[derive(Debug, Clone, Default)]
 pub struct Scratch {
-    values: Vec<i16>,
-    scales: Vec<f32>,
-    low_rank: Vec<f32>,
+    inputs: Vec<f32>,
+    work: Work,
 }
 
 impl Scratch {
     /// Scratch that is too small for any layer yet; see [`Self::reserve`] and [`crate::QLoRALayer::scratch`].
     #[must_use]
     pub const fn new() -> Self {
-        Self { values: Vec::new(), scales: Vec::new(), low_rank: Vec::new() }
+        let work = Work { values: Vec::new(), scales: Vec::new(), low_rank: Vec::new(), tile: Vec::new() };
+        Self { inputs: Vec::new(), work }
     }
 
-    /// Grows, if need be, so that layers with these numbers fit as well as those before.
-    pub fn reserve(&mut self, d_in: usize, block_size: BlockSize, rank: usize) {
-        grow(&mut self.values, Activations::values_len(d_in, block_size));
-        grow(&mut self.scales, Activations::scales_len(d_in, block_size));
-        grow(&mut self.low_rank, rank);
+    /// Grows, if need be, so that layers with these numbers fit as well as those before. `rank` is the sum of the ranks of
+    /// the adapters that a vector meets.
+    ///
+    /// # Panics
+    /// If it does not fit in memory.
+    pub fn reserve(&mut self, d_in: usize, block_size: BlockSize, rank: usize, batch: usize) {
+        let need = Need::new(d_in, block_size, rank, batch);
+        grow(&mut self.work.values, need.values);
+        grow(&mut self.work.scales, need.scales);
+        grow(&mut self.work.low_rank, need.low_rank);
+        grow(&mut self.work.tile, need.tile);
+    }
+
+    /// Grows, if need be, so that `batch` vectors of `d_in` inputs can be converted to f32: for the forwards that end in `_as`.
+    ///
+    /// # Panics
+    /// If it does not fit in memory.
+    pub fn reserve_inputs(&mut self, d_in: usize, batch: usize) {
+        grow(&mut self.inputs, d_in.saturating_mul(batch));
+    }
+
+    /// Bytes that [`Self::reserve`] with these numbers takes; `usize::MAX` if there are more.
+    #[must_use]
+    pub const fn bytes(d_in: usize, block_size: BlockSize, rank: usize, batch: usize) -> usize {
+        let need = Need::new(d_in, block_size, rank, batch);
+        let floats = need.scales.saturating_add(need.low_rank).saturating_add(need.tile);
+        need.values.saturating_mul(size_of::<i16>()).saturating_add(floats.saturating_mul(size_of::<f32>()))
     }
 
     /// Bytes on the heap.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        self.values.capacity() * size_of::<i16>()
-            + (self.scales.capacity() + self.low_rank.capacity()) * size_of::<f32>()
+        let Work { values, scales, low_rank, tile } = &self.work;
+        let floats = scales.capacity() + low_rank.capacity() + tile.capacity() + self.inputs.capacity();
+        values.capacity() * size_of::<i16>() + floats * size_of::<f32>()
     }
 
-    /// The buffers for quantized activations: values and scales.
-    pub(crate) fn activations(
+    /// What a forward on f32 needs.
+    pub(crate) fn work(&mut self) -> &mut Work {
+        &mut self.work
+    }
+
+    /// The buffer for inputs that are converted to f32, and what a forward on them needs.
+    pub(crate) fn inputs(&mut self, len: usize) -> Result<(&mut [f32], &mut Work), Error> {
+        Ok((take("scratch for converted inputs", &mut self.inputs, len)?, &mut self.work))
+    }
+}
+
+/// All of [`Scratch`] but the converted inputs.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Work {
+    values: Vec<i16>,
+    scales: Vec<f32>,
+    low_rank: Vec<f32>,
+    tile: Vec<f32>,
+}
+
+/// The parts of [`Work`] at their exact lengths.
+#[derive(Debug)]
+pub(crate) struct Buffers<'a> {
+    /// Quantized activations, `[batch, values_len]`.
+    pub(crate) values: &'a mut [i16],
+    /// Their scales, `[batch, scales_len]`.
+    pub(crate) scales: &'a mut [f32],
+    /// `A x` of each adapter, `[batch, rank]`.
+    pub(crate) low_rank: &'a mut [f32],
+    /// Base products, `[TILE_ROWS, batch]`.
+    pub(crate) tile: &'a mut [f32],
+}
+
+impl Work {
+    pub(crate) fn buffers(
         &mut self,
         d_in: usize,
         block_size: BlockSize,
-    ) -> Result<(&mut [i16], &mut [f32]), Error> {
-        let values = take("scratch for activation values", &mut self.values, Activations::values_len(d_in, block_size));
-        let scales = take("scratch for activation scales", &mut self.scales, Activations::scales_len(d_in, block_size));
-        Ok((values?, scales?))
+        rank: usize,
+        batch: usize,
+    ) -> Result<Buffers<'_>, Error> {
+        let need = Need::new(d_in, block_size, rank, batch);
+        Ok(Buffers {
+            values: take("scratch for activation values", &mut self.values, need.values)?,
+            scales: take("scratch for activation scales", &mut self.scales, need.scales)?,
+            low_rank: take("scratch for the low-rank product", &mut self.low_rank, need.low_rank)?,
+            tile: take("scratch for outputs", &mut self.tile, need.tile)?,
+        })
     }
+}
 
-    /// The buffer for `A x`.
-    pub(crate) fn low_rank(&mut self, rank: usize) -> Result<&mut [f32], Error> {
-        take("scratch for the low-rank product", &mut self.low_rank, rank)
+/// The lengths of the parts of [`Work`].
+struct Need {
+    values: usize,
+    scales: usize,
+    low_rank: usize,
+    tile: usize,
+}
+
+impl Need {
+    const fn new(d_in: usize, block_size: BlockSize, rank: usize, batch: usize) -> Self {
+        Self {
+            values: Activations::values_len(d_in, block_size).saturating_mul(batch),
+            scales: Activations::scales_len(d_in, block_size).saturating_mul(batch),
+            low_rank: rank.saturating_mul(batch),
+            tile: TILE_ROWS.saturating_mul(batch),
+        }
     }
 }
 

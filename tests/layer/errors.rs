@@ -108,9 +108,45 @@ fn of_forwards() {
         message(layer.forward_into(&x, &mut Scratch::new(), &mut [0.0; 3])),
         "scratch for activation values: expected length 64, got 0"
     );
-    assert_eq!(message(layer.merge_rows_into(2..4, &mut [0.0; 128])), "rows 2..4 do not lie in 0..3");
-    let got = layer.merge_rows_into(1..2, &mut [0.0; 65]);
-    assert_eq!(message(got), "dequantized weights: expected length 64, got 65");
+    assert_eq!(message(layer.merge_rows_into(2..4, &mut [0.0_f32; 128])), "rows 2..4 do not lie in 0..3");
+    let got = layer.merge_rows_into(1..2, &mut [0.0_f32; 65]);
+    assert_eq!(message(got), "merged weights: expected length 64, got 65");
+}
+
+#[test]
+fn of_biases() {
+    let layer = layer(3, 64, 2, BlockSize::B64, false);
+    let with_bias = |bias| layer.clone().try_with_bias(bias);
+    assert_eq!(message(with_bias(vec![0.0; 2])), "bias: expected length 3, got 2");
+    assert_eq!(message(with_bias(vec![0.0, 0.0, f32::NAN])), "bias: value 2 is NaN, which is not finite");
+}
+
+#[test]
+fn of_batches() {
+    let layer = layer(3, 64, 2, BlockSize::B64, false);
+    let x = Tensor::zeros(130, false);
+    assert_eq!(message(layer.try_forward_batch(&x)), "a batch of vectors of 64 values cannot have 130");
+    let (x, mut scratch) = ([0.0; 128], layer.scratch_for_batch(2));
+    assert_eq!(message(layer.forward_batch_into(&x, &mut scratch, &mut [0.0; 5])), "output: expected length 6, got 5");
+    assert_eq!(
+        message(layer.forward_batch_into(&x, &mut layer.scratch(), &mut [0.0; 6])),
+        "scratch for activation values: expected length 128, got 64"
+    );
+    assert_eq!(
+        message(layer.forward_batch_into_as(&[f16::ONE; 128], &mut scratch, &mut [0.0_f32; 6])),
+        "scratch for converted inputs: expected length 128, got 0"
+    );
+}
+
+#[test]
+fn of_replaced_tensors() {
+    let x = Tensor::zeros(64, false);
+    let mut layer = layer(3, 64, 2, BlockSize::B64, false);
+    *layer.lora_b_mut() = Tensor::zeros(5, true);
+    assert_eq!(message(layer.try_forward(&x)), "lora_b: expected 3 x 2 values, got 5");
+    assert_eq!(message(layer.merge_rows_into(1..2, &mut [0.0_f32; 64])), "lora_b: expected 3 x 2 values, got 5");
+    *layer.lora_a_mut() = Tensor::zeros(129, true);
+    assert_eq!(message(layer.try_forward_batch(&x)), "lora_a: expected 2 x 64 values, got 129");
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! Forwards.
 
-use nf4::{BlockSize, LoRALayer, QLoRALayer, Scratch, Tensor};
+use nf4::{Arithmetic, BlockSize, LoRALayer, QLoRALayer, Scratch, Tensor};
 
 use crate::{adapter, all_kernels, bits, layer, normal, truth};
 
 /// `[d_out, d_in]`, rank: one of each, odd rows (which start in the middle of a byte), rows that straddle blocks, whole
-/// blocks, ranks larger than a block and than the layer.
-const SHAPES: [(usize, usize, usize); 13] = [
+/// blocks, ranks larger than a block and than the layer, more rows than a forward takes at a time.
+pub(crate) const SHAPES: [(usize, usize, usize); 14] = [
     (1, 1, 1),
     (3, 2, 5),
     (5, 63, 2),
@@ -20,6 +20,7 @@ const SHAPES: [(usize, usize, usize); 13] = [
     (12, 384, 64),
     (3, 4096, 9),
     (1, 8192, 1),
+    (261, 64, 2),
 ];
 
 #[test]
@@ -30,13 +31,21 @@ fn forward_is_near_f64_with_the_same_bits_on_every_instruction_set() {
             for double_quant in [false, true] {
                 let name = format!("{d_out}x{d_in}, rank {rank}, block {}, dq {double_quant}", block.get());
                 let mut layer = layer(d_out, d_in, rank, block, double_quant);
+                assert_eq!((layer.bias(), layer.arithmetic()), (None, Arithmetic::SixteenByFour));
+                if double_quant {
+                    layer = layer.try_with_bias(normal(d_out, 0.3, 5)).unwrap();
+                }
                 let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
-                let expected = layer.forward(&x);
-                truth::check(&name, &truth::forward(&layer, x.data()), expected.data());
-                for k in &kernels {
-                    layer = layer.with_kernels(*k);
-                    assert_eq!(layer.kernels(), *k);
-                    assert_eq!(bits(layer.forward(&x).data()), bits(expected.data()), "{name}, {}", k.isa());
+                for arithmetic in [Arithmetic::SixteenByFour, Arithmetic::F32] {
+                    let name = format!("{name}, {arithmetic:?}");
+                    layer = layer.with_arithmetic(arithmetic);
+                    let expected = layer.forward(&x);
+                    truth::check(&name, &truth::forward(&layer, x.data()), expected.data());
+                    for k in &kernels {
+                        layer = layer.with_kernels(*k);
+                        assert_eq!(layer.kernels(), *k);
+                        assert_eq!(bits(layer.forward(&x).data()), bits(expected.data()), "{name}, {}", k.isa());
+                    }
                 }
             }
         }
@@ -82,24 +91,48 @@ fn one_scratch_serves_layers_of_every_shape() {
     for (d_out, d_in, rank) in SHAPES {
         let layer = layer(d_out, d_in, rank, BlockSize::B64, true);
         let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
-        scratch.reserve(d_in, BlockSize::B64, rank);
+        scratch.reserve(d_in, BlockSize::B64, rank, 1);
         let mut y = vec![f32::NAN; d_out];
         layer.forward_into(x.data(), &mut scratch, &mut y).unwrap();
         assert_eq!(bits(&y), bits(layer.forward(&x).data()), "{d_out}x{d_in}, rank {rank}");
     }
-    // As documented: 2 bytes for each of 8192 inputs, 4 for each of 128 groups, 4 for each of 100 ranks.
-    assert_eq!(scratch.memory_bytes(), 2 * 8192 + 4 * 128 + 4 * 100);
+    // As documented: 2 bytes for each of 8192 inputs, 4 for each of 128 groups, of 100 ranks and of 128 outputs.
+    assert_eq!(scratch.memory_bytes(), 2 * 8192 + 4 * (128 + 100 + 128));
 }
 
 #[test]
 fn layers_without_inputs_or_outputs() {
     for (d_out, d_in) in [(0, 64), (4, 0), (0, 0)] {
-        for double_quant in [false, true] {
-            let layer = layer(d_out, d_in, 2, BlockSize::B64, double_quant);
-            assert_eq!(layer.forward(&Tensor::zeros(d_in, false)).data(), vec![0.0; d_out]);
-            assert!(layer.merge_to_f32().is_empty());
+        for arithmetic in [Arithmetic::SixteenByFour, Arithmetic::F32] {
+            for double_quant in [false, true] {
+                let layer = layer(d_out, d_in, 2, BlockSize::B64, double_quant).with_arithmetic(arithmetic);
+                assert_eq!(layer.forward(&Tensor::zeros(d_in, false)).data(), vec![0.0; d_out]);
+                assert!(layer.merge_to_f32().is_empty());
+                let layer = layer.try_with_bias(vec![0.5; d_out]).unwrap();
+                assert_eq!(layer.forward(&Tensor::zeros(d_in, false)).data(), vec![0.5; d_out]);
+                let (x, mut y) = (vec![0.0; 3 * d_in], vec![0.0; 3 * d_out]);
+                layer.forward_batch_into(&x, &mut layer.scratch_for_batch(3), &mut y).unwrap();
+                assert_eq!(y, vec![0.5; 3 * d_out]);
+            }
         }
     }
+}
+
+#[test]
+fn the_f32_arithmetic_is_the_more_precise() {
+    let (d_out, d_in) = (64, 1024);
+    let mut layer = layer(d_out, d_in, 4, BlockSize::B64, true);
+    let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
+    let exact = truth::forward(&layer, x.data());
+    let mut largest_error = |arithmetic| {
+        layer = layer.clone().with_arithmetic(arithmetic);
+        let y = layer.forward(&x);
+        let errors = y.data().iter().zip(&exact).map(|(y, e)| (f64::from(*y) - e.exact).abs());
+        errors.reduce(f64::max).unwrap()
+    };
+    let (coarse, fine) = (largest_error(Arithmetic::SixteenByFour), largest_error(Arithmetic::F32));
+    // An input of magnitude 1 is kept to 2^-14 by the one and to 2^-24 by the other.
+    assert!(fine * 10.0 < coarse, "16x4 {coarse}, f32 {fine}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 #![cfg(feature = "alloc")]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+mod batch;
 mod errors;
 mod forward;
 mod memory;

@@ -40,6 +40,18 @@ fn memory_stats_are_exact() {
 }
 
 #[test]
+fn a_bias_counts_in_the_total() {
+    let layer = QLoRALayer::new(Tensor::from_vec(normal(4 * 64, 0.02, 1), false), 4, 64, 2, 2.0);
+    let before = layer.memory_stats();
+    let mut bias = Vec::with_capacity(100);
+    bias.extend([1.0, 2.0, 3.0, 4.0]);
+    let layer = layer.try_with_bias(bias.clone()).unwrap();
+    assert_eq!(layer.memory_stats(), MemoryStats { total_bytes: before.total_bytes + 16, ..before });
+    let (_, got, _) = layer.into_parts();
+    assert_eq!(got, Some(bias));
+}
+
+#[test]
 fn gradients_count_once_they_exist() {
     let weight = Tensor::from_vec(normal(4 * 64, 0.02, 1), false);
     let mut layer = QLoRALayer::new(weight, 4, 64, 2, 2.0);

@@ -28,7 +28,7 @@ fn merge_to_f32_is_the_f64_sum_rounded_once() {
                 assert_eq!(bits(&got), bits(&expected), "{d_out}x{d_in}, rank {rank}, {}", k.isa());
             }
             for row in 0..d_out {
-                let mut part = vec![0.0; d_in];
+                let mut part = vec![0.0_f32; d_in];
                 layer.merge_rows_into(row..row + 1, &mut part).unwrap();
                 assert_eq!(bits(&part), bits(&expected[row * d_in..][..d_in]), "row {row}");
             }

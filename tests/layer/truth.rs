@@ -1,6 +1,6 @@
 //! What a forward must give, in f64, and how far it may lie from that.
 
-use nf4::{LoRAAdapter, QLoRALayer};
+use nf4::{Arithmetic, LoRAAdapter, QLoRALayer};
 
 /// The unit roundoff of f32.
 pub(crate) const EPS: f64 = 1.0 / 16_777_216.0;
@@ -12,14 +12,18 @@ pub(crate) struct Output {
     pub(crate) bound: f64,
 }
 
-/// `y = W x + scale * B (A x)` with the dequantized `W`.
+/// `y = W x + scale * B (A x) + bias` with the dequantized `W`.
 pub(crate) fn forward(layer: &QLoRALayer, x: &[f32]) -> Vec<Output> {
     let mut y = base_product(layer, x);
     add_adapter(layer.adapter(), x, &mut y);
+    for (y, b) in y.iter_mut().zip(layer.bias().unwrap_or_default()) {
+        y.exact += f64::from(*b);
+        y.bound += EPS * (y.exact.abs() + y.bound);
+    }
     y
 }
 
-/// `W x`, by 16x4 if blocks are aligned with rows and in f32 otherwise.
+/// `W x`, by 16x4 if blocks are aligned with rows and that arithmetic was not turned off, and in f32 otherwise.
 ///
 /// 16x4 replaces an input `x` of a group with largest magnitude `m` by `q * s`, `s = m / 8191`. `q` is `x / s` rounded to an
 /// integer, where `x / s` has two roundings and is at most 8191, so it is off by at most `0.5 + 8191 * 2 EPS < 0.502`. It
@@ -35,6 +39,7 @@ fn base_product(layer: &QLoRALayer, x: &[f32]) -> Vec<Output> {
     let base = layer.base_weight_quantized();
     let (view, block, cols) = (base.view(), base.block_size().get(), base.cols());
     let group = base.block_size().group();
+    let sixteen_by_four = view.is_row_aligned() && layer.arithmetic() == Arithmetic::SixteenByFour;
     let weights = base.dequantize::<f32>();
     let step: Vec<f64> = x
         .chunks(group)
@@ -50,7 +55,7 @@ fn base_product(layer: &QLoRALayer, x: &[f32]) -> Vec<Output> {
                 let index = row * cols + column;
                 let (w, x) = (f64::from(weights[index]), f64::from(*x));
                 exact += w * x;
-                if view.is_row_aligned() {
+                if sixteen_by_four {
                     let off = f64::from(view.absmax().get(index / block)).abs() * 0.5 / 32767.0;
                     quantization += w.abs() * 0.502 * s + off * (x.abs() + 0.502 * s);
                     magnitude += (w.abs() + off) * (x.abs() + s);
@@ -58,7 +63,7 @@ fn base_product(layer: &QLoRALayer, x: &[f32]) -> Vec<Output> {
                     magnitude += w.abs() * x.abs();
                 }
             }
-            let roundings = if view.is_row_aligned() { cols / group + 10 } else { 2 * (cols / 32 + 2) + 14 };
+            let roundings = if sixteen_by_four { cols / group + 10 } else { 2 * (cols / 32 + 2) + 14 };
             Output { exact, bound: quantization + roundings as f64 * EPS * magnitude }
         })
         .collect()

@@ -1,0 +1,63 @@
+//! Merging an adapter into the weight.
+
+use alloc::vec;
+use alloc::vec::Vec;
+use core::ops::Range;
+
+use nf4_kernels::Float;
+
+use crate::error::{Error, check_len, check_matrix};
+use crate::qlora::QLoRALayer;
+
+impl QLoRALayer {
+    /// The merged weight `dequantize(base) + scale * B A`, row-major `[d_out, d_in]`.
+    ///
+    /// The base is exact, products and sums are f64 in the order of the rank, and each weight is rounded once to f32; the same
+    /// bits everywhere. The result is the only copy made.
+    ///
+    /// # Panics
+    /// If the result does not fit in memory ([`Self::merge_rows_into`] merges in parts), or if `A` or `B` was replaced by a
+    /// tensor of another length.
+    #[must_use]
+    pub fn merge_to_f32(&self) -> Vec<f32> {
+        let mut merged = vec![0.0; self.base_weight_quantized().len()];
+        self.merge_rows_into(0..self.d_out(), &mut merged).expect("all rows, and `merged` was made for them");
+        merged
+    }
+
+    /// Some rows of the merged weight, `[rows.len(), d_in]`, in a buffer of the caller: for merging in small memory.
+    ///
+    /// For f32 these are rows of [`Self::merge_to_f32`]; for [`nf4_kernels::f16`] and [`nf4_kernels::bf16`] the same values,
+    /// rounded to nearest even. One row of f32 is allocated.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are no such rows or `out` does not have `rows.len() * d_in` values;
+    /// [`Error::MatrixLength`] if `A` or `B` was replaced by a tensor of another length.
+    pub fn merge_rows_into<T: Float>(&self, rows: Range<usize>, out: &mut [T]) -> Result<(), Error> {
+        let count = self.base_weight_quantized().view().row_range(rows.clone())?.rows();
+        check_len("merged weights", count * self.d_in(), out.len())?;
+        self.check_adapter()?;
+        let mut merged = vec![0.0; self.d_in()];
+        for (row, out) in rows.zip(out.chunks_mut(self.d_in().max(1))) {
+            self.merge_row(row, &mut merged)?;
+            out.iter_mut().zip(&merged).for_each(|(o, m)| *o = T::from_f32(*m));
+        }
+        Ok(())
+    }
+
+    /// One row of [`Self::merge_to_f32`].
+    fn merge_row(&self, row: usize, out: &mut [f32]) -> Result<(), Error> {
+        self.base_weight_quantized().dequantize_rows(row..row + 1, out)?;
+        self.adapter().add_to_rows(row, out);
+        if let Some(factors) = self.row_factors() {
+            out.iter_mut().for_each(|w| *w *= factors[row]);
+        }
+        Ok(())
+    }
+
+    /// `Ok` if `A` and `B` have the lengths that they were made with.
+    fn check_adapter(&self) -> Result<(), Error> {
+        check_matrix("lora_a", self.lora_a().data(), self.rank(), self.d_in())?;
+        check_matrix("lora_b", self.lora_b().data(), self.d_out(), self.rank())
+    }
+}
