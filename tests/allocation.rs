@@ -1,0 +1,86 @@
+//! The forwards that end in `_into` allocate nothing, and a layer no more than it says; a counting allocator sees to it.
+#![cfg(feature = "alloc")]
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+use allocation_counter::measure;
+use nf4::{Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit, Scratch, bf16, f16};
+
+const RANK: usize = 5;
+
+/// More rows than a forward takes at a time; 96 columns straddle blocks of 64.
+const SHAPES: [[usize; 2]; 3] = [[200, 256], [3, 96], [1, 1]];
+
+fn values(len: usize) -> Vec<f32> {
+    (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
+}
+
+fn base([d_out, d_in]: [usize; 2], double_quant: bool) -> Quantized4Bit {
+    Quantized4Bit::quantize(&values(d_out * d_in), d_out, d_in, BlockSize::B64, double_quant).unwrap()
+}
+
+fn adapter([d_out, d_in]: [usize; 2], rank: usize) -> LoRAAdapter {
+    let (a, b) = (values(rank * d_in), values(d_out * rank));
+    LoRAAdapter::try_from_parts(a, b, [d_out, d_in], rank, 2.0, LoRAScaling::Standard).unwrap()
+}
+
+/// Fails if `run` allocates.
+fn check(name: &str, run: impl FnOnce()) {
+    let info = measure(run);
+    assert_eq!((info.count_total, info.bytes_total), (0, 0), "{name}: {info:?}");
+}
+
+#[test]
+fn the_counter_counts() {
+    let info = measure(|| drop(core::hint::black_box(Vec::<u8>::with_capacity(100))));
+    assert_eq!((info.count_total, info.bytes_total), (1, 100));
+}
+
+#[test]
+fn forwards_into_buffers_allocate_nothing() {
+    for kernels in Kernels::available() {
+        println!("instruction set: {}", kernels.isa());
+        for shape @ [d_out, d_in] in SHAPES {
+            for (double_quant, arithmetic) in [(false, Arithmetic::SixteenByFour), (true, Arithmetic::F32)] {
+                let layer = QLoRALayer::try_from_parts(base(shape, double_quant), adapter(shape, RANK)).unwrap();
+                let layer = layer.try_with_bias(values(d_out)).unwrap();
+                let layer = layer.with_kernels(kernels).with_arithmetic(arithmetic);
+                let name = format!("{d_out}x{d_in}, {arithmetic:?}, {}", kernels.isa());
+                let mut scratch = layer.scratch_for_batch_as(140);
+                // The largest batch, smaller ones, and the largest again.
+                for batch in [140, 3, 1, 140] {
+                    let (x, mut y) = (values(batch * d_in), vec![0.0; batch * d_out]);
+                    check(&name, || layer.forward_batch_into(&x, &mut scratch, &mut y).unwrap());
+                    check(&name, || layer.forward_into(&x[..d_in], &mut scratch, &mut y[..d_out]).unwrap());
+                    let x: Vec<_> = x.into_iter().map(bf16::from_f32).collect();
+                    let mut y = vec![f16::ZERO; batch * d_out];
+                    check(&name, || layer.forward_batch_into_as(&x, &mut scratch, &mut y).unwrap());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn scratch_takes_what_it_says() {
+    for batch in [0, 1, 9] {
+        let info = measure(|| {
+            let mut scratch = Scratch::new();
+            scratch.reserve(256, BlockSize::B64, RANK, batch);
+            core::mem::forget(core::hint::black_box(scratch));
+        });
+        assert_eq!(info.bytes_total, Scratch::bytes(256, BlockSize::B64, RANK, batch) as u64);
+    }
+}
+
+#[test]
+fn a_layer_holds_what_memory_stats_say() {
+    for double_quant in [false, true] {
+        let (base, adapter, bias) = (base([200, 256], double_quant), adapter([200, 256], RANK), values(200));
+        let info = measure(|| {
+            let layer = QLoRALayer::try_from_parts(base.clone(), adapter.clone()).unwrap();
+            core::mem::forget(core::hint::black_box(layer.try_with_bias(bias.clone()).unwrap()));
+        });
+        let layer = QLoRALayer::try_from_parts(base, adapter).unwrap().try_with_bias(bias).unwrap();
+        assert_eq!(info.bytes_total, layer.memory_stats().total_bytes as u64);
+    }
+}
