@@ -101,6 +101,12 @@ impl LoRAAdapter {
         Ok(Self { a, b, d_out, d_in, rank, alpha, scaling, scale: scaling.compute(alpha, rank) })
     }
 
+    /// `Ok` if `A` and `B` have their lengths: either can be replaced by another tensor.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        check_matrix("lora_a", self.a.data(), self.rank, self.d_in)?;
+        check_matrix("lora_b", self.b.data(), self.d_out, self.rank)
+    }
+
     /// `y += scale * B (A x)`: two dense f32 products of the kernels. `low_rank` gets `A x`, `[rank]`.
     ///
     /// A NaN or infinity in `x`, `A` or `B` gives what IEEE 754 says; every NaN in `y` is [`f32::NAN`].
@@ -166,9 +172,20 @@ impl LoRAAdapter {
         &mut self.b
     }
 
+    /// `A` and `B`, both at once.
+    pub(crate) fn a_and_b_mut(&mut self) -> (&mut Tensor, &mut Tensor) {
+        (&mut self.a, &mut self.b)
+    }
+
     /// `A` and `B`, to be trained.
     pub fn trainable_params(&mut self) -> Vec<&mut Tensor> {
         alloc::vec![&mut self.a, &mut self.b]
+    }
+
+    /// Sets the gradients to zero, keeping their memory for the next step.
+    pub fn zero_grad(&mut self) {
+        self.a.zero_grad();
+        self.b.zero_grad();
     }
 
     /// Outputs of the weight.

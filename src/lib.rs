@@ -35,6 +35,10 @@ extern crate alloc;
 #[cfg(feature = "alloc")]
 mod adapter;
 #[cfg(feature = "alloc")]
+mod backward;
+#[cfg(feature = "alloc")]
+mod dense;
+#[cfg(feature = "alloc")]
 mod error;
 #[cfg(feature = "alloc")]
 mod linear;
@@ -44,6 +48,8 @@ mod lora;
 mod memory;
 #[cfg(feature = "alloc")]
 mod merge;
+#[cfg(feature = "alloc")]
+pub mod optim;
 #[cfg(feature = "alloc")]
 mod qlora;
 #[cfg(feature = "alloc")]
@@ -58,6 +64,7 @@ pub use nf4_kernels::*;
 #[cfg(feature = "alloc")]
 pub use {
     adapter::{DEFAULT_SEED, LoRAAdapter, LoRAScaling},
+    backward::BackwardScratch,
     error::Error,
     linear::Arithmetic,
     lora::LoRALayer,

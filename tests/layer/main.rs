@@ -9,6 +9,7 @@ mod memory;
 mod merge;
 mod peft;
 mod tensor;
+mod training;
 mod truth;
 
 use nf4::{BlockSize, Kernels, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit};
