@@ -1,11 +1,12 @@
 //! What a layer was given that does not fit, with the numbers.
 
+use alloc::boxed::Box;
 use core::fmt;
 
 use nf4_kernels::{Float, ShapeError};
 
 /// Why a layer, or a part of one, could not be made or used.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Error {
     /// A slice, a range or a block size does not fit the operation.
@@ -51,11 +52,28 @@ pub enum Error {
         /// Values of the batch.
         got: usize,
     },
+    /// A name that no adapter of a layer has.
+    UnknownAdapter {
+        /// The name.
+        name: Box<str>,
+    },
+    /// A name that another adapter of a layer has.
+    DuplicateAdapter {
+        /// The name.
+        name: Box<str>,
+    },
+    /// Something about one of the adapters of a layer.
+    Adapter {
+        /// Its name.
+        name: Box<str>,
+        /// What.
+        error: Box<Error>,
+    },
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
+        match self {
             Self::Shape(error) => error.fmt(f),
             Self::MatrixLength { what, rows, cols, got } => {
                 write!(f, "{what}: expected {rows} x {cols} values, got {got}")
@@ -70,6 +88,9 @@ impl fmt::Display for Error {
             }
             Self::Alpha { got } => write!(f, "alpha is {got}, which is not finite"),
             Self::Batch { d_in, got } => write!(f, "a batch of vectors of {d_in} values cannot have {got}"),
+            Self::UnknownAdapter { name } => write!(f, "no adapter has the name `{name}`"),
+            Self::DuplicateAdapter { name } => write!(f, "there is already an adapter of the name `{name}`"),
+            Self::Adapter { name, error } => write!(f, "adapter `{name}`: {error}"),
         }
     }
 }
@@ -78,6 +99,7 @@ impl core::error::Error for Error {
     fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
         match self {
             Self::Shape(error) => Some(error),
+            Self::Adapter { error, .. } => Some(error),
             _ => None,
         }
     }

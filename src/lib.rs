@@ -22,7 +22,8 @@
 //!
 //! * **bytes**: [`Nf4Matrix`], a checked view of packed codes and their [`Absmax`];
 //! * **operations**: [`Kernels`], the table of kernels of one instruction set, all with the same bits as result;
-//! * **layers**: [`QLoRALayer`] on a [`Quantized4Bit`] base and a [`LoRAAdapter`], and [`LoRALayer`] on a dense base.
+//! * **layers**: [`QLoRALayer`], a [`Quantized4Bit`] base and a [`LoRAAdapter`]; [`MultiAdapterLayer`], many adapters on one
+//!   base; and [`LoRALayer`], on a dense base.
 //!
 //! The first two come from `nf4-kernels`, which never allocates. What owns its data needs the feature `alloc` (default);
 //! without it this crate is only those two. The crate is `no_std` and has no unsafe code.
@@ -49,6 +50,8 @@ mod memory;
 #[cfg(feature = "alloc")]
 mod merge;
 #[cfg(feature = "alloc")]
+mod multi;
+#[cfg(feature = "alloc")]
 pub mod optim;
 #[cfg(feature = "alloc")]
 mod qlora;
@@ -69,6 +72,7 @@ pub use {
     linear::Arithmetic,
     lora::LoRALayer,
     memory::MemoryStats,
+    multi::MultiAdapterLayer,
     qlora::QLoRALayer,
     quantized::{AbsmaxBuf, Quantized4Bit},
     scratch::Scratch,

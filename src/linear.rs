@@ -56,6 +56,16 @@ impl Linear {
         self.weight.cols()
     }
 
+    /// `Ok` if the adapter was made for this weight, and has the tensors that it was made with.
+    pub(crate) fn check_adapter(&self, adapter: &LoRAAdapter) -> Result<(), Error> {
+        let (base, adapter_shape) = ([self.d_out(), self.d_in()], [adapter.d_out(), adapter.d_in()]);
+        if base != adapter_shape {
+            return Err(Error::Mismatch { base, adapter: adapter_shape });
+        }
+        check_matrix("lora_a", adapter.a().data(), adapter.rank(), adapter.d_in())?;
+        check_matrix("lora_b", adapter.b().data(), adapter.d_out(), adapter.rank())
+    }
+
     /// Bytes of the bias.
     pub(crate) fn bias_bytes(&self) -> usize {
         self.bias.as_deref().map_or(0, size_of_val)
@@ -179,8 +189,7 @@ impl Linear {
         for n in 0..batch {
             let mut sum = 0_usize;
             for Term { adapter, .. } in terms(n) {
-                check_matrix("lora_a", adapter.a().data(), adapter.rank(), self.d_in())?;
-                check_matrix("lora_b", adapter.b().data(), self.d_out(), adapter.rank())?;
+                self.check_adapter(adapter)?;
                 sum = sum.saturating_add(adapter.rank());
             }
             largest = largest.max(sum);

@@ -6,7 +6,7 @@ use core::ops::Range;
 
 use nf4_kernels::Float;
 
-use crate::error::{Error, check_len, check_matrix};
+use crate::error::{Error, check_len};
 use crate::qlora::QLoRALayer;
 
 impl QLoRALayer {
@@ -36,7 +36,7 @@ impl QLoRALayer {
     pub fn merge_rows_into<T: Float>(&self, rows: Range<usize>, out: &mut [T]) -> Result<(), Error> {
         let count = self.base_weight_quantized().view().row_range(rows.clone())?.rows();
         check_len("merged weights", count * self.d_in(), out.len())?;
-        self.check_adapter()?;
+        self.linear.check_adapter(&self.adapter)?;
         let mut merged = vec![0.0; self.d_in()];
         for (row, out) in rows.zip(out.chunks_mut(self.d_in().max(1))) {
             self.merge_row(row, &mut merged)?;
@@ -53,11 +53,5 @@ impl QLoRALayer {
             out.iter_mut().for_each(|w| *w *= factors[row]);
         }
         Ok(())
-    }
-
-    /// `Ok` if `A` and `B` have the lengths that they were made with.
-    fn check_adapter(&self) -> Result<(), Error> {
-        check_matrix("lora_a", self.lora_a().data(), self.rank(), self.d_in())?;
-        check_matrix("lora_b", self.lora_b().data(), self.d_out(), self.rank())
     }
 }

@@ -114,13 +114,12 @@ impl QLoRALayer {
     /// A layer from a quantized base, of any block size, and an adapter for its shape.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if base and adapter differ in `[d_out, d_in]`.
+    /// [`Error::Mismatch`] if base and adapter differ in `[d_out, d_in]`; [`Error::MatrixLength`] if the tensors of the adapter
+    /// were replaced by others.
     pub fn try_from_parts(base: Quantized4Bit, adapter: LoRAAdapter) -> Result<Self, Error> {
-        let shapes = ([base.rows(), base.cols()], [adapter.d_out(), adapter.d_in()]);
-        if shapes.0 != shapes.1 {
-            return Err(Error::Mismatch { base: shapes.0, adapter: shapes.1 });
-        }
-        Ok(Self { linear: Linear::new(base), adapter })
+        let linear = Linear::new(base);
+        linear.check_adapter(&adapter)?;
+        Ok(Self { linear, adapter })
     }
 
     /// The same layer with a bias, `[d_out]`, instead of the one that it had, if any.

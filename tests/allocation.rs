@@ -3,7 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use allocation_counter::measure;
-use nf4::{Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit, Scratch, bf16, f16};
+use nf4::{
+    Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, MultiAdapterLayer, QLoRALayer, Quantized4Bit, Scratch,
+    bf16, f16,
+};
 
 const RANK: usize = 5;
 
@@ -56,6 +59,28 @@ fn forwards_into_buffers_allocate_nothing() {
                     check(&name, || layer.forward_batch_into_as(&x, &mut scratch, &mut y).unwrap());
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn many_adapters_allocate_nothing() {
+    for shape @ [d_out, d_in] in SHAPES {
+        let mut layer = MultiAdapterLayer::new(base(shape, true));
+        layer.add("a", adapter(shape, 3)).unwrap();
+        layer.add("b", adapter(shape, 40)).unwrap();
+        let mut scratch = layer.scratch(5);
+        scratch.reserve_inputs(d_in, 5);
+        for (batch, choice) in [(5, &[Some("b"), None, Some("a"), None, Some("b")][..]), (1, &[Some("a")])] {
+            let (x, mut y) = (values(batch * d_in), vec![0.0; batch * d_out]);
+            for active in [&[][..], &["a"], &["b", "a"]] {
+                layer.set_active(active).unwrap();
+                check("active", || layer.forward_batch_into(&x, &mut scratch, &mut y).unwrap());
+                check("one", || layer.forward_into(&x[..d_in], &mut scratch, &mut y[..d_out]).unwrap());
+                check("types", || layer.forward_batch_into_as(&x, &mut scratch, &mut y).unwrap());
+            }
+            check("chosen", || layer.forward_batch_with_into(&x, choice, &mut scratch, &mut y).unwrap());
+            check("types", || layer.forward_batch_with_into_as(&x, choice, &mut scratch, &mut y).unwrap());
         }
     }
 }

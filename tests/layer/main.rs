@@ -7,6 +7,7 @@ mod errors;
 mod forward;
 mod memory;
 mod merge;
+mod multi;
 mod peft;
 mod tensor;
 mod training;

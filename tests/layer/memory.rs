@@ -102,6 +102,7 @@ fn layers_can_be_shared_and_sent() {
     check::<Tensor>();
     check::<LoRALayer>();
     check::<QLoRALayer>();
+    check::<nf4::MultiAdapterLayer>();
     check::<Quantized4Bit>();
     check::<nf4::LoRAAdapter>();
     check::<nf4::Scratch>();
