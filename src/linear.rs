@@ -6,9 +6,12 @@ use alloc::vec::Vec;
 use nf4_kernels::{Float, Kernels};
 
 use crate::adapter::LoRAAdapter;
-use crate::error::{Error, check_batch, check_finite, check_len, check_matrix};
+use crate::error::{Error, check_batch, check_finite, check_len};
 use crate::quantized::Quantized4Bit;
-use crate::scratch::{Scratch, TILE_ROWS, Work};
+use crate::scratch::{Scratch, Work};
+
+/// Rows of the base product that are finished at a time, on the stack.
+const ROWS: usize = 128;
 
 /// How a forward multiplies by the base weight. Adapters and bias are f32 in either case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -62,8 +65,7 @@ impl Linear {
         if base != adapter_shape {
             return Err(Error::Mismatch { base, adapter: adapter_shape });
         }
-        check_matrix("lora_a", adapter.a().data(), adapter.rank(), adapter.d_in())?;
-        check_matrix("lora_b", adapter.b().data(), adapter.d_out(), adapter.rank())
+        adapter.check()
     }
 
     /// Bytes of the bias.
@@ -74,7 +76,7 @@ impl Linear {
     /// Scratch for batches of f32 vectors whose adapters have ranks that add up to at most `rank`.
     pub(crate) fn scratch(&self, rank: usize, batch: usize) -> Scratch {
         let mut scratch = Scratch::new();
-        scratch.reserve(self.d_in(), self.weight.block_size(), rank, batch);
+        scratch.reserve([self.d_out(), self.d_in()], self.weight.block_size(), rank, batch);
         scratch
     }
 
@@ -95,7 +97,7 @@ impl Linear {
     /// `y[n] = g (W x[n] + sum of factor * B (A x[n])) + bias`, where `terms` gives the adapters of vector `n` and `g` is
     /// `row_factors`, one a row. `x` is `[batch, d_in]`, `y` `[batch, d_out]`.
     ///
-    /// Rows are taken [`TILE_ROWS`] at a time. A row and a vector have the same bits whatever is computed beside them:
+    /// A row and a vector have the same bits whatever is computed beside them:
     ///
     /// 1. the base product;
     /// 2. plus each term in turn, by [`Kernels::gemv_dense`] with `A` and [`Kernels::gemv_dense_add`] with `B`;
@@ -114,7 +116,7 @@ impl Linear {
         let (d_out, d_in, kernels) = (self.d_out(), self.d_in(), self.kernels);
         let rank = self.check_terms(batch, &terms)?;
         let block_size = self.weight.block_size();
-        let buffers = work.buffers(d_in, block_size, rank, batch)?;
+        let buffers = work.buffers([d_out, d_in], block_size, rank, batch)?;
         let activations = match self.arithmetic {
             Arithmetic::F32 => None,
             Arithmetic::SixteenByFour => {
@@ -129,20 +131,19 @@ impl Linear {
                 kernels.gemv_dense(term.adapter.a().data(), x, product)?;
             }
         }
-        let view = self.weight.view();
-        for first in (0..d_out).step_by(TILE_ROWS) {
-            let rows = first..d_out.min(first + TILE_ROWS);
-            let (count, part) = (rows.len(), view.row_range(rows.clone())?);
-            let tile = &mut buffers.tile[..count * batch];
-            match &activations {
-                _ if d_in == 0 => tile.fill(0.0),
-                Some(activations) => kernels.gemm(&part, activations, tile)?,
-                None => kernels.gemm_f32(&part, x, tile)?,
-            }
+        let (view, product) = (self.weight.view(), buffers.product);
+        match &activations {
+            _ if d_in == 0 => product.fill(0.0),
+            Some(activations) => kernels.gemm(&view, activations, product)?,
+            None => kernels.gemm_f32(&view, x, product)?,
+        }
+        for first in (0..d_out).step_by(ROWS) {
+            let rows = first..d_out.min(first + ROWS);
             for n in 0..batch {
-                let mut sums = [0.0; TILE_ROWS];
-                let sums = &mut sums[..count];
-                sums.iter_mut().zip(tile[n..].iter().step_by(batch)).for_each(|(s, t)| *s = *t);
+                let mut sums = [0.0; ROWS];
+                let sums = &mut sums[..rows.len()];
+                let products = product[first * batch + n..].iter().step_by(batch);
+                sums.iter_mut().zip(products).for_each(|(s, p)| *s = *p);
                 let mut low_rank = &buffers.low_rank[n * rank..][..rank];
                 for Term { adapter, factor } in terms(n) {
                     let (rank, product) = (adapter.rank(), low_rank.split_at(adapter.rank()));
@@ -178,8 +179,7 @@ impl Linear {
         self.forward(inputs, terms, row_factors, work, y)
     }
 
-    /// The largest sum of ranks that a vector has, if all adapters have the lengths that they were made with: the tensors of
-    /// an adapter can be replaced by others.
+    /// The largest sum of ranks that a vector has, if all adapters fit.
     fn check_terms<'a, T: Iterator<Item = Term<'a>>>(
         &self,
         batch: usize,

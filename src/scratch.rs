@@ -6,21 +6,18 @@ use nf4_kernels::{Activations, BlockSize, ShapeError};
 
 use crate::error::Error;
 
-/// Rows of the base that a forward takes at a time.
-pub(crate) const TILE_ROWS: usize = 128;
-
 /// Working memory of the forwards that end in `_into`, made once and used for any number of forwards and layers.
 ///
-/// For each vector of a batch, a layer with `d_in` inputs and adapters of rank `r` needs
+/// For each vector of a batch, a layer `[d_out, d_in]` with adapters of rank `r` needs
 ///
 /// * [`Activations::values_len`] `i16`: `d_in` rounded up to a multiple of 64,
 /// * [`Activations::scales_len`] f32: `d_in / 64` (`d_in / 32` with block size 32); these two are 0 if `d_in` is not a multiple
 ///   of 64 (32 with block size 32),
 /// * `r` f32,
-/// * 128 f32 for outputs,
+/// * `d_out` f32,
 ///
-/// which [`Self::bytes`] adds up; and for inputs that are not f32 (`_as`) `d_in` f32 more. It does not depend on the outputs
-/// of the layer. A forward leaves nothing in it that the next one reads.
+/// which [`Self::bytes`] adds up; and for inputs that are not f32 (`_as`) `d_in` f32 more. A forward leaves nothing in it that
+/// the next one reads.
 #[derive(Debug, Clone, Default)]
 pub struct Scratch {
     inputs: Vec<f32>,
@@ -31,21 +28,21 @@ impl Scratch {
     /// Scratch that is too small for any layer yet; see [`Self::reserve`] and [`crate::QLoRALayer::scratch`].
     #[must_use]
     pub const fn new() -> Self {
-        let work = Work { values: Vec::new(), scales: Vec::new(), low_rank: Vec::new(), tile: Vec::new() };
+        let work = Work { values: Vec::new(), scales: Vec::new(), low_rank: Vec::new(), product: Vec::new() };
         Self { inputs: Vec::new(), work }
     }
 
-    /// Grows, if need be, so that layers with these numbers fit as well as those before. `rank` is the sum of the ranks of
+    /// Grows, if need be, so that layers with these numbers fit as well as those before. `shape` is `[d_out, d_in]`, `rank` the sum of the ranks of
     /// the adapters that a vector meets.
     ///
     /// # Panics
     /// If it does not fit in memory.
-    pub fn reserve(&mut self, d_in: usize, block_size: BlockSize, rank: usize, batch: usize) {
-        let need = Need::new(d_in, block_size, rank, batch);
+    pub fn reserve(&mut self, shape: [usize; 2], block_size: BlockSize, rank: usize, batch: usize) {
+        let need = Need::new(shape, block_size, rank, batch);
         grow(&mut self.work.values, need.values);
         grow(&mut self.work.scales, need.scales);
         grow(&mut self.work.low_rank, need.low_rank);
-        grow(&mut self.work.tile, need.tile);
+        grow(&mut self.work.product, need.product);
     }
 
     /// Grows, if need be, so that `batch` vectors of `d_in` inputs can be converted to f32: for the forwards that end in `_as`.
@@ -58,17 +55,17 @@ impl Scratch {
 
     /// Bytes that [`Self::reserve`] with these numbers takes; `usize::MAX` if there are more.
     #[must_use]
-    pub const fn bytes(d_in: usize, block_size: BlockSize, rank: usize, batch: usize) -> usize {
-        let need = Need::new(d_in, block_size, rank, batch);
-        let floats = need.scales.saturating_add(need.low_rank).saturating_add(need.tile);
+    pub const fn bytes(shape: [usize; 2], block_size: BlockSize, rank: usize, batch: usize) -> usize {
+        let need = Need::new(shape, block_size, rank, batch);
+        let floats = need.scales.saturating_add(need.low_rank).saturating_add(need.product);
         need.values.saturating_mul(size_of::<i16>()).saturating_add(floats.saturating_mul(size_of::<f32>()))
     }
 
     /// Bytes on the heap.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        let Work { values, scales, low_rank, tile } = &self.work;
-        let floats = scales.capacity() + low_rank.capacity() + tile.capacity() + self.inputs.capacity();
+        let Work { values, scales, low_rank, product } = &self.work;
+        let floats = scales.capacity() + low_rank.capacity() + product.capacity() + self.inputs.capacity();
         values.capacity() * size_of::<i16>() + floats * size_of::<f32>()
     }
 
@@ -89,7 +86,7 @@ pub(crate) struct Work {
     values: Vec<i16>,
     scales: Vec<f32>,
     low_rank: Vec<f32>,
-    tile: Vec<f32>,
+    product: Vec<f32>,
 }
 
 /// The parts of [`Work`] at their exact lengths.
@@ -101,24 +98,24 @@ pub(crate) struct Buffers<'a> {
     pub(crate) scales: &'a mut [f32],
     /// `A x` of each adapter, `[batch, rank]`.
     pub(crate) low_rank: &'a mut [f32],
-    /// Base products, `[TILE_ROWS, batch]`.
-    pub(crate) tile: &'a mut [f32],
+    /// The base product, `[d_out, batch]`.
+    pub(crate) product: &'a mut [f32],
 }
 
 impl Work {
     pub(crate) fn buffers(
         &mut self,
-        d_in: usize,
+        shape: [usize; 2],
         block_size: BlockSize,
         rank: usize,
         batch: usize,
     ) -> Result<Buffers<'_>, Error> {
-        let need = Need::new(d_in, block_size, rank, batch);
+        let need = Need::new(shape, block_size, rank, batch);
         Ok(Buffers {
             values: take("scratch for activation values", &mut self.values, need.values)?,
             scales: take("scratch for activation scales", &mut self.scales, need.scales)?,
             low_rank: take("scratch for the low-rank product", &mut self.low_rank, need.low_rank)?,
-            tile: take("scratch for outputs", &mut self.tile, need.tile)?,
+            product: take("scratch for the base product", &mut self.product, need.product)?,
         })
     }
 }
@@ -128,16 +125,17 @@ struct Need {
     values: usize,
     scales: usize,
     low_rank: usize,
-    tile: usize,
+    product: usize,
 }
 
 impl Need {
-    const fn new(d_in: usize, block_size: BlockSize, rank: usize, batch: usize) -> Self {
+    const fn new(shape: [usize; 2], block_size: BlockSize, rank: usize, batch: usize) -> Self {
+        let [d_out, d_in] = shape;
         Self {
             values: Activations::values_len(d_in, block_size).saturating_mul(batch),
             scales: Activations::scales_len(d_in, block_size).saturating_mul(batch),
             low_rank: rank.saturating_mul(batch),
-            tile: TILE_ROWS.saturating_mul(batch),
+            product: d_out.saturating_mul(batch),
         }
     }
 }

@@ -10,7 +10,7 @@ use nf4::{
 
 const RANK: usize = 5;
 
-/// More rows than a forward takes at a time; 96 columns straddle blocks of 64.
+/// More rows than a forward finishes at a time; 96 columns straddle blocks of 64.
 const SHAPES: [[usize; 2]; 3] = [[200, 256], [3, 96], [1, 1]];
 
 fn values(len: usize) -> Vec<f32> {
@@ -90,10 +90,10 @@ fn scratch_takes_what_it_says() {
     for batch in [0, 1, 9] {
         let info = measure(|| {
             let mut scratch = Scratch::new();
-            scratch.reserve(256, BlockSize::B64, RANK, batch);
+            scratch.reserve([200, 256], BlockSize::B64, RANK, batch);
             core::mem::forget(core::hint::black_box(scratch));
         });
-        assert_eq!(info.bytes_total, Scratch::bytes(256, BlockSize::B64, RANK, batch) as u64);
+        assert_eq!(info.bytes_total, Scratch::bytes([200, 256], BlockSize::B64, RANK, batch) as u64);
     }
 }
 

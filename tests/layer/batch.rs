@@ -61,16 +61,16 @@ fn a_bad_vector_leaves_its_neighbours_alone() {
 fn a_scratch_serves_smaller_batches_and_leaves_nothing_behind() {
     let layer = layer(150, 128, 3, BlockSize::B64, false);
     let mut scratch = layer.scratch_for_batch(9);
-    assert_eq!(scratch.memory_bytes(), Scratch::bytes(128, BlockSize::B64, 3, 9));
-    // As documented: 2 bytes for each of 128 inputs, 4 for each of 2 groups, of 3 ranks and of 128 outputs; 9 times.
-    assert_eq!(scratch.memory_bytes(), 9 * (2 * 128 + 4 * (2 + 3 + 128)));
+    assert_eq!(scratch.memory_bytes(), Scratch::bytes([150, 128], BlockSize::B64, 3, 9));
+    // As documented: 2 bytes for each of 128 inputs, 4 for each of 2 groups, of 3 ranks and of 150 outputs; 9 times.
+    assert_eq!(scratch.memory_bytes(), 9 * (2 * 128 + 4 * (2 + 3 + 150)));
     for batch in [9, 2, 1, 0, 8] {
         let x = normal(batch * 128, 1.0, 4);
         let mut y = vec![f32::NAN; batch * 150];
         layer.forward_batch_into(&x, &mut scratch, &mut y).unwrap();
         assert_eq!(bits(&y), bits(&one_by_one(&layer, &x)), "{batch}");
     }
-    assert_eq!(Scratch::bytes(1 << 20, BlockSize::B64, 8, usize::MAX), usize::MAX);
+    assert_eq!(Scratch::bytes([1, 1 << 20], BlockSize::B64, 8, usize::MAX), usize::MAX);
 }
 
 /// Inputs and outputs of any two types: what f32 gives for the converted inputs, rounded once.
@@ -84,7 +84,7 @@ fn check_types<X: Float, Y: Float>() {
                 let expected = one_by_one(&layer, &x.iter().map(|x| x.to_f32()).collect::<Vec<_>>());
                 let mut y = vec![Y::from_f32(f32::NAN); batch * d_out];
                 let mut scratch = layer.scratch_for_batch_as(batch);
-                let bytes = Scratch::bytes(d_in, BlockSize::B64, rank, batch);
+                let bytes = Scratch::bytes([d_out, d_in], BlockSize::B64, rank, batch);
                 assert_eq!(scratch.memory_bytes(), bytes + 4 * batch * d_in);
                 layer.forward_batch_into_as(&x, &mut scratch, &mut y).unwrap();
                 for (y, e) in y.iter().zip(expected) {

@@ -137,7 +137,7 @@ fn adapters_come_and_go() {
     let (stats, base) = (layer.memory_stats(), layer.base_weight_quantized().memory_bytes());
     assert_eq!((stats.base_quantized_bytes, stats.lora_bytes), (base, (1 + 3 + 8) * (4 + 64) * 4));
     assert_eq!(stats.total_bytes, base + stats.lora_bytes + 4 * 4);
-    assert_eq!(layer.scratch(7).memory_bytes(), Scratch::bytes(64, BlockSize::B64, 1 + 3 + 8, 7));
+    assert_eq!(layer.scratch(7).memory_bytes(), Scratch::bytes([4, 64], BlockSize::B64, 1 + 3 + 8, 7));
     assert_eq!(layer.bias().map(<[f32]>::len), Some(4));
 }
 
@@ -177,7 +177,7 @@ fn errors_name_the_adapter() {
 
     let (x, mut y) = ([0.0; 64], [0.0; 4]);
     let mut small = Scratch::new();
-    small.reserve(64, BlockSize::B64, 0, 1);
+    small.reserve([4, 64], BlockSize::B64, 0, 1);
     let got = layer.forward_into(&x, &mut small, &mut y);
     assert_eq!(message(got), "scratch for the low-rank product: expected length 1, got 0");
     assert_eq!(message(layer.try_forward(&Tensor::zeros(65, false))), "input: expected length 64, got 65");
