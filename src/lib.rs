@@ -22,11 +22,11 @@
 //!
 //! * **bytes**: [`Nf4Matrix`], a checked view of packed codes and their [`Absmax`];
 //! * **operations**: [`Kernels`], the table of kernels of one instruction set, all with the same bits as result;
-//! * **layers**: [`QLoRALayer`], a [`Quantized4Bit`] base and a [`LoRAAdapter`]; [`MultiAdapterLayer`], many adapters on one
-//!   base; and [`LoRALayer`], on a dense base.
+//! * **layers**: [`QLoRALayer`], a [`Quantized4Bit`] base and a [`LoRAAdapter`]; [`MultiAdapterLayer`], many adapters
+//!   on one base; and [`LoRALayer`], on a dense base.
 //!
-//! The first two come from `nf4-kernels`, which never allocates. What owns its data needs the feature `alloc` (default);
-//! without it this crate is only those two. The crate is `no_std` and has no unsafe code.
+//! The first two come from `nf4-kernels`, which never allocates. What owns its data needs the feature `alloc`
+//! (default); without it this crate is only those two. The crate is `no_std` and has no unsafe code.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -58,6 +58,8 @@ mod qlora;
 #[cfg(feature = "alloc")]
 mod quantized;
 #[cfg(feature = "alloc")]
+mod requantize;
+#[cfg(feature = "alloc")]
 mod scratch;
 #[cfg(feature = "alloc")]
 mod tensor;
@@ -75,6 +77,7 @@ pub use {
     multi::MultiAdapterLayer,
     qlora::QLoRALayer,
     quantized::{AbsmaxBuf, Quantized4Bit},
+    requantize::RequantizeError,
     scratch::Scratch,
     tensor::Tensor,
 };

@@ -16,8 +16,9 @@ const ROWS: usize = 128;
 /// How a forward multiplies by the base weight. Adapters and bias are f32 in either case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Arithmetic {
-    /// The 16x4 product: 16-bit codebook times activations of 14 bits with an f32 scale for each 64, about as precise as f16
-    /// activations, and the faster one. Where blocks straddle rows it is the f32 product. See [`nf4_kernels::spec`].
+    /// The 16x4 product: 16-bit codebook times activations of 14 bits with an f32 scale for each 64, about as precise
+    /// as f16 activations, and the faster one. Where blocks straddle rows it is the f32 product. See
+    /// [`nf4_kernels::spec`].
     #[default]
     SixteenByFour,
     /// The f32 product: f32 codebook, f32 activations. See [`nf4_kernels::spec`].
@@ -94,8 +95,8 @@ impl Linear {
         Ok(batch)
     }
 
-    /// `y[n] = g (W x[n] + sum of factor * B (A x[n])) + bias`, where `terms` gives the adapters of vector `n` and `g` is
-    /// `row_factors`, one a row. `x` is `[batch, d_in]`, `y` `[batch, d_out]`.
+    /// `y[n] = g (W x[n] + sum of factor * B (A x[n])) + bias`, where `terms` gives the adapters of vector `n` and `g`
+    /// is `row_factors`, one a row. `x` is `[batch, d_in]`, `y` `[batch, d_out]`.
     ///
     /// A row and a vector have the same bits whatever is computed beside them:
     ///

@@ -2,8 +2,8 @@
 
 use crate::linear::Linear;
 
-/// Bytes on the heap of a layer on a [`crate::Quantized4Bit`] base; all that it holds, exactly. The layer's own struct is not
-/// counted, nor are the names of adapters.
+/// Bytes on the heap of a layer on a [`crate::Quantized4Bit`] base; all that it holds, exactly. The layer's own struct
+/// is not counted, nor are the names of adapters.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MemoryStats {
     /// What the base weight would take in f32: `d_out * d_in * 4`. It is not held.

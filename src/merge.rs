@@ -12,12 +12,12 @@ use crate::qlora::QLoRALayer;
 impl QLoRALayer {
     /// The merged weight `dequantize(base) + scale * B A`, row-major `[d_out, d_in]`.
     ///
-    /// The base is exact, products and sums are f64 in the order of the rank, and each weight is rounded once to f32; the same
-    /// bits everywhere. The result is the only copy made.
+    /// The base is exact, products and sums are f64 in the order of the rank, and each weight is rounded once to f32;
+    /// the same bits everywhere. Beside the result one row is held.
     ///
     /// # Panics
-    /// If the result does not fit in memory ([`Self::merge_rows_into`] merges in parts), or if `A` or `B` was replaced by a
-    /// tensor of another length.
+    /// If the result does not fit in memory ([`Self::merge_rows_into`] merges in parts), or if `A` or `B` was replaced
+    /// by a tensor of another length.
     #[must_use]
     pub fn merge_to_f32(&self) -> Vec<f32> {
         let mut merged = vec![0.0; self.base_weight_quantized().len()];
@@ -27,8 +27,8 @@ impl QLoRALayer {
 
     /// Some rows of the merged weight, `[rows.len(), d_in]`, in a buffer of the caller: for merging in small memory.
     ///
-    /// For f32 these are rows of [`Self::merge_to_f32`]; for [`nf4_kernels::f16`] and [`nf4_kernels::bf16`] the same values,
-    /// rounded to nearest even. One row of f32 is allocated.
+    /// For f32 these are rows of [`Self::merge_to_f32`]; for [`nf4_kernels::f16`] and [`nf4_kernels::bf16`] the same
+    /// values, rounded to nearest even. One row of f32 is allocated.
     ///
     /// # Errors
     /// [`Error::Shape`] if there are no such rows or `out` does not have `rows.len() * d_in` values;
@@ -46,11 +46,11 @@ impl QLoRALayer {
     }
 
     /// One row of [`Self::merge_to_f32`].
-    fn merge_row(&self, row: usize, out: &mut [f32]) -> Result<(), Error> {
-        self.base_weight_quantized().dequantize_rows(row..row + 1, out)?;
-        self.adapter().add_to_rows(row, out);
+    pub(crate) fn merge_row(&self, row: usize, out: &mut [f32]) -> Result<(), Error> {
+        self.kernels().dequantize(&self.linear.weight.view().row_range(row..row + 1)?, out)?;
+        self.adapter.add_to_rows(row, out);
         if let Some(factors) = self.row_factors() {
-            out.iter_mut().for_each(|w| *w *= factors[row]);
+            out.iter_mut().for_each(|w| *w = f32::from_f32(*w * factors[row]));
         }
         Ok(())
     }

@@ -13,15 +13,16 @@ use crate::quantized::Quantized4Bit;
 use crate::scratch::Scratch;
 use crate::tensor::Tensor;
 
-/// A linear layer with a frozen NF4 base weight `W` `[d_out, d_in]` and any number of named adapters, each with a weight:
-/// `y = W x + sum of weight * scale * B (A x) + bias` over the active ones, or over the one that was chosen for a vector.
+/// A linear layer with a frozen NF4 base weight `W` `[d_out, d_in]` and any number of named adapters, each with a
+/// weight: `y = W x + sum of weight * scale * B (A x) + bias` over the active ones, or over the one that was chosen for
+/// a vector.
 ///
-/// The base is held once, and no adapter is ever merged into it: adapters are added, switched, weighted and removed at the
-/// cost of the adapter alone. All forwards take `&self`, so threads share one layer, each with a [`Scratch`] of its own.
-/// Without an active adapter it is the quantized linear layer alone.
+/// The base is held once, and no adapter is ever merged into it: adapters are added, switched, weighted and removed at
+/// the cost of the adapter alone. All forwards take `&self`, so threads share one layer, each with a [`Scratch`] of its
+/// own. Without an active adapter it is the quantized linear layer alone.
 ///
-/// The arithmetic is that of [`crate::QLoRALayer`]; with one adapter of weight 1 the bits are the same too. Adapters are added
-/// up in the order of their names, so it does not matter in which order they came.
+/// The arithmetic is that of [`crate::QLoRALayer`]; with one adapter of weight 1 the bits are the same too. Adapters
+/// are added up in the order of their names, so it does not matter in which order they came.
 ///
 /// ```
 /// use nf4::{BlockSize, LoRAAdapter, LoRAScaling, MultiAdapterLayer, Quantized4Bit, Tensor};
@@ -102,8 +103,8 @@ impl MultiAdapterLayer {
     /// Adds an adapter, with weight 1 and not active.
     ///
     /// # Errors
-    /// [`Error::DuplicateAdapter`] if there is one of this name; [`Error::Adapter`] around [`Error::Mismatch`] if it was made
-    /// for another `[d_out, d_in]`, or around [`Error::MatrixLength`] if its tensors were replaced by others.
+    /// [`Error::DuplicateAdapter`] if there is one of this name; [`Error::Adapter`] around [`Error::Mismatch`] if it
+    /// was made for another `[d_out, d_in]`, or around [`Error::MatrixLength`] if its tensors were replaced by others.
     pub fn add(&mut self, name: &str, adapter: LoRAAdapter) -> Result<(), Error> {
         let Err(place) = self.search(name) else { return Err(Error::DuplicateAdapter { name: name.into() }) };
         self.linear.check_adapter(&adapter).map_err(|error| in_adapter(name, error))?;
@@ -123,7 +124,8 @@ impl MultiAdapterLayer {
     /// Gives an adapter another name. It keeps its weight and stays active if it was.
     ///
     /// # Errors
-    /// [`Error::UnknownAdapter`] if there is none of this name; [`Error::DuplicateAdapter`] if there is another of the new name.
+    /// [`Error::UnknownAdapter`] if there is none of this name; [`Error::DuplicateAdapter`] if there is another of the
+    /// new name.
     pub fn rename(&mut self, name: &str, new_name: &str) -> Result<(), Error> {
         let place = self.search(name).map_err(|_| unknown(name))?;
         if name != new_name && self.search(new_name).is_ok() {
@@ -145,11 +147,12 @@ impl MultiAdapterLayer {
         Ok(())
     }
 
-    /// Sets the weight of an adapter: what its scale is multiplied by, in f32, in every forward. It may be zero or negative.
+    /// Sets the weight of an adapter: what its scale is multiplied by, in f32, in every forward. It may be zero or
+    /// negative.
     ///
     /// # Errors
-    /// [`Error::UnknownAdapter`] if there is none of this name; [`Error::Adapter`] around [`Error::NotFinite`] if the weight or
-    /// its product with the scale is NaN or infinite.
+    /// [`Error::UnknownAdapter`] if there is none of this name; [`Error::Adapter`] around [`Error::NotFinite`] if the
+    /// weight or its product with the scale is NaN or infinite.
     pub fn set_weight(&mut self, name: &str, weight: f32) -> Result<(), Error> {
         let place = self.search(name).map_err(|_| unknown(name))?;
         let adapter = &mut self.adapters[place];
@@ -199,8 +202,8 @@ impl MultiAdapterLayer {
 
 /// Products with the active adapters.
 impl MultiAdapterLayer {
-    /// The product of one vector with the active adapters. `x` has `d_in` values, `y` has `d_out`. NaN and infinity do what
-    /// they do in [`crate::QLoRALayer::forward`].
+    /// The product of one vector with the active adapters. `x` has `d_in` values, `y` has `d_out`. NaN and infinity do
+    /// what they do in [`crate::QLoRALayer::forward`].
     ///
     /// # Panics
     /// Where [`Self::try_forward`] gives an error.
@@ -220,7 +223,8 @@ impl MultiAdapterLayer {
         Ok(y)
     }
 
-    /// As [`Self::forward`], in buffers of the caller and without allocation; `scratch` as for [`Self::forward_batch_into`].
+    /// As [`Self::forward`], in buffers of the caller and without allocation; `scratch` as for
+    /// [`Self::forward_batch_into`].
     ///
     /// # Errors
     /// [`Error::Shape`] if `x` does not have `d_in` values, `y` not `d_out`, or `scratch` is too small.
@@ -230,8 +234,9 @@ impl MultiAdapterLayer {
         self.forward_batch_into(x, scratch, y)
     }
 
-    /// The product of each vector of a batch with the active adapters: `x` is `[batch, d_in]`, the result `[batch, d_out]`. Each
-    /// output has the bits that [`Self::forward`] gives. A layer without inputs takes every batch for an empty one.
+    /// The product of each vector of a batch with the active adapters: `x` is `[batch, d_in]`, the result
+    /// `[batch, d_out]`. Each output has the bits that [`Self::forward`] gives. A layer without inputs takes every batch
+    /// for an empty one.
     ///
     /// # Panics
     /// Where [`Self::try_forward_batch`] gives an error.
@@ -252,12 +257,12 @@ impl MultiAdapterLayer {
         Ok(y)
     }
 
-    /// As [`Self::forward_batch`], in buffers of the caller and without allocation. `scratch` comes from [`Self::scratch`] for at
-    /// least this batch and adapters, or was grown for them.
+    /// As [`Self::forward_batch`], in buffers of the caller and without allocation. `scratch` comes from
+    /// [`Self::scratch`] for at least this batch and adapters, or was grown for them.
     ///
     /// # Errors
-    /// Those of [`Self::try_forward_batch`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or `scratch` is too
-    /// small. `y` may then have been written to.
+    /// Those of [`Self::try_forward_batch`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or `scratch`
+    /// is too small. `y` may then have been written to.
     pub fn forward_batch_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
         self.linear.forward(x, |_| self.active_terms(), None, scratch.work(), y)
     }
@@ -283,8 +288,8 @@ impl MultiAdapterLayer {
 
 /// Products in which each vector has an adapter of its own, or none. Which adapters are active does not matter.
 impl MultiAdapterLayer {
-    /// The product of each vector of a batch with its adapter: `x` is `[batch, d_in]`, `adapters` has `batch` names, the result
-    /// is `[batch, d_out]`. The bits are those that a forward of the vector with its adapter alone gives.
+    /// The product of each vector of a batch with its adapter: `x` is `[batch, d_in]`, `adapters` has `batch` names,
+    /// the result is `[batch, d_out]`. The bits are those that a forward of the vector with its adapter alone gives.
     ///
     /// # Panics
     /// Where [`Self::try_forward_batch_with`] gives an error.
@@ -297,8 +302,8 @@ impl MultiAdapterLayer {
     /// As [`Self::forward_batch_with`].
     ///
     /// # Errors
-    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `adapters` does not have one entry
-    /// for each vector; [`Error::UnknownAdapter`] with the first name that there is no adapter of.
+    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `adapters` does not have
+    /// one entry for each vector; [`Error::UnknownAdapter`] with the first name that there is no adapter of.
     pub fn try_forward_batch_with(&self, x: &Tensor, adapters: &[Option<&str>]) -> Result<Tensor, Error> {
         let batch = check_batch(x.len(), self.d_in())?;
         let mut y = Tensor::zeros(batch * self.d_out(), false);
@@ -309,8 +314,8 @@ impl MultiAdapterLayer {
     /// As [`Self::forward_batch_with`], in buffers of the caller and without allocation, but that of an error.
     ///
     /// # Errors
-    /// Those of [`Self::try_forward_batch_with`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or `scratch` is
-    /// too small. `y` may then have been written to.
+    /// Those of [`Self::try_forward_batch_with`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or
+    /// `scratch` is too small. `y` may then have been written to.
     pub fn forward_batch_with_into(
         &self,
         x: &[f32],
@@ -350,8 +355,8 @@ impl MultiAdapterLayer {
 
 /// What it is.
 impl MultiAdapterLayer {
-    /// Working memory for batches of up to `batch` vectors with any choice of the adapters that there are now: as [`Scratch`]
-    /// says, where the rank is the sum of all.
+    /// Working memory for batches of up to `batch` vectors with any choice of the adapters that there are now: as
+    /// [`Scratch`] says, where the rank is the sum of all.
     ///
     /// # Panics
     /// If it does not fit in memory.

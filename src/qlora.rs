@@ -13,15 +13,16 @@ use crate::quantized::Quantized4Bit;
 use crate::scratch::Scratch;
 use crate::tensor::Tensor;
 
-/// A linear layer with a frozen NF4 base weight `W` `[d_out, d_in]`, a `LoRA` adapter and, if [`Self::try_with_bias`] gave it
-/// one, a frozen bias: `y = W x + scale * B (A x) + bias`.
+/// A linear layer with a frozen NF4 base weight `W` `[d_out, d_in]`, a `LoRA` adapter and, if [`Self::try_with_bias`]
+/// gave it one, a frozen bias: `y = W x + scale * B (A x) + bias`.
 ///
-/// The base product is 16x4 on the packed bytes (see [`nf4_kernels::spec`]; about as precise as f16 activations), or f32
-/// where blocks straddle rows or [`Arithmetic::F32`] was chosen; adapter and bias are f32. No weight is ever dequantized for
-/// it, and the bits of the result are the same on each machine, with each choice of [`Kernels`] and in each batch.
+/// The base product is 16x4 on the packed bytes (see [`nf4_kernels::spec`]; about as precise as f16 activations), or
+/// f32 where blocks straddle rows or [`Arithmetic::F32`] was chosen; adapter and bias are f32. No weight is ever
+/// dequantized for it, and the bits of the result are the same on each machine, with each choice of [`Kernels`] and in
+/// each batch.
 ///
-/// Constructors quantize with block size 64, the default of `bitsandbytes`. For another one, for an existing base or for a
-/// given adapter there is [`Self::try_from_parts`]:
+/// Constructors quantize with block size 64, the default of `bitsandbytes`. For another one, for an existing base or
+/// for a given adapter there is [`Self::try_from_parts`]:
 ///
 /// ```
 /// use nf4::{BlockSize, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit};
@@ -46,8 +47,8 @@ pub struct QLoRALayer {
 
 /// Construction.
 impl QLoRALayer {
-    /// A layer with a fresh adapter of scale `alpha / rank`: `A` as by [`LoRAAdapter::try_init`] with [`DEFAULT_SEED`], `B`
-    /// zero. `base_weight` is row-major `[d_out, d_in]`; its scales are not double-quantized.
+    /// A layer with a fresh adapter of scale `alpha / rank`: `A` as by [`LoRAAdapter::try_init`] with [`DEFAULT_SEED`],
+    /// `B` zero. `base_weight` is row-major `[d_out, d_in]`; its scales are not double-quantized.
     ///
     /// # Panics
     /// Where [`Self::try_new`] gives an error.
@@ -67,8 +68,8 @@ impl QLoRALayer {
         Self::try_from_parts(base, adapter)
     }
 
-    /// Quantizes the base of a `LoRA` layer and keeps its adapter. If the layer is merged, the weight before the merge is
-    /// what is quantized, so the adapter counts once.
+    /// Quantizes the base of a `LoRA` layer and keeps its adapter. If the layer is merged, the weight before the merge
+    /// is what is quantized, so the adapter counts once.
     ///
     /// # Panics
     /// Where [`Self::try_from_lora`] gives an error.
@@ -114,8 +115,8 @@ impl QLoRALayer {
     /// A layer from a quantized base, of any block size, and an adapter for its shape.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if base and adapter differ in `[d_out, d_in]`; [`Error::MatrixLength`] if the tensors of the adapter
-    /// were replaced by others.
+    /// [`Error::Mismatch`] if base and adapter differ in `[d_out, d_in]`; [`Error::MatrixLength`] if the tensors of the
+    /// adapter were replaced by others.
     pub fn try_from_parts(base: Quantized4Bit, adapter: LoRAAdapter) -> Result<Self, Error> {
         let linear = Linear::new(base);
         linear.check_adapter(&adapter)?;
@@ -168,28 +169,28 @@ impl QLoRALayer {
     /// As [`Self::forward`].
     ///
     /// # Errors
-    /// [`Error::Shape`] if `x` does not have `d_in` values; [`Error::MatrixLength`] if `A` or `B` was replaced by a tensor of
-    /// another length.
+    /// [`Error::Shape`] if `x` does not have `d_in` values; [`Error::MatrixLength`] if `A` or `B` was replaced by a
+    /// tensor of another length.
     pub fn try_forward(&self, x: &Tensor) -> Result<Tensor, Error> {
         let mut y = Tensor::zeros(self.d_out(), false);
         self.forward_into(x.data(), &mut self.scratch(), y.data_mut())?;
         Ok(y)
     }
 
-    /// As [`Self::forward`], in buffers of the caller and without allocation. `scratch` comes from [`Self::scratch`] or was
-    /// grown for this layer; see [`Scratch`] for its size.
+    /// As [`Self::forward`], in buffers of the caller and without allocation. `scratch` comes from [`Self::scratch`] or
+    /// was grown for this layer; see [`Scratch`] for its size.
     ///
     /// # Errors
-    /// Those of [`Self::try_forward`]; [`Error::Shape`] if `y` does not have `d_out` values or `scratch` is too small. `y` may
-    /// then have been written to.
+    /// Those of [`Self::try_forward`]; [`Error::Shape`] if `y` does not have `d_out` values or `scratch` is too small.
+    /// `y` may then have been written to.
     pub fn forward_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
         check_len("input", self.d_in(), x.len())?;
         check_len("output", self.d_out(), y.len())?;
         self.forward_batch_into(x, scratch, y)
     }
 
-    /// The forward of each vector of a batch: `x` is `[batch, d_in]`, the result `[batch, d_out]`. Each output has the bits
-    /// that [`Self::forward`] gives for its vector. A layer without inputs takes every batch for an empty one.
+    /// The forward of each vector of a batch: `x` is `[batch, d_in]`, the result `[batch, d_out]`. Each output has the
+    /// bits that [`Self::forward`] gives for its vector. A layer without inputs takes every batch for an empty one.
     ///
     /// # Panics
     /// Where [`Self::try_forward_batch`] gives an error.
@@ -202,8 +203,8 @@ impl QLoRALayer {
     /// As [`Self::forward_batch`].
     ///
     /// # Errors
-    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::MatrixLength`] if `A` or `B` was replaced
-    /// by a tensor of another length.
+    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::MatrixLength`] if `A` or `B` was
+    /// replaced by a tensor of another length.
     pub fn try_forward_batch(&self, x: &Tensor) -> Result<Tensor, Error> {
         let batch = check_batch(x.len(), self.d_in())?;
         let mut y = Tensor::zeros(batch * self.d_out(), false);
@@ -215,14 +216,14 @@ impl QLoRALayer {
     /// [`Self::scratch_for_batch`] for at least this batch or was grown for it; see [`Scratch`] for its size.
     ///
     /// # Errors
-    /// Those of [`Self::try_forward_batch`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or `scratch` is too
-    /// small. `y` may then have been written to.
+    /// Those of [`Self::try_forward_batch`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or `scratch`
+    /// is too small. `y` may then have been written to.
     pub fn forward_batch_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
         self.linear.forward(x, |_| self.terms(), self.row_factors(), scratch.work(), y)
     }
 
-    /// As [`Self::forward_batch_into`], for inputs and outputs in f32, f16 or bf16; one vector is a batch of one. Inputs are
-    /// converted to f32 in the scratch, exactly; outputs are those for f32, rounded once to nearest even.
+    /// As [`Self::forward_batch_into`], for inputs and outputs in f32, f16 or bf16; one vector is a batch of one.
+    /// Inputs are converted to f32 in the scratch, exactly; outputs are those for f32, rounded once to nearest even.
     ///
     /// `scratch` comes from [`Self::scratch_for_batch_as`] or was grown by [`Scratch::reserve_inputs`] too.
     ///

@@ -31,8 +31,9 @@ impl AbsmaxBuf {
         Self(Storage::Plain(absmax.into_boxed_slice()))
     }
 
-    /// Double-quantized scales as they are in a file: one code a block, one f32 for each [`NESTED_BLOCK`] of them, the map
-    /// and the offset; see [`NestedAbsmax`]. The map is kept (1 KiB) only if it differs from [`DYNAMIC_MAP`] in a bit.
+    /// Double-quantized scales as they are in a file: one code a block, one f32 for each [`NESTED_BLOCK`] of them, the
+    /// map and the offset; see [`NestedAbsmax`]. The map is kept (1 KiB) only if it differs from [`DYNAMIC_MAP`] in a
+    /// bit.
     ///
     /// # Errors
     /// [`Error::Shape`] if `absmax` does not have `ceil(codes.len() / 256)` values.
@@ -117,8 +118,8 @@ impl Quantized4Bit {
     /// does on the CPU (block size 64 is its default).
     ///
     /// # Errors
-    /// [`Error::MatrixLength`] if there are not `rows * cols` weights; [`Error::NotFinite`] if one is NaN or infinite, or if
-    /// finite ones are so large (above `1e30`, say) that their double-quantized scales are not finite.
+    /// [`Error::MatrixLength`] if there are not `rows * cols` weights; [`Error::NotFinite`] if one is NaN or infinite,
+    /// or if finite ones are so large (above `1e30`, say) that their double-quantized scales are not finite.
     pub fn quantize<T: Float>(
         weights: &[T],
         rows: usize,

@@ -11,13 +11,13 @@ use crate::error::Error;
 /// For each vector of a batch, a layer `[d_out, d_in]` with adapters of rank `r` needs
 ///
 /// * [`Activations::values_len`] `i16`: `d_in` rounded up to a multiple of 64,
-/// * [`Activations::scales_len`] f32: `d_in / 64` (`d_in / 32` with block size 32); these two are 0 if `d_in` is not a multiple
-///   of 64 (32 with block size 32),
+/// * [`Activations::scales_len`] f32: `d_in / 64` (`d_in / 32` with block size 32); these two are 0 if `d_in` is not a
+///   multiple of 64 (32 with block size 32),
 /// * `r` f32,
 /// * `d_out` f32,
 ///
-/// which [`Self::bytes`] adds up; and for inputs that are not f32 (`_as`) `d_in` f32 more. A forward leaves nothing in it that
-/// the next one reads.
+/// which [`Self::bytes`] adds up; and for inputs that are not f32 (`_as`) `d_in` f32 more. A forward leaves nothing in
+/// it that the next one reads.
 #[derive(Debug, Clone, Default)]
 pub struct Scratch {
     inputs: Vec<f32>,
@@ -32,8 +32,8 @@ impl Scratch {
         Self { inputs: Vec::new(), work }
     }
 
-    /// Grows, if need be, so that layers with these numbers fit as well as those before. `shape` is `[d_out, d_in]`, `rank` the sum of the ranks of
-    /// the adapters that a vector meets.
+    /// Grows, if need be, so that layers with these numbers fit as well as those before. `shape` is `[d_out, d_in]`,
+    /// `rank` the sum of the ranks of the adapters that a vector meets.
     ///
     /// # Panics
     /// If it does not fit in memory.
@@ -45,7 +45,8 @@ impl Scratch {
         grow(&mut self.work.product, need.product);
     }
 
-    /// Grows, if need be, so that `batch` vectors of `d_in` inputs can be converted to f32: for the forwards that end in `_as`.
+    /// Grows, if need be, so that `batch` vectors of `d_in` inputs can be converted to f32: for the forwards that end
+    /// in `_as`.
     ///
     /// # Panics
     /// If it does not fit in memory.

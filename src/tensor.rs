@@ -8,8 +8,8 @@ use crate::error::{Error, check_len};
 
 /// A flat vector of f32 values, with a gradient of the same length if it is trained.
 ///
-/// It does not know its shape: the layer that holds it does. Memory is exact: 4 bytes a value, and once there is a gradient
-/// 4 more. Values may be anything, NaN too.
+/// It does not know its shape: the layer that holds it does. Memory is exact: 4 bytes a value, and once there is a
+/// gradient 4 more. Values may be anything, NaN too.
 #[derive(Debug, Clone)]
 pub struct Tensor {
     data: Box<[f32]>,
@@ -80,8 +80,8 @@ impl Tensor {
         self.grad.as_deref()
     }
 
-    /// The gradient, to be accumulated into; zeros are allocated if there was none. `None` if [`Self::requires_grad`] is
-    /// false.
+    /// The gradient, to be accumulated into; zeros are allocated if there was none. `None` if [`Self::requires_grad`]
+    /// is false.
     pub fn grad_mut(&mut self) -> Option<&mut [f32]> {
         let len = self.data.len();
         self.requires_grad.then(|| &mut **self.grad.get_or_insert_with(|| vec![0.0; len].into_boxed_slice()))

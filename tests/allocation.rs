@@ -1,4 +1,5 @@
-//! The forwards that end in `_into` allocate nothing, and a layer no more than it says; a counting allocator sees to it.
+//! The forwards that end in `_into` allocate nothing, and a layer no more than it says; a counting allocator sees to
+//! it.
 #![cfg(feature = "alloc")]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 

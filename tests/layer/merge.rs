@@ -1,6 +1,6 @@
 //! Merged weights.
 
-use nf4::{BlockSize, LoRAAdapter, LoRALayer, LoRAScaling, QLoRALayer, Tensor};
+use nf4::{BlockSize, Float, LoRAAdapter, LoRALayer, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor, bf16, f16};
 
 use crate::{adapter, all_kernels, bits, layer, normal};
 
@@ -34,6 +34,87 @@ fn merge_to_f32_is_the_f64_sum_rounded_once() {
             }
         }
     }
+}
+
+/// Rows of the merged weight in `T`: those of f32, rounded once.
+fn check_type<T: Float>(layer: &QLoRALayer) {
+    let (d_out, d_in) = (layer.d_out(), layer.d_in());
+    let expected = layer.merge_to_f32();
+    for rows in [0..d_out, 1..1, 1..2, d_out - 1..d_out, 0..d_out / 2] {
+        let mut out = vec![T::from_f32(f32::NAN); rows.len() * d_in];
+        layer.merge_rows_into(rows.clone(), &mut out).unwrap();
+        for (got, e) in out.iter().zip(&expected[rows.start * d_in..]) {
+            assert_eq!(got.to_f32().to_bits(), T::from_f32(*e).to_f32().to_bits());
+        }
+    }
+}
+
+#[test]
+fn rows_are_merged_in_every_type() {
+    for (d_out, d_in) in [(5, 63), (4, 128)] {
+        for k in all_kernels() {
+            let layer = layer(d_out, d_in, 3, BlockSize::B64, true).with_kernels(k);
+            check_type::<f32>(&layer);
+            check_type::<f16>(&layer);
+            check_type::<bf16>(&layer);
+        }
+    }
+}
+
+#[test]
+fn a_requantized_merge_is_the_quantized_merged_weight() {
+    // Rows of whole blocks, rows that straddle them, rows shorter than a block, odd sizes, and none.
+    for (d_out, d_in) in [(4, 128), (7, 96), (300, 3), (5, 63), (1, 1), (0, 64), (3, 0)] {
+        for block in [BlockSize::B32, BlockSize::B64, BlockSize::B4096] {
+            for double_quant in [false, true] {
+                let name = format!("{d_out}x{d_in}, {block:?}, dq {double_quant}");
+                let layer = layer(d_out, d_in, 3, BlockSize::B64, false);
+                let merged = layer.merge_to_f32();
+                let expected = Quantized4Bit::quantize(&merged, d_out, d_in, block, double_quant).unwrap();
+                let (mut max, [mut error, mut weight, mut change]) = (0.0_f64, [0.0_f64; 3]);
+                let (after, before) = (expected.dequantize::<f32>(), layer.base_weight_quantized().dequantize::<f32>());
+                for ((m, q), w) in merged.iter().zip(after).zip(before) {
+                    let [m, q, w] = [*m, q, w].map(f64::from);
+                    max = max.max((q - m).abs());
+                    error += (q - m).powi(2);
+                    weight += m * m;
+                    change += (m - w).powi(2);
+                }
+                let [error, weight, change] = [error, weight, change].map(|s| (s / merged.len().max(1) as f64).sqrt());
+                for k in all_kernels() {
+                    let (got, report) = layer.clone().with_kernels(k).merge_requantized(block, double_quant).unwrap();
+                    assert_eq!(got.packed(), expected.packed(), "{name}, {}", k.isa());
+                    assert_eq!(bits(&got.dequantize()), bits(&expected.dequantize()), "{name}, {}", k.isa());
+                    assert_eq!((got.block_size(), got.is_double_quantized()), (block, double_quant));
+                    assert_eq!(report.max_abs_error, max);
+                    // The same sums in the same order.
+                    assert_eq!([report.rms_error, report.rms_merged, report.rms_change], [error, weight, change]);
+                    assert!(merged.is_empty() || report.relative() == error / weight);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_requantized_merge_shows_that_a_small_adapter_is_lost() {
+    let base = Quantized4Bit::quantize(&normal(64 * 256, 0.02, 1), 64, 256, BlockSize::B64, false).unwrap();
+    // A change of 1e-5 where the step of NF4 is above 1e-3.
+    let small = LoRAAdapter::try_from_parts(vec![1e-5; 256], vec![1.0; 64], [64, 256], 1, 1.0, LoRAScaling::Standard);
+    let layer = QLoRALayer::try_from_parts(base, small.unwrap()).unwrap();
+    let (requantized, error) = layer.merge_requantized(BlockSize::B64, false).unwrap();
+    assert_eq!(requantized.packed(), layer.base_weight_quantized().packed());
+    assert!((error.rms_change / 1e-5 - 1.0).abs() < 1e-3, "{error:?}");
+    assert!(error.rms_error > error.rms_change / 2.0, "{error:?}");
+}
+
+#[test]
+fn a_merge_that_is_not_finite_is_not_quantized() {
+    let mut layer = layer(4, 64, 2, BlockSize::B64, false);
+    layer.lora_b_mut().data_mut()[2 * 2] = f32::INFINITY;
+    let error = layer.merge_requantized(BlockSize::B64, false).unwrap_err().to_string();
+    // The sign is that of `A`.
+    assert!(error.starts_with("merged weight: value 128 is") && error.ends_with("inf, which is not finite"), "{error}");
 }
 
 #[test]

@@ -25,16 +25,17 @@ pub(crate) fn forward(layer: &QLoRALayer, x: &[f32]) -> Vec<Output> {
 
 /// `W x`, by 16x4 if blocks are aligned with rows and that arithmetic was not turned off, and in f32 otherwise.
 ///
-/// 16x4 replaces an input `x` of a group with largest magnitude `m` by `q * s`, `s = m / 8191`. `q` is `x / s` rounded to an
-/// integer, where `x / s` has two roundings and is at most 8191, so it is off by at most `0.5 + 8191 * 2 EPS < 0.502`. It
-/// replaces a codebook entry by a multiple of 1/32767, off by at most half of that. So with `w = C * absmax`
+/// 16x4 replaces an input `x` of a group with largest magnitude `m` by `q * s`, `s = m / 8191`. `q` is `x / s` rounded
+/// to an integer, where `x / s` has two roundings and is at most 8191, so it is off by at most `0.5 + 8191 * 2 EPS <
+/// 0.502`. It replaces a codebook entry by a multiple of 1/32767, off by at most half of that. So with `w = C * absmax`
 ///
-/// `|error| <= sum |w| 0.502 s + absmax (0.5 / 32767) (|x| + 0.502 s)`, and rounding of f32 on top: the integer sum, the scale,
-/// `absmax * scale`, their product, one addition a group, three for the lanes, `1 / 32767` and the product with it, and `w`
-/// itself: `groups + 10` roundings of terms whose magnitudes add up to at most `sum (|w| + absmax 0.5 / 32767) (|x| + s)`.
+/// `|error| <= sum |w| 0.502 s + absmax (0.5 / 32767) (|x| + 0.502 s)`, and rounding of f32 on top: the integer sum,
+/// the scale, `absmax * scale`, their product, one addition a group, three for the lanes, `1 / 32767` and the product
+/// with it, and `w` itself: `groups + 10` roundings of terms whose magnitudes add up to at most `sum (|w| + absmax 0.5
+/// / 32767) (|x| + s)`.
 ///
-/// The f32 product rounds `C * x`, up to 8 additions of a lane in a segment, the product with absmax, one addition for each
-/// segment (at most `cols / 32 + 2` groups, each cut at most once by a block), three for the lanes, and `w`.
+/// The f32 product rounds `C * x`, up to 8 additions of a lane in a segment, the product with absmax, one addition for
+/// each segment (at most `cols / 32 + 2` groups, each cut at most once by a block), three for the lanes, and `w`.
 fn base_product(layer: &QLoRALayer, x: &[f32]) -> Vec<Output> {
     let base = layer.base_weight_quantized();
     let (view, block, cols) = (base.view(), base.block_size().get(), base.cols());
@@ -69,8 +70,8 @@ fn base_product(layer: &QLoRALayer, x: &[f32]) -> Vec<Output> {
         .collect()
 }
 
-/// Adds `scale * B (A x)`. A dense product of `n` terms in 8 lanes makes, for each term, one rounding of the product and at
-/// most `n / 8 + 1` additions to the lane and 3 of lanes; then come the product with the scale and the last sum.
+/// Adds `scale * B (A x)`. A dense product of `n` terms in 8 lanes makes, for each term, one rounding of the product
+/// and at most `n / 8 + 1` additions to the lane and 3 of lanes; then come the product with the scale and the last sum.
 pub(crate) fn add_adapter(adapter: &LoRAAdapter, x: &[f32], y: &mut [Output]) {
     let roundings = |n: usize| (n / 8 + 5) as f64 * EPS;
     let low_rank: Vec<Output> = adapter
