@@ -109,6 +109,21 @@ fn operations_check_every_length() {
         assert_eq!(k.gemv(&narrow, &coarse, &mut [0.0; 1]), Err(ShapeError::Group { expected: 32, got: 64 }));
         let wide = plain(&packed, &absmax, 1, 128).unwrap();
         assert_eq!(k.gemv(&wide, &coarse, &mut [0.0; 1]), length("activations", 128, 64));
+
+        let (mut values, mut scales) = ([0; 192], [0.0; 3]);
+        assert!(k.quantize_activations_batch(&[0.0; 191], 64, b, &mut values, &mut scales).is_err());
+        assert!(k.quantize_activations_batch(&[0.0; 192], 64, b, &mut values[..128], &mut scales).is_err());
+        let three = k.quantize_activations_batch(&[0.0; 192], 64, b, &mut values, &mut scales).unwrap();
+        assert_eq!((three.batch(), three.cols(), three.vector(2).batch()), (3, 64, 1));
+        assert_eq!(k.gemm(&m, &three, &mut [0.0; 5]), length("outputs", 6, 5));
+        assert_eq!(k.gemm(&m, &three, &mut [0.0; 6]), Ok(()));
+        assert_eq!(k.gemm(&wide, &three, &mut [0.0; 3]), length("activations", 128, 64));
+        assert_eq!(k.gemm(&narrow, &three, &mut [0.0; 3]), Err(ShapeError::Group { expected: 32, got: 64 }));
+        assert_eq!(k.gemv(&m, &three, &mut [0.0; 2]), length("vectors of the batch", 1, 3));
+        assert_eq!(k.gemm_f32(&m, &[0.0; 100], &mut [0.0; 2]), length("inputs", 64, 100));
+        assert_eq!(k.gemm_f32(&m, &[0.0; 128], &mut [0.0; 3]), length("outputs", 4, 3));
+        assert_eq!(k.gemv_transposed_f32(&m, &[0.0; 3], &mut [0.0; 64]), length("inputs", 2, 3));
+        assert_eq!(k.gemv_transposed_f32(&m, &[0.0; 2], &mut [0.0; 63]), length("outputs", 64, 63));
         println!("lengths on {}", k.isa());
     }
 }
