@@ -4,6 +4,7 @@ use alloc::vec::Vec;
 
 use nf4_kernels::{Float, Kernels, ShapeError};
 
+use crate::dora::{self, Dora};
 use crate::error::{Error, check_finite, check_len, check_matrix};
 use crate::tensor::Tensor;
 
@@ -35,11 +36,13 @@ impl LoRAScaling {
 /// A `LoRA` adapter for a weight `[d_out, d_in]`: `A` `[rank, d_in]` and `B` `[d_out, rank]`, both row-major and trained, and
 /// a scale. It stands for the weight `scale * B A`, which is never formed.
 ///
-/// The rank may be anything from 1, larger than a block or than the weight too.
+/// The rank may be anything from 1, larger than a block or than the weight too. With a magnitude ([`Self::with_dora`],
+/// [`Self::try_with_magnitude`]) it is a `DoRA` adapter, which also scales each row of the adapted weight.
 #[derive(Debug, Clone)]
 pub struct LoRAAdapter {
-    a: Tensor,
-    b: Tensor,
+    pub(crate) a: Tensor,
+    pub(crate) b: Tensor,
+    pub(crate) dora: Option<Dora>,
     d_out: usize,
     d_in: usize,
     rank: usize,
@@ -98,16 +101,18 @@ impl LoRAAdapter {
         check_finite("lora_a", &a)?;
         check_finite("lora_b", &b)?;
         let (a, b) = (Tensor::from_vec(a, true), Tensor::from_vec(b, true));
-        Ok(Self { a, b, d_out, d_in, rank, alpha, scaling, scale: scaling.compute(alpha, rank) })
+        Ok(Self { a, b, dora: None, d_out, d_in, rank, alpha, scaling, scale: scaling.compute(alpha, rank) })
     }
 
-    /// `Ok` if `A` and `B` have their lengths: either can be replaced by another tensor.
+    /// `Ok` if the tensors have their lengths: each can be replaced by another one.
     pub(crate) fn check(&self) -> Result<(), Error> {
         check_matrix("lora_a", self.a.data(), self.rank, self.d_in)?;
-        check_matrix("lora_b", self.b.data(), self.d_out, self.rank)
+        check_matrix("lora_b", self.b.data(), self.d_out, self.rank)?;
+        self.magnitude().map_or(Ok(()), |m| check_len("lora_magnitude_vector", self.d_out, m.len()))
     }
 
-    /// `y += scale * B (A x)`: two dense f32 products of the kernels. `low_rank` gets `A x`, `[rank]`.
+    /// `y += scale * B (A x)`: two dense f32 products of the kernels. `low_rank` gets `A x`, `[rank]`. A magnitude of `DoRA` is
+    /// not applied: it scales the product of the base too.
     ///
     /// A NaN or infinity in `x`, `A` or `B` gives what IEEE 754 says; every NaN in `y` is [`f32::NAN`].
     ///
@@ -121,28 +126,45 @@ impl LoRAAdapter {
         Ok(kernels.gemv_dense_add(self.b.data(), low_rank, self.scale, y)?)
     }
 
-    /// `weight += scale * B A` for the rows of a row-major weight from `first_row` on; `weight` has whole rows of them.
+    /// A row of the adapted weight in place of that of the base: `w + scale * b A`; with a magnitude `m` that times `m` over its
+    /// norm.
     ///
-    /// Products and sums are f64, in the order of the rank, and each weight is rounded once to f32. So the bits are the same
+    /// All of it is f64, sums in the order of the rank, and each weight is rounded once to f32. So the bits are the same
     /// everywhere, and what rounding adds is half an ulp of the result. Every NaN is [`f32::NAN`].
-    pub(crate) fn add_to_rows(&self, first_row: usize, weight: &mut [f32]) {
+    pub(crate) fn merge_row(&self, row: usize, weights: &mut [f32]) {
+        let gain = self.magnitude().map_or(1.0, |m| dora::gain(f64::from(m.data()[row]), self.norm(row, weights)));
+        self.adapted(row, weights, |weight, sum| *weight = to_f32(gain * sum));
+    }
+
+    /// The norm of a row of the adapted weight, `|w + scale * b A|`, all f64.
+    pub(crate) fn norm(&self, row: usize, weights: &[f32]) -> f64 {
+        let mut sum = 0.0;
+        self.adapted(row, weights, |_, w| sum += w * w);
+        libm::sqrt(sum)
+    }
+
+    /// Calls `f` with each weight of a row of the base, in order, and its `w + scale * b A`.
+    fn adapted<W: core::borrow::Borrow<f32>>(
+        &self,
+        row: usize,
+        weights: impl IntoIterator<Item = W>,
+        mut f: impl FnMut(W, f64),
+    ) {
         /// Columns whose sums are held at a time, on the stack.
         const SPAN: usize = 64;
-        if self.d_in == 0 {
-            return;
-        }
-        let rows_of_b = self.b.data().chunks_exact(self.rank).skip(first_row);
-        for (b, row) in rows_of_b.zip(weight.chunks_exact_mut(self.d_in)) {
-            for (s, weights) in row.chunks_mut(SPAN).enumerate() {
-                let mut sums = [0.0_f64; SPAN];
-                for (b, a) in b.iter().zip(self.a.data().chunks_exact(self.d_in)) {
-                    for (sum, a) in sums.iter_mut().zip(&a[s * SPAN..][..weights.len()]) {
-                        *sum += f64::from(*b) * f64::from(*a);
-                    }
+        let (b, scale) = (&self.b.data()[row * self.rank..][..self.rank], f64::from(self.scale));
+        let mut weights = weights.into_iter();
+        for start in (0..self.d_in).step_by(SPAN) {
+            let count = SPAN.min(self.d_in - start);
+            let mut sums = [0.0_f64; SPAN];
+            for (b, a) in b.iter().zip(self.a.data().chunks_exact(self.d_in)) {
+                for (sum, a) in sums.iter_mut().zip(&a[start..][..count]) {
+                    *sum += f64::from(*b) * f64::from(*a);
                 }
-                for (weight, sum) in weights.iter_mut().zip(sums) {
-                    *weight = to_f32(f64::from(*weight) + f64::from(self.scale) * sum);
-                }
+            }
+            for (sum, weight) in sums.into_iter().take(count).zip(&mut weights) {
+                let w = f64::from(*weight.borrow());
+                f(weight, w + scale * sum);
             }
         }
     }
@@ -156,8 +178,9 @@ impl LoRAAdapter {
         &self.a
     }
 
-    /// `A`, to be changed; its length cannot change.
+    /// `A`, to be changed; its length must not. With `DoRA`, norms are stale from here on.
     pub fn a_mut(&mut self) -> &mut Tensor {
+        self.norms_are_stale();
         &mut self.a
     }
 
@@ -167,25 +190,23 @@ impl LoRAAdapter {
         &self.b
     }
 
-    /// `B`, to be changed; its length cannot change.
+    /// `B`, to be changed; its length must not. With `DoRA`, norms are stale from here on.
     pub fn b_mut(&mut self) -> &mut Tensor {
+        self.norms_are_stale();
         &mut self.b
     }
 
-    /// `A` and `B`, both at once.
-    pub(crate) fn a_and_b_mut(&mut self) -> (&mut Tensor, &mut Tensor) {
-        (&mut self.a, &mut self.b)
-    }
-
-    /// `A` and `B`, to be trained.
+    /// `A`, `B` and, with `DoRA`, the magnitude, to be trained. With `DoRA`, norms are stale from here on.
     pub fn trainable_params(&mut self) -> Vec<&mut Tensor> {
-        alloc::vec![&mut self.a, &mut self.b]
+        self.norms_are_stale();
+        let magnitude = self.dora.as_mut().and_then(|dora| dora.magnitude.as_mut());
+        [&mut self.a, &mut self.b].into_iter().chain(magnitude).collect()
     }
 
     /// Sets the gradients to zero, keeping their memory for the next step.
     pub fn zero_grad(&mut self) {
-        self.a.zero_grad();
-        self.b.zero_grad();
+        let magnitude = self.dora.as_mut().and_then(|dora| dora.magnitude.as_mut());
+        [&mut self.a, &mut self.b].into_iter().chain(magnitude).for_each(Tensor::zero_grad);
     }
 
     /// Outputs of the weight.
@@ -224,10 +245,10 @@ impl LoRAAdapter {
         self.scale
     }
 
-    /// Bytes on the heap: `A`, `B`, and their gradients where there are any.
+    /// Bytes on the heap: `A`, `B`, and with `DoRA` magnitude, norms and gains; gradients where there are any.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        self.a.memory_bytes() + self.b.memory_bytes()
+        self.a.memory_bytes() + self.b.memory_bytes() + self.dora.as_ref().map_or(0, Dora::memory_bytes)
     }
 }
 
@@ -240,7 +261,7 @@ fn reserved(rows: usize, cols: usize) -> Result<Vec<f32>, Error> {
 }
 
 /// Rounds to nearest even; every NaN becomes [`f32::NAN`].
-fn to_f32(x: f64) -> f32 {
+pub(crate) fn to_f32(x: f64) -> f32 {
     #[allow(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
     f32::from_f32(x as f32)
 }

@@ -1,10 +1,11 @@
-//! Gradients of a [`QLoRALayer`].
+//! Gradients of an adapter, and through the weight below it.
 
 use alloc::vec::Vec;
 
-use nf4_kernels::{Kernels, ShapeError};
+use nf4_kernels::{Float, ShapeError};
 
 use crate::adapter::LoRAAdapter;
+use crate::base::Base;
 use crate::dense::add_rows;
 use crate::error::{Error, check_batch, check_len, or_panic};
 use crate::qlora::QLoRALayer;
@@ -12,8 +13,8 @@ use crate::tensor::Tensor;
 
 /// Working memory of [`QLoRALayer::backward_into`], made once and used for any number of steps and layers.
 ///
-/// A batch of `n` on a layer of rank `r` needs `2 * n * r` f32. A backward leaves nothing in it that the next one
-/// reads.
+/// A batch of `n` on a layer `[d_out, d_in]` of rank `r` needs `2 * n * r + max(d_out, d_in)` f32. A backward leaves
+/// nothing in it that the next one reads.
 #[derive(Debug, Clone, Default)]
 pub struct BackwardScratch {
     values: Vec<f32>,
@@ -26,9 +27,13 @@ impl BackwardScratch {
         Self { values: Vec::new() }
     }
 
-    /// Grows, if need be, so that batches of `batch` vectors on `layer` fit as well as what did before.
-    pub fn reserve(&mut self, layer: &QLoRALayer, batch: usize) {
-        let len = Self::len(layer.rank(), batch);
+    /// Grows, if need be, so that batches of `batch` vectors on a layer with these numbers fit as well as what did
+    /// before.
+    ///
+    /// # Panics
+    /// If it does not fit in memory.
+    pub fn reserve(&mut self, d_out: usize, d_in: usize, rank: usize, batch: usize) {
+        let len = Self::low_rank_len(rank, batch).saturating_add(d_out.max(d_in));
         if self.values.len() < len {
             self.values.reserve_exact(len - self.values.len());
             self.values.resize(len, 0.0);
@@ -41,7 +46,22 @@ impl BackwardScratch {
         self.values.capacity() * size_of::<f32>()
     }
 
-    fn len(rank: usize, batch: usize) -> usize {
+    /// Two low-rank products of a batch, and a row of inputs or a column of outputs.
+    fn parts(
+        &mut self,
+        d_out: usize,
+        d_in: usize,
+        rank: usize,
+        batch: usize,
+    ) -> Result<(&mut [f32], &mut [f32]), Error> {
+        let (low_rank, row) = (Self::low_rank_len(rank, batch), d_out.max(d_in));
+        let (expected, got) = (low_rank.saturating_add(row), self.values.len());
+        let values = self.values.get_mut(..expected);
+        let values = values.ok_or(ShapeError::Length { what: "scratch for the backward", expected, got })?;
+        Ok(values.split_at_mut(low_rank))
+    }
+
+    fn low_rank_len(rank: usize, batch: usize) -> usize {
         batch.saturating_mul(rank).saturating_mul(2)
     }
 }
@@ -54,19 +74,24 @@ impl BackwardScratch {
 /// dA = scale * B^T dy^T x        dB = scale * dy^T (x A^T)        dx = dy W + scale * (dy B) A
 /// ```
 ///
+/// With `DoRA` and the gains `g` of the rows, `dy` stands for `g dy` in these, and the magnitude gets
+/// `dm = sum over the batch of dy * (W x + scale * B (A x)) / norm`, from the f32 product; the norm counts as a
+/// constant.
+///
 /// All of it is f32, every operation rounded on its own in a fixed order, so that the bits are the same on each
-/// machine and with each choice of [`Kernels`]. `dy W` comes from the packed bytes
-/// ([`Kernels::gemv_transposed_f32`]); no weight is ever dequantized for it. These are the gradients of the f32
-/// forward; the 16x4 forward differs from that only by its rounding.
+/// machine and with each choice of kernels. `dy W` comes from the packed bytes
+/// ([`nf4_kernels::Kernels::gemv_transposed_f32`]); no weight is ever dequantized for it. These are the gradients of
+/// the f32 forward; the 16x4 forward differs from that only by its rounding.
 ///
 /// The base weight and the bias are frozen, as in `QLoRA`, and get no gradient. There is no dropout: what a training
 /// loop wants of it, it does to `x` itself.
 impl QLoRALayer {
-    /// Adds the gradients of `A` and `B` to those of the tensors ([`Tensor::grad`]) and returns that of the input,
-    /// `[batch, d_in]`. `x` is one vector or a batch of them, `[batch, d_in]`, and `dy` `[batch, d_out]`.
+    /// Adds the gradients of `A`, `B` and, with `DoRA`, the magnitude to those of the tensors ([`Tensor::grad`]) and
+    /// returns that of the input, `[batch, d_in]`. `x` is one vector or a batch of them, `[batch, d_in]`, and `dy`
+    /// `[batch, d_out]`.
     ///
     /// Gradients accumulate over calls until [`Self::zero_grad`]. A NaN or infinity gives what IEEE 754 says; every
-    /// NaN is [`f32::NAN`]. The optimizers of this crate refuse such gradients.
+    /// NaN is [`f32::NAN`]. The optimizers of this crate refuse such gradients. Stale norms of `DoRA` are taken again.
     ///
     /// # Panics
     /// Where [`Self::try_backward`] gives an error.
@@ -82,7 +107,7 @@ impl QLoRALayer {
     /// `d_out` values for each of them; [`Error::MatrixLength`] if `A` or `B` was replaced by a tensor of another
     /// length. No gradient was changed then.
     pub fn try_backward(&mut self, x: &Tensor, dy: &Tensor) -> Result<Tensor, Error> {
-        let batch = self.check_batch(x.data(), dy.data())?;
+        let batch = self.adapter.check_gradients(x.data(), dy.data())?;
         let (mut scratch, mut dx) = (self.backward_scratch(batch), Tensor::zeros(x.len(), false));
         self.backward_into(x.data(), dy.data(), &mut scratch, Some(dx.data_mut()))?;
         Ok(dx)
@@ -100,39 +125,16 @@ impl QLoRALayer {
         x: &[f32],
         dy: &[f32],
         scratch: &mut BackwardScratch,
-        mut dx: Option<&mut [f32]>,
+        dx: Option<&mut [f32]>,
     ) -> Result<(), Error> {
-        let batch = self.check_batch(x, dy)?;
-        self.adapter.check()?;
-        let (d_out, d_in) = (self.d_out(), self.d_in());
-        if let Some(dx) = &dx {
-            check_len("input gradient", x.len(), dx.len())?;
-        }
-        let (expected, got) = (BackwardScratch::len(self.rank(), batch), scratch.values.len());
-        let too_small = ShapeError::Length { what: "scratch for the backward", expected, got };
-        let low_rank = scratch.values.get_mut(..expected).ok_or(too_small)?;
-        if d_in == 0 || d_out == 0 {
-            if let Some(dx) = dx {
-                dx.fill(0.0);
-            }
-            return Ok(());
-        }
-
-        let kernels = self.linear.kernels;
-        if let Some(dx) = &mut dx {
-            let view = self.linear.weight.view();
-            for (dy, dx) in dy.chunks_exact(d_out).zip(dx.chunks_exact_mut(d_in)) {
-                kernels.gemv_transposed_f32(&view, dy, dx)?;
-            }
-        }
-        self.adapter.add_gradients(kernels, x, dy, low_rank, dx)
+        self.adapter.backward(self.linear.base(), x, dy, scratch, dx)
     }
 
     /// Working memory for [`Self::backward_into`] of up to `batch` vectors.
     #[must_use]
     pub fn backward_scratch(&self, batch: usize) -> BackwardScratch {
         let mut scratch = BackwardScratch::new();
-        scratch.reserve(self, batch);
+        scratch.reserve(self.d_out(), self.d_in(), self.rank(), batch);
         scratch
     }
 
@@ -140,44 +142,69 @@ impl QLoRALayer {
     pub fn zero_grad(&mut self) {
         self.adapter.zero_grad();
     }
+}
 
-    /// The number of vectors in `x` `[batch, d_in]` and `dy` `[batch, d_out]`.
-    fn check_batch(&self, x: &[f32], dy: &[f32]) -> Result<usize, Error> {
+impl LoRAAdapter {
+    /// The number of vectors in `x` `[batch, d_in]` and `dy` `[batch, d_out]`, if all lengths fit.
+    pub(crate) fn check_gradients(&self, x: &[f32], dy: &[f32]) -> Result<usize, Error> {
+        self.check()?;
         let (d_out, d_in) = (self.d_out(), self.d_in());
         let batch = if d_in == 0 { dy.len().checked_div(d_out).unwrap_or(0) } else { check_batch(x.len(), d_in)? };
         check_len("input", batch * d_in, x.len())?;
         check_len("output gradient", batch.saturating_mul(d_out), dy.len())?;
         Ok(batch)
     }
-}
 
-impl LoRAAdapter {
-    /// Adds the gradients of `A` and `B` for the inputs `x` `[batch, d_in]` to those of the tensors, and `scale * (dy
-    /// B) A` to `dx`. `low_rank` is scratch, `[2, batch, rank]`; neither `d_in` nor `d_out` is 0.
-    fn add_gradients(
+    /// [`QLoRALayer::backward_into`], on any weight.
+    pub(crate) fn backward(
         &mut self,
-        kernels: Kernels,
+        base: Base<'_>,
         x: &[f32],
         dy: &[f32],
-        low_rank: &mut [f32],
-        dx: Option<&mut [f32]>,
+        scratch: &mut BackwardScratch,
+        mut dx: Option<&mut [f32]>,
     ) -> Result<(), Error> {
+        let batch = self.check_gradients(x, dy)?;
         let (d_out, d_in, rank, scale) = (self.d_out(), self.d_in(), self.rank(), self.scale());
-        let (a, b) = self.a_and_b_mut();
+        if let Some(dx) = &dx {
+            check_len("input gradient", x.len(), dx.len())?;
+        }
+        let (low_rank, buffer) = scratch.parts(d_out, d_in, rank, batch)?;
+        if d_in == 0 || d_out == 0 {
+            dx.into_iter().for_each(|dx| dx.fill(0.0));
+            return Ok(());
+        }
+        self.refresh(base, &mut buffer[..d_in])?;
+        let column = &mut buffer[..d_out];
+
+        // With DoRA the product V x of row r is multiplied by the gain g[r], so it sees g[r] dy[r].
+        let Self { a, b, dora, .. } = self;
+        let gains = dora.as_ref().map(|dora| &*dora.gains);
+        let gained = |n: usize, row: usize| {
+            let dy = dy[n * d_out + row];
+            gains.map_or(dy, |gains| gains[row] * dy)
+        };
+        if let Some(dx) = &mut dx {
+            for (n, dx) in dx.chunks_exact_mut(d_in).enumerate() {
+                column.iter_mut().enumerate().for_each(|(row, value)| *value = gained(n, row));
+                base.transposed(column, dx)?;
+            }
+        }
+
         // u = scale * x A^T and v = scale * dy B.
-        let (u, v) = low_rank.split_at_mut(low_rank.len() / 2);
+        let (u, v) = low_rank.split_at_mut(batch * rank);
         for (x, u) in x.chunks_exact(d_in).zip(u.chunks_exact_mut(rank)) {
-            kernels.gemv_dense(a.data(), x, u)?;
+            base.kernels().gemv_dense(a.data(), x, u)?;
         }
         v.fill(0.0);
-        for (dy, v) in dy.chunks_exact(d_out).zip(v.chunks_exact_mut(rank)) {
-            add_rows(v, |row| dy[row], b.data());
+        for (n, v) in v.chunks_exact_mut(rank).enumerate() {
+            add_rows(v, |row| gained(n, row), b.data());
         }
         u.iter_mut().chain(&mut *v).for_each(|value| *value *= scale);
 
         if let Some(grad) = b.grad_mut() {
             for (row, grad) in grad.chunks_exact_mut(rank).enumerate() {
-                add_rows(grad, |n| dy[n * d_out + row], u);
+                add_rows(grad, |n| gained(n, row), u);
             }
         }
         if let Some(grad) = a.grad_mut() {
@@ -188,6 +215,21 @@ impl LoRAAdapter {
         if let Some(dx) = dx {
             for (v, dx) in v.chunks_exact(rank).zip(dx.chunks_exact_mut(d_in)) {
                 add_rows(dx, |k| v[k], a.data());
+            }
+        }
+
+        // dm = sum over the batch of dy * (V x) / |V|.
+        if let Some(dora) = dora
+            && let Some(grad) = dora.magnitude.as_mut().and_then(Tensor::grad_mut)
+        {
+            for ((x, u), dy) in x.chunks_exact(d_in).zip(u.chunks_exact(rank)).zip(dy.chunks_exact(d_out)) {
+                base.product(x, column)?;
+                base.kernels().gemv_dense_add(b.data(), u, 1.0, column)?;
+                for (((grad, y), dy), norm) in grad.iter_mut().zip(&*column).zip(dy).zip(&dora.norms) {
+                    if *norm != 0.0 {
+                        *grad = f32::from_f32(*grad + dy * y / norm);
+                    }
+                }
             }
         }
         Ok(())

@@ -52,6 +52,8 @@ pub enum Error {
         /// Values of the batch.
         got: usize,
     },
+    /// A `DoRA` adapter whose `A`, `B` or magnitude may have changed since the norms of its rows were taken.
+    StaleNorms,
     /// A name that no adapter of a layer has.
     UnknownAdapter {
         /// The name.
@@ -88,6 +90,9 @@ impl fmt::Display for Error {
             }
             Self::Alpha { got } => write!(f, "alpha is {got}, which is not finite"),
             Self::Batch { d_in, got } => write!(f, "a batch of vectors of {d_in} values cannot have {got}"),
+            Self::StaleNorms => {
+                f.write_str("the norms of a DoRA adapter are stale: call refresh_dora after changing it")
+            }
             Self::UnknownAdapter { name } => write!(f, "no adapter has the name `{name}`"),
             Self::DuplicateAdapter { name } => write!(f, "there is already an adapter of the name `{name}`"),
             Self::Adapter { name, error } => write!(f, "adapter `{name}`: {error}"),

@@ -38,7 +38,11 @@ mod adapter;
 #[cfg(feature = "alloc")]
 mod backward;
 #[cfg(feature = "alloc")]
+mod base;
+#[cfg(feature = "alloc")]
 mod dense;
+#[cfg(feature = "alloc")]
+mod dora;
 #[cfg(feature = "alloc")]
 mod error;
 #[cfg(feature = "alloc")]

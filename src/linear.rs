@@ -2,10 +2,12 @@
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use nf4_kernels::{Float, Kernels};
 
-use crate::adapter::LoRAAdapter;
+use crate::adapter::{LoRAAdapter, to_f32};
+use crate::base::Base;
 use crate::error::{Error, check_batch, check_finite, check_len};
 use crate::quantized::Quantized4Bit;
 use crate::scratch::{Scratch, Work};
@@ -34,11 +36,18 @@ pub(crate) struct Linear {
     pub(crate) arithmetic: Arithmetic,
 }
 
-/// An adapter in a forward, and the factor of its `B (A x)`.
+/// An adapter in a forward, and how much of it counts.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Term<'a> {
     pub(crate) adapter: &'a LoRAAdapter,
-    pub(crate) factor: f32,
+    pub(crate) weight: f32,
+}
+
+impl Term<'_> {
+    /// The factor of its `B (A x)`.
+    fn factor(&self) -> f32 {
+        self.adapter.scale() * self.weight
+    }
 }
 
 impl Linear {
@@ -69,6 +78,11 @@ impl Linear {
         adapter.check()
     }
 
+    /// What [`LoRAAdapter`] needs of the weight.
+    pub(crate) fn base(&self) -> Base<'_> {
+        Base::Packed(self.weight.view(), self.kernels)
+    }
+
     /// Bytes of the bias.
     pub(crate) fn bias_bytes(&self) -> usize {
         self.bias.as_deref().map_or(0, size_of_val)
@@ -95,21 +109,25 @@ impl Linear {
         Ok(batch)
     }
 
-    /// `y[n] = g (W x[n] + sum of factor * B (A x[n])) + bias`, where `terms` gives the adapters of vector `n` and `g`
-    /// is `row_factors`, one a row. `x` is `[batch, d_in]`, `y` `[batch, d_out]`.
+    /// `y[n] = W x[n] + sum of what the adapters of vector n add + bias`, where `terms` gives these adapters. `x` is
+    /// `[batch, d_in]`, `y` `[batch, d_out]`.
+    ///
+    /// An adapter with weight `w` adds `f B (A x)`, `f = w * scale`; with `DoRA` and the gains `g` of the rows, `w`
+    /// times what it alone would change, which is `w (g - 1) W x + f g B (A x)`.
     ///
     /// A row and a vector have the same bits whatever is computed beside them:
     ///
     /// 1. the base product;
-    /// 2. plus each term in turn, by [`Kernels::gemv_dense`] with `A` and [`Kernels::gemv_dense_add`] with `B`;
-    /// 3. times the row factor, if there are any; this is where `DoRA` comes in;
+    /// 2. with `DoRA`: times 1, less `w`, plus `w g` of each such adapter in turn, in f64 and rounded to f32 (for one of
+    ///    weight 1 that is `g`);
+    /// 3. plus each term in turn, by [`Kernels::gemv_dense`] with `A` and [`Kernels::gemv_dense_add`] with `B` and the
+    ///    factor `f`, with `DoRA` `f * g`;
     /// 4. plus the bias, if there is one;
     /// 5. rounded to `Y`. Every NaN becomes the one of [`Float::from_f32`].
     pub(crate) fn forward<'a, Y: Float, T: Iterator<Item = Term<'a>>>(
         &self,
         x: &[f32],
         terms: impl Fn(usize) -> T,
-        row_factors: Option<&[f32]>,
         work: &mut Work,
         y: &mut [Y],
     ) -> Result<(), Error> {
@@ -145,15 +163,21 @@ impl Linear {
                 let sums = &mut sums[..rows.len()];
                 let products = product[first * batch + n..].iter().step_by(batch);
                 sums.iter_mut().zip(products).for_each(|(s, p)| *s = *p);
+                scale_rows(terms(n), rows.clone(), sums)?;
                 let mut low_rank = &buffers.low_rank[n * rank..][..rank];
-                for Term { adapter, factor } in terms(n) {
-                    let (rank, product) = (adapter.rank(), low_rank.split_at(adapter.rank()));
+                for term in terms(n) {
+                    let (rank, product) = (term.adapter.rank(), low_rank.split_at(term.adapter.rank()));
                     low_rank = product.1;
-                    let b = &adapter.b().data()[rows.start * rank..rows.end * rank];
-                    kernels.gemv_dense_add(b, product.0, factor, sums)?;
-                }
-                if let Some(factors) = row_factors {
-                    sums.iter_mut().zip(&factors[rows.clone()]).for_each(|(s, g)| *s *= g);
+                    let b = &term.adapter.b().data()[rows.start * rank..rows.end * rank];
+                    match term.adapter.gains()? {
+                        None => kernels.gemv_dense_add(b, product.0, term.factor(), sums)?,
+                        Some(gains) => {
+                            let mut products = [0.0; ROWS];
+                            kernels.gemv_dense(b, product.0, &mut products[..rows.len()])?;
+                            let factors = gains[rows.clone()].iter().map(|g| term.factor() * g);
+                            sums.iter_mut().zip(factors).zip(products).for_each(|((s, f), p)| *s += f * p);
+                        }
+                    }
                 }
                 if let Some(bias) = &self.bias {
                     sums.iter_mut().zip(&bias[rows.clone()]).for_each(|(s, b)| *s += b);
@@ -170,17 +194,16 @@ impl Linear {
         &self,
         x: &[X],
         terms: impl Fn(usize) -> T,
-        row_factors: Option<&[f32]>,
         scratch: &mut Scratch,
         y: &mut [Y],
     ) -> Result<(), Error> {
         self.check_batch(x, y)?;
         let (inputs, work) = scratch.inputs(x.len())?;
         inputs.iter_mut().zip(x).for_each(|(input, x)| *input = x.to_f32());
-        self.forward(inputs, terms, row_factors, work, y)
+        self.forward(inputs, terms, work, y)
     }
 
-    /// The largest sum of ranks that a vector has, if all adapters fit.
+    /// The largest sum of ranks that a vector has, if all adapters fit and have no stale norms.
     fn check_terms<'a, T: Iterator<Item = Term<'a>>>(
         &self,
         batch: usize,
@@ -191,10 +214,27 @@ impl Linear {
             let mut sum = 0_usize;
             for Term { adapter, .. } in terms(n) {
                 self.check_adapter(adapter)?;
+                adapter.gains()?;
                 sum = sum.saturating_add(adapter.rank());
             }
             largest = largest.max(sum);
         }
         Ok(largest)
     }
+}
+
+/// Step 2 of [`Linear::forward`], for some rows.
+fn scale_rows<'a>(terms: impl Iterator<Item = Term<'a>>, rows: Range<usize>, sums: &mut [f32]) -> Result<(), Error> {
+    let mut factors = [1.0_f64; ROWS];
+    let mut any = false;
+    for Term { adapter, weight } in terms {
+        let Some(gains) = adapter.gains()? else { continue };
+        let weight = f64::from(weight);
+        factors.iter_mut().zip(&gains[rows.clone()]).for_each(|(f, g)| *f = *f - weight + weight * f64::from(*g));
+        any = true;
+    }
+    if any {
+        sums.iter_mut().zip(factors).for_each(|(s, f)| *s *= to_f32(f));
+    }
+    Ok(())
 }

@@ -10,7 +10,8 @@ use crate::error::{Error, check_len};
 use crate::qlora::QLoRALayer;
 
 impl QLoRALayer {
-    /// The merged weight `dequantize(base) + scale * B A`, row-major `[d_out, d_in]`.
+    /// The merged weight `dequantize(base) + scale * B A`, row-major `[d_out, d_in]`; with `DoRA` each row times its
+    /// magnitude over its norm, which is taken anew and so never stale.
     ///
     /// The base is exact, products and sums are f64 in the order of the rank, and each weight is rounded once to f32;
     /// the same bits everywhere. Beside the result one row is held.
@@ -48,10 +49,7 @@ impl QLoRALayer {
     /// One row of [`Self::merge_to_f32`].
     pub(crate) fn merge_row(&self, row: usize, out: &mut [f32]) -> Result<(), Error> {
         self.kernels().dequantize(&self.linear.weight.view().row_range(row..row + 1)?, out)?;
-        self.adapter.add_to_rows(row, out);
-        if let Some(factors) = self.row_factors() {
-            out.iter_mut().for_each(|w| *w = f32::from_f32(*w * factors[row]));
-        }
+        self.adapter.merge_row(row, out);
         Ok(())
     }
 }

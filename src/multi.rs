@@ -63,7 +63,7 @@ struct Named {
 
 impl Named {
     fn term(&self) -> Term<'_> {
-        Term { adapter: &self.adapter, factor: self.adapter.scale() * self.weight }
+        Term { adapter: &self.adapter, weight: self.weight }
     }
 }
 
@@ -105,9 +105,10 @@ impl MultiAdapterLayer {
     /// # Errors
     /// [`Error::DuplicateAdapter`] if there is one of this name; [`Error::Adapter`] around [`Error::Mismatch`] if it
     /// was made for another `[d_out, d_in]`, or around [`Error::MatrixLength`] if its tensors were replaced by others.
-    pub fn add(&mut self, name: &str, adapter: LoRAAdapter) -> Result<(), Error> {
+    pub fn add(&mut self, name: &str, mut adapter: LoRAAdapter) -> Result<(), Error> {
         let Err(place) = self.search(name) else { return Err(Error::DuplicateAdapter { name: name.into() }) };
-        self.linear.check_adapter(&adapter).map_err(|error| in_adapter(name, error))?;
+        let joined = self.linear.check_adapter(&adapter).and_then(|()| adapter.join(self.linear.base()));
+        joined.map_err(|error| in_adapter(name, error))?;
         self.adapters.insert(place, Named { name: name.into(), adapter, weight: 1.0, active: false });
         Ok(())
     }
@@ -264,7 +265,7 @@ impl MultiAdapterLayer {
     /// Those of [`Self::try_forward_batch`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or `scratch`
     /// is too small. `y` may then have been written to.
     pub fn forward_batch_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
-        self.linear.forward(x, |_| self.active_terms(), None, scratch.work(), y)
+        self.linear.forward(x, |_| self.active_terms(), scratch.work(), y)
     }
 
     /// As [`Self::forward_batch_into`], for inputs and outputs in f32, f16 or bf16; see
@@ -278,7 +279,7 @@ impl MultiAdapterLayer {
         scratch: &mut Scratch,
         y: &mut [Y],
     ) -> Result<(), Error> {
-        self.linear.forward_as(x, |_| self.active_terms(), None, scratch, y)
+        self.linear.forward_as(x, |_| self.active_terms(), scratch, y)
     }
 
     fn active_terms(&self) -> impl Iterator<Item = Term<'_>> {
@@ -324,7 +325,7 @@ impl MultiAdapterLayer {
         y: &mut [f32],
     ) -> Result<(), Error> {
         self.check_choice(x, adapters, y)?;
-        self.linear.forward(x, |n| self.chosen_term(adapters[n]), None, scratch.work(), y)
+        self.linear.forward(x, |n| self.chosen_term(adapters[n]), scratch.work(), y)
     }
 
     /// As [`Self::forward_batch_with_into`], for inputs and outputs in f32, f16 or bf16; see
@@ -340,7 +341,7 @@ impl MultiAdapterLayer {
         y: &mut [Y],
     ) -> Result<(), Error> {
         self.check_choice(x, adapters, y)?;
-        self.linear.forward_as(x, |n| self.chosen_term(adapters[n]), None, scratch, y)
+        self.linear.forward_as(x, |n| self.chosen_term(adapters[n]), scratch, y)
     }
 
     fn check_choice<X, Y>(&self, x: &[X], adapters: &[Option<&str>], y: &[Y]) -> Result<(), Error> {

@@ -68,8 +68,8 @@ impl QLoRALayer {
         Self::try_from_parts(base, adapter)
     }
 
-    /// Quantizes the base of a `LoRA` layer and keeps its adapter. If the layer is merged, the weight before the merge
-    /// is what is quantized, so the adapter counts once.
+    /// Quantizes the base of a `LoRA` layer and keeps its adapter and bias. If the layer is merged, the weight before
+    /// the merge is what is quantized, so the adapter counts once.
     ///
     /// # Panics
     /// Where [`Self::try_from_lora`] gives an error.
@@ -106,20 +106,25 @@ impl QLoRALayer {
     }
 
     fn quantize_lora(lora_layer: LoRALayer, double_quant: bool) -> Result<Self, Error> {
-        let (weight, adapter) = lora_layer.into_parts();
+        let (weight, bias, adapter) = lora_layer.into_parts();
         let (d_out, d_in) = (adapter.d_out(), adapter.d_in());
         let base = Quantized4Bit::quantize(weight.data(), d_out, d_in, BlockSize::default(), double_quant)?;
-        Self::try_from_parts(base, adapter)
+        let layer = Self::try_from_parts(base, adapter)?;
+        match bias {
+            Some(bias) => layer.try_with_bias(bias.into_vec()),
+            None => Ok(layer),
+        }
     }
 
     /// A layer from a quantized base, of any block size, and an adapter for its shape.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if base and adapter differ in `[d_out, d_in]`; [`Error::MatrixLength`] if the tensors of the
-    /// adapter were replaced by others.
-    pub fn try_from_parts(base: Quantized4Bit, adapter: LoRAAdapter) -> Result<Self, Error> {
+    /// [`Error::Mismatch`] if base and adapter differ in `[d_out, d_in]`; [`Error::MatrixLength`] if the tensors of
+    /// the adapter were replaced by others.
+    pub fn try_from_parts(base: Quantized4Bit, mut adapter: LoRAAdapter) -> Result<Self, Error> {
         let linear = Linear::new(base);
         linear.check_adapter(&adapter)?;
+        adapter.join(linear.base())?;
         Ok(Self { linear, adapter })
     }
 
@@ -170,7 +175,7 @@ impl QLoRALayer {
     ///
     /// # Errors
     /// [`Error::Shape`] if `x` does not have `d_in` values; [`Error::MatrixLength`] if `A` or `B` was replaced by a
-    /// tensor of another length.
+    /// tensor of another length; [`Error::StaleNorms`] with `DoRA`, see [`Self::refresh_dora`].
     pub fn try_forward(&self, x: &Tensor) -> Result<Tensor, Error> {
         let mut y = Tensor::zeros(self.d_out(), false);
         self.forward_into(x.data(), &mut self.scratch(), y.data_mut())?;
@@ -204,7 +209,7 @@ impl QLoRALayer {
     ///
     /// # Errors
     /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::MatrixLength`] if `A` or `B` was
-    /// replaced by a tensor of another length.
+    /// replaced by a tensor of another length; [`Error::StaleNorms`] with `DoRA`, see [`Self::refresh_dora`].
     pub fn try_forward_batch(&self, x: &Tensor) -> Result<Tensor, Error> {
         let batch = check_batch(x.len(), self.d_in())?;
         let mut y = Tensor::zeros(batch * self.d_out(), false);
@@ -219,7 +224,7 @@ impl QLoRALayer {
     /// Those of [`Self::try_forward_batch`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or `scratch`
     /// is too small. `y` may then have been written to.
     pub fn forward_batch_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
-        self.linear.forward(x, |_| self.terms(), self.row_factors(), scratch.work(), y)
+        self.linear.forward(x, |_| self.terms(), scratch.work(), y)
     }
 
     /// As [`Self::forward_batch_into`], for inputs and outputs in f32, f16 or bf16; one vector is a batch of one.
@@ -235,7 +240,7 @@ impl QLoRALayer {
         scratch: &mut Scratch,
         y: &mut [Y],
     ) -> Result<(), Error> {
-        self.linear.forward_as(x, |_| self.terms(), self.row_factors(), scratch, y)
+        self.linear.forward_as(x, |_| self.terms(), scratch, y)
     }
 
     /// Working memory for [`Self::forward_into`].
@@ -266,13 +271,7 @@ impl QLoRALayer {
 
     /// What the adapter adds to a product.
     fn terms(&self) -> impl Iterator<Item = Term<'_>> {
-        core::iter::once(Term { adapter: &self.adapter, factor: self.scale() })
-    }
-
-    /// A factor for each row of `W x + scale * B (A x)` and of the merged weight, if there is one: `[d_out]` values.
-    #[allow(clippy::unused_self, reason = "no adapter has one yet")]
-    pub(crate) fn row_factors(&self) -> Option<&[f32]> {
-        None
+        core::iter::once(Term { adapter: &self.adapter, weight: 1.0 })
     }
 }
 
@@ -284,7 +283,7 @@ impl QLoRALayer {
         self.adapter.a()
     }
 
-    /// `A`, to be changed.
+    /// `A`, to be changed; with `DoRA` see [`Self::refresh_dora`].
     pub fn lora_a_mut(&mut self) -> &mut Tensor {
         self.adapter.a_mut()
     }
@@ -295,12 +294,12 @@ impl QLoRALayer {
         self.adapter.b()
     }
 
-    /// `B`, to be changed.
+    /// `B`, to be changed; with `DoRA` see [`Self::refresh_dora`].
     pub fn lora_b_mut(&mut self) -> &mut Tensor {
         self.adapter.b_mut()
     }
 
-    /// `A` and `B`, to be trained.
+    /// `A`, `B` and, with `DoRA`, the magnitude, to be trained; with `DoRA` see [`Self::refresh_dora`].
     pub fn trainable_params(&mut self) -> Vec<&mut Tensor> {
         self.adapter.trainable_params()
     }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod batch;
+mod dora;
 mod errors;
 mod forward;
 mod memory;

@@ -191,3 +191,28 @@ fn from_lora_keeps_adapter_and_scaling() {
     assert_eq!((layer.rank(), layer.d_out(), layer.d_in()), (rank, d_out, d_in));
     assert_eq!((layer.adapter().scaling(), layer.adapter().alpha()), (LoRAScaling::RsLoRA, 8.0));
 }
+
+#[test]
+fn a_bias_is_added_once_merged_or_not_and_goes_along_to_packed_weights() {
+    let (d_out, d_in) = (4, 64);
+    let plain =
+        LoRALayer::try_from_adapter(Tensor::from_vec(normal(d_out * d_in, 0.02, 1), false), adapter(d_out, d_in, 3))
+            .unwrap();
+    let bias = normal(d_out, 1.0, 9);
+    let mut layer = plain.clone().try_with_bias(bias.clone()).unwrap();
+    assert_eq!((plain.bias(), layer.bias()), (None, Some(&bias[..])));
+    let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
+    let plus_bias = |y: Tensor| y.data().iter().zip(&bias).map(|(y, b)| y + b).collect::<Vec<_>>();
+    assert_eq!(layer.forward(&x).data(), plus_bias(plain.forward(&x)));
+    layer.merge();
+    let mut merged = plain.clone();
+    merged.merge();
+    assert_eq!(layer.forward(&x).data(), plus_bias(merged.forward(&x)));
+    let packed = QLoRALayer::from_lora(layer);
+    assert_eq!(packed.bias(), Some(&bias[..]));
+    assert_eq!(packed.forward(&x).data(), plus_bias(QLoRALayer::from_lora(plain.clone()).forward(&x)));
+    let got = plain.clone().try_with_bias(vec![0.0; 3]).unwrap_err();
+    assert_eq!(got.to_string(), "bias: expected length 4, got 3");
+    let got = plain.try_with_bias(vec![0.0, 0.0, f32::INFINITY, 0.0]).unwrap_err();
+    assert_eq!(got.to_string(), "bias: value 2 is inf, which is not finite");
+}

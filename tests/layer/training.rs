@@ -1,10 +1,10 @@
 //! Gradients against f64 and against finite differences, and the optimizers against their formulas.
 
 use nf4::optim::{AdamW, Sgd};
-use nf4::{BackwardScratch, BlockSize, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor};
+use nf4::{BackwardScratch, BlockSize, LoRAAdapter, LoRALayer, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor};
 
 use crate::truth::EPS;
-use crate::{all_kernels, bits, layer, normal};
+use crate::{adapter, all_kernels, bits, layer, normal};
 
 /// `[d_out, d_in]`, rank, batch: aligned and straddling rows, odd ones, more rows than a chunk of the sums, ranks
 /// larger than a block and than the layer.
@@ -72,13 +72,12 @@ struct Gradients {
 }
 
 /// The formulas, element by element.
-fn gradients(layer: &QLoRALayer, x: &[f32], dy: &[f32]) -> Gradients {
-    let (d_out, d_in, rank, scale) = (layer.d_out(), layer.d_in(), layer.rank(), f64::from(layer.scale()));
-    let (a, b) = (layer.lora_a().data(), layer.lora_b().data());
-    let weight = layer.base_weight_quantized().dequantize::<f32>();
+fn gradients(weight: &[f32], adapter: &LoRAAdapter, x: &[f32], dy: &[f32]) -> Gradients {
+    let (d_out, d_in, rank, scale) = (adapter.d_out(), adapter.d_in(), adapter.rank(), f64::from(adapter.scale()));
+    let (a, b) = (adapter.a().data(), adapter.b().data());
     let batch = x.len() / d_in;
     let (x, dy): (Vec<_>, Vec<_>) = (x.iter().map(Truth::of).collect(), dy.iter().map(Truth::of).collect());
-    let [a, b, weight] = [a, b, &weight].map(|m| m.iter().map(Truth::of).collect::<Vec<_>>());
+    let [a, b, weight] = [a, b, weight].map(|m| m.iter().map(Truth::of).collect::<Vec<_>>());
     let dot = |n, terms: &dyn Fn(usize) -> (Truth, Truth), each| Truth::sum((0..n).map(terms), each);
     let table = |rows: usize, cols: usize, f: &dyn Fn(usize, usize) -> Truth| -> Vec<Truth> {
         (0..rows * cols).map(|i| f(i / cols, i % cols)).collect()
@@ -114,7 +113,7 @@ fn gradients_are_near_f64_with_the_same_bits_on_every_instruction_set() {
             let name = format!("{d_out}x{d_in}, rank {rank}, batch {batch}, block {}", block.get());
             let (x, dy) = (normal(batch * d_in, 1.0, 4), normal(batch * d_out, 1.0, 5));
             let fresh = layer(d_out, d_in, rank, block, double_quant);
-            let expected = gradients(&fresh, &x, &dy);
+            let expected = gradients(&fresh.base_weight_quantized().dequantize(), fresh.adapter(), &x, &dy);
             let (x, dy) = (Tensor::from_vec(x, false), Tensor::from_vec(dy, false));
             let mut first: Option<[Vec<u32>; 3]> = None;
             for k in &kernels {
@@ -128,6 +127,27 @@ fn gradients_are_near_f64_with_the_same_bits_on_every_instruction_set() {
                 let got = [bits(&da), bits(&db), bits(dx.data())];
                 assert_eq!(&got, first.get_or_insert_with(|| got.clone()), "{name}, {}", k.isa());
             }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_a_dense_layer_are_near_f64_merged_or_not() {
+    for (d_out, d_in, rank, batch) in SHAPES {
+        let weight = normal(d_out * d_in, 0.02, 1);
+        let (x, dy) = (normal(batch * d_in, 1.0, 4), normal(batch * d_out, 1.0, 5));
+        let expected = gradients(&weight, &adapter(d_out, d_in, rank), &x, &dy);
+        let (x, dy) = (Tensor::from_vec(x, false), Tensor::from_vec(dy, false));
+        let weight = Tensor::from_vec(weight, false);
+        let mut layer = LoRALayer::try_from_adapter(weight, adapter(d_out, d_in, rank)).unwrap();
+        for merged in [false, true] {
+            let name = format!("{d_out}x{d_in}, rank {rank}, batch {batch}, merged {merged}");
+            layer.zero_grad();
+            let dx = layer.backward(&x, &dy);
+            check(&format!("{name}: dA"), &expected.a, layer.lora_a().grad().unwrap());
+            check(&format!("{name}: dB"), &expected.b, layer.lora_b().grad().unwrap());
+            check(&format!("{name}: dx"), &expected.x, dx.data());
+            layer.merge();
         }
     }
 }
@@ -203,8 +223,8 @@ fn a_batch_gives_the_input_gradients_of_its_vectors() {
     let mut layer = layer(d_out, d_in, rank, BlockSize::B64, true);
     let (x, dy) = (normal(batch * d_in, 1.0, 4), normal(batch * d_out, 1.0, 5));
     let (mut scratch, mut dx) = (BackwardScratch::new(), vec![f32::NAN; x.len()]);
-    scratch.reserve(&layer, batch);
-    assert_eq!(scratch.memory_bytes(), 2 * batch * rank * 4);
+    scratch.reserve(d_out, d_in, rank, batch);
+    assert_eq!(scratch.memory_bytes(), (2 * batch * rank + d_in) * 4);
     layer.backward_into(&x, &dy, &mut scratch, Some(&mut dx)).unwrap();
     let with_dx = bits(layer.lora_a().grad().unwrap());
     for ((x, dy), dx) in x.chunks(d_in).zip(dy.chunks(d_out)).zip(dx.chunks(d_in)) {
@@ -230,7 +250,7 @@ fn wrong_shapes_are_errors_and_change_no_gradient() {
     let got = layer.backward_into(&x[..64], &dy[..3], &mut scratch, Some(&mut [0.0; 63]));
     assert_eq!(got.unwrap_err().to_string(), "input gradient: expected length 64, got 63");
     let got = layer.backward_into(&x, &dy, &mut scratch, None);
-    assert_eq!(got.unwrap_err().to_string(), "scratch for the backward: expected length 8, got 4");
+    assert_eq!(got.unwrap_err().to_string(), "scratch for the backward: expected length 72, got 68");
     assert!(layer.lora_a().grad().is_none() && layer.lora_b().grad().is_none());
     assert_eq!(layer.backward(&tensor(0), &tensor(0)).len(), 0);
     *layer.lora_b_mut() = tensor(5);
