@@ -43,6 +43,8 @@ mod base;
 mod dense;
 #[cfg(feature = "alloc")]
 mod dora;
+#[cfg(feature = "safetensors")]
+pub mod checkpoint;
 #[cfg(feature = "alloc")]
 mod error;
 #[cfg(feature = "alloc")]

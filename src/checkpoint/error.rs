@@ -1,0 +1,179 @@
+//! What a file had that does not fit, with the names of tensors and the numbers.
+
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::fmt;
+
+use safetensors::Dtype;
+
+/// Why a checkpoint, a layer of it or an adapter could not be read or written.
+///
+/// The file is the caller's: a program that knows its path puts that before the message.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    /// The file ends before something that its first bytes promise.
+    Truncated {
+        /// What was cut off.
+        what: &'static str,
+        /// Bytes that the file should have at least.
+        expected: u64,
+        /// Bytes that it has.
+        got: u64,
+    },
+    /// A header longer than the format allows.
+    HeaderTooLong {
+        /// Bytes that the file says its header has.
+        got: u64,
+        /// The limit of the format.
+        limit: u64,
+    },
+    /// Text that should be JSON of a certain form and is not.
+    Json {
+        /// The text: a file or a tensor.
+        what: String,
+        /// What the parser said, with line and column.
+        reason: String,
+    },
+    /// A tensor whose bytes do not start where those before it end: it overlaps, or leaves a gap.
+    Offset {
+        /// The tensor.
+        tensor: String,
+        /// Where the tensors before it end.
+        expected: u64,
+        /// Where it starts.
+        got: u64,
+    },
+    /// A tensor, or the data of a file, with another number of bytes than shape and type need.
+    Bytes {
+        /// The tensor, or what else.
+        what: String,
+        /// Bytes that there should be.
+        expected: u64,
+        /// Bytes that there are.
+        got: u64,
+    },
+    /// A shape whose product does not fit in the address space.
+    Overflow {
+        /// The tensor.
+        tensor: String,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+    /// A tensor that has to be there.
+    Missing {
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor of a type that it cannot have.
+    Type {
+        /// The tensor.
+        tensor: String,
+        /// The types that it may have.
+        expected: &'static str,
+        /// The type that it has.
+        got: Dtype,
+    },
+    /// A tensor of another shape than the rest of the layer needs.
+    Shape {
+        /// The tensor.
+        tensor: String,
+        /// The shape that it should have.
+        expected: Vec<usize>,
+        /// The shape that it has.
+        got: Vec<usize>,
+    },
+    /// A field of a JSON object with a value that it cannot have.
+    Field {
+        /// The file or tensor that holds the object.
+        what: String,
+        /// The field.
+        field: String,
+        /// What it may be.
+        expected: &'static str,
+        /// What it is.
+        got: String,
+    },
+    /// A codebook that is not that of NF4.
+    Codebook {
+        /// The tensor.
+        tensor: String,
+        /// The first code that stands for another value.
+        index: usize,
+        /// The value of NF4.
+        expected: f32,
+        /// The value in the file.
+        got: f32,
+    },
+    /// A variant of the format that this library does not implement. Reading on without it would give wrong weights.
+    Unsupported {
+        /// The file, layer or module.
+        what: String,
+        /// The variant, by the name that it has in the file.
+        variant: String,
+    },
+    /// A tensor that no part of the file's description explains.
+    Unexpected {
+        /// The tensor.
+        tensor: String,
+        /// Why it cannot be used.
+        reason: &'static str,
+    },
+    /// Parts of a layer that do not fit each other, or are not finite.
+    Layer {
+        /// The layer or module.
+        layer: String,
+        /// What was wrong.
+        error: crate::Error,
+    },
+    /// The source of the bytes failed.
+    Read {
+        /// The tensor that was asked for.
+        tensor: String,
+        /// What the source said.
+        reason: String,
+    },
+}
+
+impl fmt::Display for CheckpointError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Truncated { what, expected, got } => {
+                write!(f, "{what}: the file has {got} bytes, but needs at least {expected}")
+            }
+            Self::HeaderTooLong { got, limit } => write!(f, "a header of {got} bytes: the format allows {limit}"),
+            Self::Json { what, reason } => write!(f, "{what}: {reason}"),
+            Self::Offset { tensor, expected, got } => {
+                let fault = if got < expected { "overlaps" } else { "leaves a gap after" };
+                write!(f, "{tensor}: starts at byte {got} of the data and {fault} the tensors that end at {expected}")
+            }
+            Self::Bytes { what, expected, got } => write!(f, "{what}: expected {expected} bytes, got {got}"),
+            Self::Overflow { tensor, shape } => {
+                write!(f, "{tensor}: a tensor of shape {shape:?} does not fit in the address space")
+            }
+            Self::Missing { tensor } => write!(f, "{tensor}: there is no such tensor"),
+            Self::Type { tensor, expected, got } => write!(f, "{tensor}: expected type {expected}, got {got}"),
+            Self::Shape { tensor, expected, got } => write!(f, "{tensor}: expected shape {expected:?}, got {got:?}"),
+            Self::Field { what, field, expected, got } => {
+                write!(f, "{what}: {field} is {got}, expected {expected}")
+            }
+            Self::Codebook { tensor, index, expected, got } => write!(
+                f,
+                "{tensor}: not the codebook of NF4, which has {expected} for code {index}, where this one has {got}"
+            ),
+            Self::Unsupported { what, variant } => write!(f, "{what}: {variant} is not supported"),
+            Self::Unexpected { tensor, reason } => write!(f, "{tensor}: {reason}"),
+            Self::Layer { layer, error } => write!(f, "{layer}: {error}"),
+            Self::Read { tensor, reason } => write!(f, "{tensor}: {reason}"),
+        }
+    }
+}
+
+impl core::error::Error for CheckpointError {
+    fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
+        match self {
+            Self::Layer { error, .. } => Some(error),
+            _ => None,
+        }
+    }
+}

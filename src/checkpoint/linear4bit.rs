@@ -1,0 +1,212 @@
+//! `bnb.nn.Linear4bit` layers.
+
+use alloc::borrow::ToOwned;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use nf4_kernels::{Absmax, CODEBOOK};
+use safetensors::Dtype;
+
+use super::float::{FloatType, read_f32, read_floats};
+use super::quant_state::{ABSMAX, NESTED_ABSMAX, NESTED_QUANT_MAP, QUANT_MAP, QuantState, STATE, STATE_FP4, WEIGHT};
+use super::source::{TensorData, TensorMap, TensorSource, bytes_of, info_of};
+use super::{CheckpointError, join};
+use crate::error::{check_finite, check_len};
+use crate::quantized::{AbsmaxBuf, Quantized4Bit};
+
+/// A 4-bit layer as `bitsandbytes` keeps it: packed weight, bias, and what is needed to write the same bytes again.
+#[derive(Debug, Clone)]
+pub struct Linear4bit {
+    weight: Quantized4Bit,
+    state: QuantState,
+    bias: Option<(Vec<f32>, FloatType)>,
+}
+
+/// Reading.
+impl Linear4bit {
+    /// Reads the layer with this prefix (`model.layers.0.mlp.up_proj`; empty for a file with one layer).
+    ///
+    /// Scales are plain or nested, and nested ones are decoded with the map in the file. The packed bytes may have any
+    /// type, a bias any float type (F64 is rounded to f32). A weight that is not a matrix becomes one by
+    /// [`QuantState::matrix_shape`].
+    ///
+    /// # Errors
+    /// Those of [`QuantState::load`]; [`CheckpointError::Codebook`]; [`CheckpointError::Shape`] for the bias;
+    /// [`CheckpointError::Layer`] for a scale or bias that is NaN or infinite.
+    pub fn load(source: &dyn TensorSource, prefix: &str) -> Result<Self, CheckpointError> {
+        let state = QuantState::load(source, prefix)?;
+        let [rows, cols] = state.matrix_shape();
+        check_codebook(source, &join(prefix, QUANT_MAP))?;
+        let layer_error = |error| CheckpointError::Layer { layer: join(prefix, WEIGHT), error };
+        let absmax = match state.nested_offset {
+            None => AbsmaxBuf::plain(read_f32(source, &join(prefix, ABSMAX), state.block_size.blocks(rows * cols))?),
+            Some(offset) => read_nested(source, prefix, offset)?,
+        };
+        let packed = bytes_of(source, &join(prefix, WEIGHT))?.into_owned();
+        check_storage(packed.len(), state.quant_storage)?;
+        let weight = Quantized4Bit::from_parts(packed, absmax, rows, cols, state.block_size).map_err(layer_error)?;
+        let layer = Self { weight, state, bias: None };
+        let bias = join(prefix, "bias");
+        if source.info(&bias).is_none() {
+            return Ok(layer);
+        }
+        check_shape(source, &bias, &[rows])?;
+        let (values, float) = read_floats(source, &bias)?;
+        layer.with_bias(values, float).map_err(|error| CheckpointError::Layer { layer: bias, error })
+    }
+}
+
+/// Writing.
+impl Linear4bit {
+    /// A layer of this weight, without a bias. `dtype` is the type that the weight had before it was quantized, which
+    /// `bitsandbytes` restores it to; the packed bytes are stored as `U8`.
+    #[must_use]
+    pub fn new(weight: Quantized4Bit, dtype: FloatType) -> Self {
+        let nested_offset = match weight.absmax().view() {
+            Absmax::Nested(nested) => Some(nested.offset()),
+            _ => None,
+        };
+        let shape = alloc::vec![weight.rows(), weight.cols()];
+        let (block_size, quant_storage) = (weight.block_size(), Dtype::U8);
+        Self { weight, state: QuantState { shape, block_size, dtype, quant_storage, nested_offset }, bias: None }
+    }
+
+    /// The same layer with a bias, `[rows]`, which is written in the type `dtype`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] if there are not as many values as rows; [`crate::Error::NotFinite`].
+    pub fn with_bias(self, bias: Vec<f32>, dtype: FloatType) -> Result<Self, crate::Error> {
+        check_len("bias", self.weight.rows(), bias.len())?;
+        check_finite("bias", &bias)?;
+        Ok(Self { bias: Some((bias, dtype)), ..self })
+    }
+
+    /// The same layer with packed bytes that are said to be of another type: `BF16`, say, for `FSDP`, which needs one type
+    /// for all tensors.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Type`] for a type of less than a byte; [`CheckpointError::Bytes`] if the packed bytes are not a
+    /// whole number of elements.
+    pub fn with_quant_storage(mut self, dtype: Dtype) -> Result<Self, CheckpointError> {
+        check_storage(self.weight.packed().len(), dtype)?;
+        self.state.quant_storage = dtype;
+        Ok(self)
+    }
+
+    /// The tensors of the layer, with the names and bytes that `bitsandbytes` gives them. The packed codes are borrowed.
+    ///
+    /// The second quant map is that of the layer, [`nf4_kernels::DYNAMIC_MAP`] unless it came from a file with another one.
+    #[must_use]
+    pub fn tensors(&self, prefix: &str) -> TensorMap<'_> {
+        let mut tensors = TensorMap::new();
+        let mut add = |name: &str, tensor| tensors.insert(join(prefix, name), tensor);
+        let packed = self.weight.packed();
+        let dtype = self.state.quant_storage;
+        // `with_quant_storage` and `load` made sure that the bytes are whole elements.
+        let shape = alloc::vec![packed.len() / (dtype.bitsize() / 8), 1];
+        add(WEIGHT, TensorData::from_parts(dtype, shape, packed));
+        add(QUANT_MAP, TensorData::floats(&CODEBOOK, FloatType::F32));
+        add(STATE, TensorData::u8(self.state.to_json().into_bytes()));
+        match self.weight.absmax().view() {
+            Absmax::Nested(nested) => {
+                add(ABSMAX, TensorData::u8(nested.codes()));
+                add(NESTED_ABSMAX, TensorData::floats(nested.absmax(), FloatType::F32));
+                add(NESTED_QUANT_MAP, TensorData::floats(nested.map(), FloatType::F32));
+            }
+            Absmax::Plain(absmax) => {
+                add(ABSMAX, TensorData::floats(absmax, FloatType::F32));
+            }
+            _ => {}
+        }
+        if let Some((bias, float)) = &self.bias {
+            add("bias", TensorData::floats(bias, *float));
+        }
+        tensors
+    }
+}
+
+/// What it is.
+impl Linear4bit {
+    /// The weight, as a matrix.
+    #[must_use]
+    pub fn weight(&self) -> &Quantized4Bit {
+        &self.weight
+    }
+
+    /// The bias.
+    #[must_use]
+    pub fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_ref().map(|(values, _)| values.as_slice())
+    }
+
+    /// The description: original shape and type, block size, offset.
+    #[must_use]
+    pub fn state(&self) -> &QuantState {
+        &self.state
+    }
+
+    /// Weight and bias.
+    #[must_use]
+    pub fn into_parts(self) -> (Quantized4Bit, Option<Vec<f32>>) {
+        (self.weight, self.bias.map(|(values, _)| values))
+    }
+}
+
+/// The prefixes of all 4-bit layers, sorted; those of FP4 too, which [`Linear4bit::load`] has an error for.
+#[must_use]
+pub fn linear4bit_prefixes(source: &dyn TensorSource) -> Vec<String> {
+    let prefix = |name: &str| {
+        let rest = name.strip_suffix(STATE).or_else(|| name.strip_suffix(STATE_FP4))?;
+        if rest.is_empty() { Some(String::new()) } else { rest.strip_suffix('.').map(str::to_owned) }
+    };
+    let mut prefixes: Vec<String> = source.names().filter_map(prefix).collect();
+    prefixes.sort_unstable();
+    prefixes.dedup();
+    prefixes
+}
+
+/// `Ok` if so many packed bytes can be said to be of a type.
+fn check_storage(bytes: usize, dtype: Dtype) -> Result<(), CheckpointError> {
+    let bits = dtype.bitsize();
+    if !bits.is_multiple_of(8) {
+        let expected = "a type of whole bytes";
+        return Err(CheckpointError::Type { tensor: WEIGHT.to_owned(), expected, got: dtype });
+    }
+    if !bytes.is_multiple_of(bits / 8) {
+        let what = alloc::format!("packed codes as {dtype}");
+        let expected = bytes.next_multiple_of(bits / 8) as u64;
+        return Err(CheckpointError::Bytes { what, expected, got: bytes as u64 });
+    }
+    Ok(())
+}
+
+fn read_nested(source: &dyn TensorSource, prefix: &str, offset: f32) -> Result<AbsmaxBuf, CheckpointError> {
+    let codes = bytes_of(source, &join(prefix, ABSMAX))?.into_owned();
+    let (name, map_name) = (join(prefix, NESTED_ABSMAX), join(prefix, NESTED_QUANT_MAP));
+    let absmax = read_f32(source, &name, codes.len().div_ceil(nf4_kernels::NESTED_BLOCK))?;
+    let map = read_f32(source, &map_name, 256)?;
+    let error = |error| CheckpointError::Layer { layer: name.clone(), error };
+    check_len("nested quant map", 256, map.len()).map_err(error)?;
+    AbsmaxBuf::nested(codes, absmax, &core::array::from_fn(|i| map[i]), offset).map_err(error)
+}
+
+/// The kernels know one codebook.
+fn check_codebook(source: &dyn TensorSource, name: &str) -> Result<(), CheckpointError> {
+    let codebook = read_f32(source, name, CODEBOOK.len())?;
+    match (0..CODEBOOK.len()).find(|i| codebook[*i].to_bits() != CODEBOOK[*i].to_bits()) {
+        None => Ok(()),
+        Some(index) => {
+            let (expected, got) = (CODEBOOK[index], codebook[index]);
+            Err(CheckpointError::Codebook { tensor: name.to_owned(), index, expected, got })
+        }
+    }
+}
+
+/// `Ok` if the tensor has this shape.
+pub(super) fn check_shape(source: &dyn TensorSource, name: &str, shape: &[usize]) -> Result<(), CheckpointError> {
+    let info = info_of(source, name)?;
+    if info.shape == shape {
+        return Ok(());
+    }
+    Err(CheckpointError::Shape { tensor: name.to_owned(), expected: shape.to_vec(), got: info.shape.clone() })
+}

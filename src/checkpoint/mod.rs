@@ -1,0 +1,48 @@
+//! Checkpoints: 4-bit layers as `bitsandbytes` and transformers keep them, in safetensors files.
+//!
+//! Everything works on byte slices and needs no `std`, so a device can read a layer from flash. A [`TensorFile`] is a file
+//! in memory; whatever else has tensors by name is a [`TensorSource`]. Nothing is believed that a file says of itself: a
+//! [`CheckpointError`] names the tensor and the numbers that do not fit, and no memory is taken for a length that the file
+//! does not have.
+//!
+//! ```
+//! use nf4::checkpoint::{FloatType, Linear4bit, TensorFile, to_safetensors};
+//! use nf4::{BlockSize, Quantized4Bit};
+//! let weights: Vec<f32> = (0..32 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
+//! let weight = Quantized4Bit::quantize(&weights, 32, 64, BlockSize::B64, true)?;
+//!
+//! let layer = Linear4bit::new(weight, FloatType::BF16);
+//! let file: Vec<u8> = to_safetensors(&layer.tensors("mlp.up_proj"))?;
+//!
+//! let back = Linear4bit::load(&TensorFile::parse(&file)?, "mlp.up_proj")?;
+//! assert_eq!(back.weight().dequantize::<f32>(), layer.weight().dequantize::<f32>());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod error;
+mod float;
+mod header;
+mod json;
+mod linear4bit;
+mod model_config;
+mod quant_state;
+mod source;
+
+use alloc::borrow::ToOwned;
+use alloc::format;
+use alloc::string::String;
+
+pub use error::CheckpointError;
+pub use float::FloatType;
+pub use header::Header;
+pub use linear4bit::{Linear4bit, linear4bit_prefixes};
+pub use model_config::QuantizationConfig;
+pub use quant_state::QuantState;
+pub use safetensors::Dtype;
+pub use safetensors::tensor::TensorInfo;
+pub use source::{TensorData, TensorFile, TensorMap, TensorSource, to_safetensors};
+
+/// `prefix.name`, or only the name in a file with one layer.
+fn join(prefix: &str, name: &str) -> String {
+    if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") }
+}

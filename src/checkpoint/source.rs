@@ -1,0 +1,193 @@
+//! Where tensors come from: a byte slice, or whatever else has names, types, shapes and bytes.
+
+use alloc::borrow::{Cow, ToOwned};
+use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorInfo;
+
+use super::float::FloatType;
+use super::header::tensor_bytes;
+use super::{CheckpointError, Header};
+
+/// Tensors by name. A [`TensorFile`] is one on a byte slice; a reader of several files can be one too.
+pub trait TensorSource {
+    /// The names of all tensors, in any order.
+    fn names(&self) -> Box<dyn Iterator<Item = &str> + '_>;
+
+    /// Type and shape of a tensor, without reading its bytes; `None` if there is none of this name.
+    fn info(&self, name: &str) -> Option<&TensorInfo>;
+
+    /// The bytes of a tensor, little endian; borrowed if they are in memory already.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Missing`]; [`CheckpointError::Read`] with the reason.
+    fn read(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError>;
+}
+
+/// A safetensors file in memory: nothing is copied.
+#[derive(Debug, Clone)]
+pub struct TensorFile<'a> {
+    header: Header,
+    data: &'a [u8],
+}
+
+impl<'a> TensorFile<'a> {
+    /// Parses a whole file.
+    ///
+    /// # Errors
+    /// Those of [`Header::parse`].
+    pub fn parse(file: &'a [u8]) -> Result<Self, CheckpointError> {
+        let header = Header::parse(file, file.len() as u64)?;
+        let data = &file[file.len() - header.data_len()..];
+        Ok(Self { header, data })
+    }
+
+    /// What the file says of its tensors.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+}
+
+impl TensorSource for TensorFile<'_> {
+    fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        Box::new(self.header.iter().map(|(name, _)| name))
+    }
+
+    fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.header.get(name)
+    }
+
+    fn read(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError> {
+        let (start, end) = info_of(self, name)?.data_offsets;
+        Ok(Cow::Borrowed(&self.data[start..end]))
+    }
+}
+
+/// Type and shape, or the error that there is no such tensor.
+pub(super) fn info_of<'s>(source: &'s dyn TensorSource, name: &str) -> Result<&'s TensorInfo, CheckpointError> {
+    source.info(name).ok_or_else(|| CheckpointError::Missing { tensor: name.to_owned() })
+}
+
+/// The bytes of a tensor, whose number is checked against type and shape: a source may be anyone's.
+pub(super) fn bytes_of<'s>(source: &'s dyn TensorSource, name: &str) -> Result<Cow<'s, [u8]>, CheckpointError> {
+    let info = info_of(source, name)?;
+    let expected = tensor_bytes(name, info.dtype, &info.shape)?;
+    let bytes = source.read(name)?;
+    if bytes.len() == expected {
+        Ok(bytes)
+    } else {
+        Err(CheckpointError::Bytes { what: name.to_owned(), expected: expected as u64, got: bytes.len() as u64 })
+    }
+}
+
+/// A tensor to be written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TensorData<'a> {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Cow<'a, [u8]>,
+}
+
+impl<'a> TensorData<'a> {
+    /// A tensor of this type and shape, row-major and little endian.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Overflow`] and [`CheckpointError::Bytes`] if `bytes` does not have the length that they need;
+    /// the errors call it `name`.
+    pub fn new(
+        name: &str,
+        dtype: Dtype,
+        shape: Vec<usize>,
+        bytes: impl Into<Cow<'a, [u8]>>,
+    ) -> Result<Self, CheckpointError> {
+        let (bytes, expected) = (bytes.into(), tensor_bytes(name, dtype, &shape)?);
+        if bytes.len() != expected {
+            let (expected, got) = (expected as u64, bytes.len() as u64);
+            return Err(CheckpointError::Bytes { what: name.to_owned(), expected, got });
+        }
+        Ok(Self { dtype, shape, bytes })
+    }
+
+    /// A tensor of parts that are known to fit.
+    pub(super) fn from_parts(dtype: Dtype, shape: Vec<usize>, bytes: impl Into<Cow<'a, [u8]>>) -> Self {
+        Self { dtype, shape, bytes: bytes.into() }
+    }
+
+    /// A vector of bytes.
+    pub(super) fn u8(bytes: impl Into<Cow<'a, [u8]>>) -> Self {
+        let bytes = bytes.into();
+        Self::from_parts(Dtype::U8, alloc::vec![bytes.len()], bytes)
+    }
+
+    /// A vector of values in this float type.
+    pub(super) fn floats(values: &[f32], float: FloatType) -> Self {
+        let mut bytes = Vec::new();
+        float.extend_bytes(values, &mut bytes);
+        Self::from_parts(float.dtype(), alloc::vec![values.len()], bytes)
+    }
+
+    /// The same bytes under another shape that is known to have as many elements.
+    pub(super) fn with_shape(self, shape: Vec<usize>) -> Self {
+        Self { shape, ..self }
+    }
+
+    /// The type.
+    #[must_use]
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The shape.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl safetensors::View for &TensorData<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.bytes)
+    }
+
+    fn data_len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// Tensors by name, to be written as one file.
+pub type TensorMap<'a> = BTreeMap<String, TensorData<'a>>;
+
+/// A whole safetensors file, with `format` = `pt` as metadata, without which transformers does not load it. The bytes are
+/// those that the Python package writes: larger types first, then by name.
+///
+/// # Errors
+/// [`CheckpointError::HeaderTooLong`] if the names alone exceed the format's limit.
+pub fn to_safetensors(tensors: &TensorMap<'_>) -> Result<Vec<u8>, CheckpointError> {
+    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
+    safetensors::serialize(tensors, Some(metadata)).map_err(|error| match error {
+        safetensors::SafeTensorError::HeaderTooLarge => {
+            let names = tensors.keys().map(|name| name.len() as u64).sum();
+            CheckpointError::HeaderTooLong { got: names, limit: super::header::LIMIT }
+        }
+        other => CheckpointError::Json { what: "header".to_owned(), reason: alloc::format!("{other}") },
+    })
+}
