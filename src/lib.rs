@@ -39,12 +39,12 @@ mod adapter;
 mod backward;
 #[cfg(feature = "alloc")]
 mod base;
+#[cfg(feature = "safetensors")]
+pub mod checkpoint;
 #[cfg(feature = "alloc")]
 mod dense;
 #[cfg(feature = "alloc")]
 mod dora;
-#[cfg(feature = "safetensors")]
-pub mod checkpoint;
 #[cfg(feature = "alloc")]
 mod error;
 #[cfg(feature = "alloc")]
