@@ -30,17 +30,26 @@ check_install() {
     qemu-aarch64 --version | head -n 1
 }
 
-check_aarch64() {
-    local target=aarch64-unknown-linux-gnu
+use_aarch64() {
+    target=aarch64-unknown-linux-gnu
     RUSTC=$(from_package rustc-web rustc)
-    clippy=$(from_package rust-web-clippy cargo-clippy)
     export RUSTC
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
     # `-L /`: with the cross compiler's own libraries a program that starts a thread hangs.
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /"
     export CARGO_TARGET_DIR=target/aarch64
+}
 
+check_neon_lint() {
+    local target clippy
+    use_aarch64
+    clippy=$(from_package rust-web-clippy cargo-clippy)
     "$clippy" clippy -q --locked --workspace --target "$target" --lib --tests -- -D warnings
+}
+
+check_neon_test() {
+    local target
+    use_aarch64
     NF4_REQUIRE_ISA=neon cargo test --locked --workspace --target "$target" --lib --tests
 }
 
