@@ -33,8 +33,8 @@ impl LoRAScaling {
     }
 }
 
-/// A `LoRA` adapter for a weight `[d_out, d_in]`: `A` `[rank, d_in]` and `B` `[d_out, rank]`, both row-major and trained, and
-/// a scale. It stands for the weight `scale * B A`, which is never formed.
+/// A `LoRA` adapter for a weight `[d_out, d_in]`: `A` `[rank, d_in]` and `B` `[d_out, rank]`, both row-major and
+/// trained, and a scale. It stands for the weight `scale * B A`, which is never formed.
 ///
 /// The rank may be anything from 1, larger than a block or than the weight too. With a magnitude ([`Self::with_dora`],
 /// [`Self::try_with_magnitude`]) it is a `DoRA` adapter, which also scales each row of the adapted weight.
@@ -52,11 +52,12 @@ pub struct LoRAAdapter {
 }
 
 impl LoRAAdapter {
-    /// A fresh adapter as PEFT makes it: `A` uniform in `+-1/sqrt(d_in)` (Kaiming with `a = sqrt(5)`), `B` zero, so that it
-    /// adds nothing yet.
+    /// A fresh adapter as PEFT makes it: `A` uniform in `+-1/sqrt(d_in)` (Kaiming with `a = sqrt(5)`), `B` zero, so
+    /// that it adds nothing yet.
     ///
-    /// The values of `A` are the same on each machine: value `i` comes from output `i` of `SplitMix64` (Steele, Lea, Flood,
-    /// 2014) with `seed` as state, of which the upper 24 bits, less 2^23, over 2^23, are multiplied by the f32 `1/sqrt(d_in)`.
+    /// The values of `A` are the same on each machine: value `i` comes from output `i` of `SplitMix64` (Steele, Lea,
+    /// Flood, 2014) with `seed` as state, of which the upper 24 bits, less 2^23, over 2^23, are multiplied by the f32
+    /// `1/sqrt(d_in)`.
     ///
     /// # Errors
     /// [`Error::RankZero`]; [`Error::Alpha`] if alpha is NaN or infinite; [`Error::Shape`] if there is no room for
@@ -79,8 +80,8 @@ impl LoRAAdapter {
     /// An adapter from given `A` `[rank, d_in]` and `B` `[d_out, rank]`, row-major; `shape` is `[d_out, d_in]`.
     ///
     /// # Errors
-    /// [`Error::RankZero`]; [`Error::Alpha`] if alpha is NaN or infinite; [`Error::MatrixLength`] if `a` or `b` has the wrong
-    /// length; [`Error::NotFinite`] if one of their values is NaN or infinite.
+    /// [`Error::RankZero`]; [`Error::Alpha`] if alpha is NaN or infinite; [`Error::MatrixLength`] if `a` or `b` has
+    /// the wrong length; [`Error::NotFinite`] if one of their values is NaN or infinite.
     pub fn try_from_parts(
         a: Vec<f32>,
         b: Vec<f32>,
@@ -111,8 +112,8 @@ impl LoRAAdapter {
         self.magnitude().map_or(Ok(()), |m| check_len("lora_magnitude_vector", self.d_out, m.len()))
     }
 
-    /// `y += scale * B (A x)`: two dense f32 products of the kernels. `low_rank` gets `A x`, `[rank]`. A magnitude of `DoRA` is
-    /// not applied: it scales the product of the base too.
+    /// `y += scale * B (A x)`: two dense f32 products of the kernels. `low_rank` gets `A x`, `[rank]`. A magnitude of
+    /// `DoRA` is not applied: it scales the product of the base too.
     ///
     /// A NaN or infinity in `x`, `A` or `B` gives what IEEE 754 says; every NaN in `y` is [`f32::NAN`].
     ///
@@ -126,11 +127,11 @@ impl LoRAAdapter {
         Ok(kernels.gemv_dense_add(self.b.data(), low_rank, self.scale, y)?)
     }
 
-    /// A row of the adapted weight in place of that of the base: `w + scale * b A`; with a magnitude `m` that times `m` over its
-    /// norm.
+    /// A row of the adapted weight in place of that of the base: `w + scale * b A`; with a magnitude `m` that times
+    /// `m` over its norm.
     ///
-    /// All of it is f64, sums in the order of the rank, and each weight is rounded once to f32. So the bits are the same
-    /// everywhere, and what rounding adds is half an ulp of the result. Every NaN is [`f32::NAN`].
+    /// All of it is f64, sums in the order of the rank, and each weight is rounded once to f32. So the bits are the
+    /// same everywhere, and what rounding adds is half an ulp of the result. Every NaN is [`f32::NAN`].
     pub(crate) fn merge_row(&self, row: usize, weights: &mut [f32]) {
         let gain = self.magnitude().map_or(1.0, |m| dora::gain(f64::from(m.data()[row]), self.norm(row, weights)));
         self.adapted(row, weights, |weight, sum| *weight = to_f32(gain * sum));

@@ -20,15 +20,16 @@ use crate::tensor::Tensor;
 #[derive(Debug, Clone)]
 pub struct LoRALayer {
     base: Tensor,
-    /// `W + scale * B A` while merged. `base` stays as it was, so that it can come back bit for bit: subtracting would round.
+    /// `W + scale * B A` while merged. `base` stays as it was, so that it can come back bit for bit: subtracting
+    /// would round.
     merged: Option<Tensor>,
     bias: Option<Box<[f32]>>,
     adapter: LoRAAdapter,
 }
 
 impl LoRALayer {
-    /// A layer with a fresh adapter of scale `alpha / rank`: `A` as by [`LoRAAdapter::try_init`] with [`DEFAULT_SEED`], `B`
-    /// zero. `base_weight` is row-major `[d_out, d_in]`.
+    /// A layer with a fresh adapter of scale `alpha / rank`: `A` as by [`LoRAAdapter::try_init`] with
+    /// [`DEFAULT_SEED`], `B` zero. `base_weight` is row-major `[d_out, d_in]`.
     ///
     /// # Panics
     /// Where [`Self::try_new`] gives an error.
@@ -79,7 +80,8 @@ impl LoRALayer {
         Self::try_from_adapter(base_weight, LoRAAdapter::try_init(d_out, d_in, rank, alpha, scaling, DEFAULT_SEED)?)
     }
 
-    /// A layer from a base weight, row-major, and an adapter, which gives the shape: for given `A` and `B`, or another seed.
+    /// A layer from a base weight, row-major, and an adapter, which gives the shape: for given `A` and `B`, or
+    /// another seed.
     ///
     /// # Errors
     /// [`Error::MatrixLength`] if `base_weight` does not have `d_out * d_in` values; [`Error::NotFinite`] if one is
@@ -212,7 +214,8 @@ impl LoRALayer {
 
 /// What it is.
 impl LoRALayer {
-    /// The weight that [`Self::forward`] multiplies by, row-major `[d_out, d_in]`: `W`, and while merged `W + scale * B A`.
+    /// The weight that [`Self::forward`] multiplies by, row-major `[d_out, d_in]`: `W`, and while merged `W + scale *
+    /// B A`.
     #[must_use]
     pub fn base_weight(&self) -> &Tensor {
         self.merged.as_ref().unwrap_or(&self.base)

@@ -1,5 +1,5 @@
-//! The forwards that end in `_into` allocate nothing, and a layer no more than it says; a counting allocator sees to
-//! it.
+//! The forwards and backwards that end in `_into` allocate nothing, and a layer no more than it says; a counting
+//! allocator sees to it.
 #![cfg(feature = "alloc")]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
@@ -108,5 +108,31 @@ fn a_layer_holds_what_memory_stats_say() {
         });
         let layer = QLoRALayer::try_from_parts(base, adapter).unwrap().try_with_bias(bias).unwrap();
         assert_eq!(info.bytes_total, layer.memory_stats().total_bytes as u64);
+    }
+}
+
+#[test]
+fn backwards_into_buffers_allocate_nothing_once_there_are_gradients() {
+    for kernels in Kernels::available() {
+        for shape @ [d_out, d_in] in SHAPES {
+            let plain = adapter(shape, RANK);
+            for adapter in [plain.clone(), plain.with_dora()] {
+                let dora = adapter.is_dora();
+                let layer = QLoRALayer::try_from_parts(base(shape, true), adapter).unwrap();
+                let mut layer = layer.with_kernels(kernels);
+                let name = format!("{d_out}x{d_in}, DoRA {dora}, {}", kernels.isa());
+                let mut scratch = layer.backward_scratch(20);
+                assert_eq!(scratch.memory_bytes(), (2 * 20 * RANK + d_out.max(d_in)) * 4);
+                let (x, dy, mut dx) = (values(20 * d_in), values(20 * d_out), vec![0.0; 20 * d_in]);
+                layer.backward_into(&x, &dy, &mut scratch, Some(&mut dx)).unwrap();
+                for batch in [1, 20] {
+                    let (x, dy, dx) = (&x[..batch * d_in], &dy[..batch * d_out], &mut dx[..batch * d_in]);
+                    // With DoRA that makes norms stale, and the backward takes them again.
+                    layer.lora_a_mut().data_mut()[0] += 1.0;
+                    check(&name, || layer.backward_into(x, dy, &mut scratch, Some(dx)).unwrap());
+                    check(&name, || layer.backward_into(x, dy, &mut scratch, None).unwrap());
+                }
+            }
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Kinds `linear4bit` and `checkpoint`: layers as `bitsandbytes` and transformers save them.
 
 use crate::support::{Case, Checker, Quantized, Scales, Tensors, quantize};
-use crate::{products, second_level};
+use crate::{layers, products, second_level};
 
 /// One `Linear4bit`, with its original weight and outputs for several batches.
 pub(crate) fn linear4bit(c: &mut Checker, case: &Case) {
@@ -26,6 +26,7 @@ pub(crate) fn linear4bit(c: &mut Checker, case: &Case) {
     for n in case.info["batches"].as_array().unwrap() {
         let (x, y64) = (io.get(&format!("x_{n}")), io.get(&format!("y64_{n}")));
         products::check(c, &format!("y64_{n}"), &layer, x, bias.as_deref(), y64);
+        layers::linear(c, &format!("y64_{n}"), &layer, x, bias.as_deref(), y64);
     }
 }
 
@@ -40,6 +41,7 @@ pub(crate) fn checkpoint(c: &mut Checker, case: &Case) {
         let bias = bias_of(&model, name);
         let (x, y64) = (io.get(&format!("{name}.x")), format!("{name}.y64"));
         products::check(c, &y64, &layer, x, bias.as_deref(), io.get(&y64));
+        layers::linear(c, &y64, &layer, x, bias.as_deref(), io.get(&y64));
     }
 }
 

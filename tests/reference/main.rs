@@ -2,18 +2,21 @@
 //!
 //! The data is the tree in `tests/data/reference`, or the one that the environment variable `NF4_REFERENCE` names.
 //! `NF4_REQUIRE_ISA` names ISAs that must be there. `cargo test --test reference -- --nocapture` shows the counts.
+#![cfg(feature = "alloc")]
 #![allow(clippy::unwrap_used, reason = "tests panic")]
 
 #[path = "../support/mod.rs"]
 mod support;
 
 mod adapters;
+mod layers;
 mod linear;
 mod minilm;
 mod products;
 mod quantization;
 mod second_level;
 mod tables;
+mod training;
 
 use support::{Case, Checker, Tree, check_kind};
 

@@ -3,7 +3,7 @@
 use nf4::{CODEBOOK, DYNAMIC_MAP};
 
 use crate::support::{Case, Checker, NestedScales, Quantized, Scales, Tensors, quantize};
-use crate::{products, second_level};
+use crate::{layers, products, second_level};
 
 pub(crate) fn minilm(c: &mut Checker, case: &Case) {
     let (file, block_size) = (case.tensors(), case.block_size());
@@ -37,6 +37,7 @@ fn output(c: &mut Checker, case: &Case, file: &Tensors, layer: &Quantized, [rows
     check_bit_sum(c, bit_sum, &weights, file.metadata(bit_sum).map(|sum| sum.parse().unwrap()));
     let bias = file.find("bias").map(|b| b.to_f32());
     products::check(c, y64, layer, file.get("x"), bias.as_deref(), file.get(y64));
+    layers::linear(c, y64, layer, file.get("x"), bias.as_deref(), file.get(y64));
 }
 
 /// The sum of all bit patterns, modulo 2^64.

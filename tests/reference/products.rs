@@ -8,8 +8,7 @@ use crate::support::{Checker, Quantized, Tensor};
 /// weights.
 pub(crate) fn check(c: &mut Checker, name: &str, layer: &Quantized, x: &Tensor, bias: Option<&[f32]>, y64: &Tensor) {
     let (inputs, expected) = (x.values::<f32>(), y64.values::<f64>());
-    let largest = expected.iter().fold(0.0_f64, |m, y| m.max(y.abs()));
-    let tolerance = f32_tolerance(layer.cols) * largest;
+    let tolerance = f32_tolerance(layer.cols) * largest(&expected);
     let bounds = SixteenByFour::new(layer);
     c.holds(name, x.matrix_shape().1 == layer.cols && y64.matrix_shape().1 == layer.rows, || {
         format!("x {:?} and y64 {:?} do not fit {} x {}", x.shape, y64.shape, layer.rows, layer.cols)
@@ -31,8 +30,13 @@ pub(crate) fn check(c: &mut Checker, name: &str, layer: &Quantized, x: &Tensor, 
 
 /// The largest error of an f32 product as a fraction of the largest output: what plain f32 sums of the same data were
 /// seen to have, times five or more, fixed before this library was run.
-fn f32_tolerance(inner: usize) -> f64 {
+pub(crate) fn f32_tolerance(inner: usize) -> f64 {
     if inner <= 200 { 2e-6 } else { 5e-6 }
+}
+
+/// The largest magnitude.
+pub(crate) fn largest(values: &[f64]) -> f64 {
+    values.iter().fold(0.0, |m, y| m.max(y.abs()))
 }
 
 fn gemv_f32(kernels: Kernels, layer: &Quantized, x: &[f32]) -> Vec<f32> {
@@ -62,7 +66,7 @@ fn with_bias(y: &[f32], bias: Option<&[f32]>) -> Vec<f64> {
 /// `|C - K / 32767| <= 1 / 65534`. A product is then off by at most `|a C| s / 2 + |a| |s q| / 65534`, and `|s q|` is
 /// at most `|x| + s / 2`. To this come the roundings of f32, at most `2^-24` relative each: one a span of 64 columns for
 /// the sum, and fewer than 16 others (weight, scale, integer sum, products, sum of the lanes, step).
-struct SixteenByFour {
+pub(crate) struct SixteenByFour {
     weights: Vec<f32>,
     absmax: Vec<f32>,
 }
@@ -72,12 +76,12 @@ struct SixteenByFour {
 const HALF_STEP: f64 = 0.5015;
 
 impl SixteenByFour {
-    fn new(layer: &Quantized) -> Self {
+    pub(crate) fn new(layer: &Quantized) -> Self {
         Self { weights: layer.dequantized(Kernels::scalar()), absmax: layer.scales.restored() }
     }
 
     /// One bound an output.
-    fn for_input(&self, layer: &Quantized, x: &[f32]) -> Vec<f64> {
+    pub(crate) fn for_input(&self, layer: &Quantized, x: &[f32]) -> Vec<f64> {
         let group = layer.block_size.group();
         let step = |group: &[f32]| group.iter().fold(0.0, |m: f32, x| m.max(x.abs()));
         let steps: Vec<f64> = x.chunks(group).map(|g| f64::from(step(g)) / f64::from(ACTIVATION_MAX)).collect();
