@@ -24,16 +24,19 @@ pub enum Isa {
     Avx2,
     /// aarch64 with Advanced SIMD.
     Neon,
+    /// WebAssembly with 128-bit SIMD.
+    Simd128,
 }
 
 impl Isa {
-    /// The name in lower case, as in benchmark ids: `scalar`, `avx2`, `neon`.
+    /// The name in lower case, as in benchmark ids: `scalar`, `avx2`, `neon`, `simd128`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Neon => "neon",
+            Self::Simd128 => "simd128",
         }
     }
 }
@@ -78,6 +81,8 @@ static TABLES: &[(&Table, fn() -> bool)] = &[
     (&isa::avx2::TABLE, isa::avx2::is_supported),
     #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
     (&isa::neon::TABLE, || true),
+    #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+    (&isa::simd128::TABLE, || true),
     (&isa::scalar::TABLE, || true),
 ];
 

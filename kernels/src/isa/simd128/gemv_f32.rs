@@ -1,0 +1,125 @@
+//! The f32 product.
+
+use core::arch::wasm32::*;
+
+use super::dequantize::{f32_planes, look_up_f32, split_codes};
+use super::gemv::{STRIDE, spread_products};
+use super::vector::*;
+use crate::activations::SPAN;
+use crate::format::canonical;
+use crate::isa::scalar;
+use crate::matrix::Nf4Matrix;
+use crate::spec;
+
+/// The f32 product.
+pub(super) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+    if !matrix.is_row_aligned() {
+        return scalar::gemv_f32(matrix, inputs, out);
+    }
+    out.fill(0.0);
+    let mut panel = [0.0; spec::PANEL];
+    for (p, inputs) in inputs.chunks(spec::PANEL).enumerate() {
+        let panel = &mut panel[..inputs.len().next_multiple_of(SPAN)];
+        arrange_f32(inputs, panel);
+        if matrix.block_size().group() == SPAN {
+            gemv_f32_panel::<1, STRIDE>(matrix, p, inputs.len(), panel, out);
+        } else {
+            gemv_f32_panel::<2, { 2 * STRIDE }>(matrix, p, inputs.len(), panel, out);
+        }
+    }
+    out.iter_mut().for_each(|y| *y = canonical(*y));
+}
+
+/// Puts inputs into the order of [`spec::F32_SLOTS`], with zeros after the last.
+#[inline]
+pub(super) fn arrange_f32(inputs: &[f32], panel: &mut [f32]) {
+    let (spans, rest) = inputs.as_chunks::<SPAN>();
+    let (panel, _) = panel.as_chunks_mut::<SPAN>();
+    for (inputs, panel) in spans.iter().zip(&mut *panel) {
+        arrange_span(inputs, panel);
+    }
+    if let ([_, ..], Some(panel)) = (rest, panel.last_mut()) {
+        let mut padded = [0.0; SPAN];
+        padded[..rest.len()].copy_from_slice(rest);
+        arrange_span(&padded, panel);
+    }
+}
+
+#[inline]
+fn arrange_span(inputs: &[f32; SPAN], panel: &mut [f32; SPAN]) {
+    let ((first, second), (even, odd)) = (inputs.split_at(SPAN / 2), panel.split_at_mut(SPAN / 2));
+    let places = even.as_chunks_mut().0.iter_mut().zip(odd.as_chunks_mut().0);
+    for ((a, b), (even, odd)) in first.as_chunks().0.iter().zip(second.as_chunks().0).zip(places) {
+        let ([a, b], [c, d]) = (load_f32(a), load_f32(b));
+        store_f32(even, [i32x4_shuffle::<0, 2, 4, 6>(a, b), i32x4_shuffle::<0, 2, 4, 6>(c, d)]);
+        store_f32(odd, [i32x4_shuffle::<1, 3, 5, 7>(a, b), i32x4_shuffle::<1, 3, 5, 7>(c, d)]);
+    }
+}
+
+/// Adds the product of panel `p` of a row-aligned matrix, `cols` columns, with `GROUPS` blocks in a span of 64 columns at
+/// most; `SCALES` is `GROUPS * STRIDE`.
+fn gemv_f32_panel<const GROUPS: usize, const SCALES: usize>(
+    matrix: &Nf4Matrix<'_>,
+    p: usize,
+    cols: usize,
+    inputs: &[f32],
+    out: &mut [f32],
+) {
+    let planes = f32_planes();
+    let first_group = p * (spec::PANEL / SPAN * GROUPS);
+    let (inputs, inputs_rest) = inputs.as_chunks::<{ STRIDE * SPAN }>();
+    for (row, out) in out.iter_mut().enumerate() {
+        let (packed, first_block) = matrix.aligned_row(row);
+        let (packed, packed_rest) = packed[p * spec::PANEL / 2..][..cols / 2].as_chunks::<{ STRIDE * SPAN / 2 }>();
+        let mut lanes = [f32x4_splat(0.0); 2];
+        let mut group = first_group;
+        for (packed, inputs) in packed.iter().zip(inputs) {
+            let absmax = matrix.group_absmax::<SCALES>(first_block, group);
+            lanes = add_spans_f32::<GROUPS>(lanes, packed, inputs, &absmax, &planes);
+            group += SCALES;
+        }
+        if !packed_rest.is_empty() {
+            let mut absmax = [0.0; SCALES];
+            let groups = packed_rest.len() / (SPAN / 2 / GROUPS);
+            matrix.group_absmax_rest(first_block, group, &mut absmax[..groups]);
+            lanes = add_spans_f32::<GROUPS>(lanes, packed_rest, inputs_rest, &absmax, &planes);
+            if let (half, [.., inputs]) = (packed_rest.as_chunks::<{ SPAN / 2 }>().1, inputs_rest.as_chunks::<SPAN>().0)
+                && !half.is_empty()
+            {
+                // The other half of the span has inputs and an absmax of 0, which change no lane.
+                let mut packed = [0; SPAN / 2];
+                packed[..half.len()].copy_from_slice(half);
+                lanes = add_spans_f32::<GROUPS>(lanes, &packed, inputs, &[absmax[groups - 1], 0.0], &planes);
+            }
+        }
+        *out += add_lanes(lanes);
+    }
+}
+
+/// Adds spans, as many as there are inputs for, to the lanes.
+#[inline]
+fn add_spans_f32<const GROUPS: usize>(
+    mut lanes: F32x8,
+    packed: &[u8],
+    inputs: &[f32],
+    absmax: &[f32],
+    planes: &[v128; 4],
+) -> F32x8 {
+    let spans = packed.as_chunks::<{ SPAN / 2 }>().0.iter().zip(inputs.as_chunks::<SPAN>().0);
+    for ((packed, x), absmax) in spans.zip(absmax.as_chunks::<GROUPS>().0) {
+        let ((halves, _), (x, _)) = (packed.as_chunks(), x.as_chunks());
+        let ([even_0, odd_0], [even_1, odd_1]) = (split_codes(&halves[0]), split_codes(&halves[1]));
+        let sums = sum(dot_32([even_0, even_1], &x[0], planes), dot_32([odd_0, odd_1], &x[1], planes));
+        lanes = sum(lanes, product(sums, spread_products(absmax)));
+    }
+    lanes
+}
+
+/// Lane sums of the products of 32 codes.
+#[inline]
+fn dot_32(codes: [v128; 2], x: &[f32; 32], planes: &[v128; 4]) -> F32x8 {
+    let (first, second) = (look_up_f32(codes[0], planes), look_up_f32(codes[1], planes));
+    let (x, _) = x.as_chunks();
+    let place = |i: usize| product([first[i], second[i]], load_f32(&x[i]));
+    sum(sum(place(0), place(1)), sum(place(2), place(3)))
+}
