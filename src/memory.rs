@@ -10,7 +10,8 @@ pub struct MemoryStats {
     pub base_unquantized_bytes: usize,
     /// Packed codes and scales of the base: [`crate::Quantized4Bit::memory_bytes`].
     pub base_quantized_bytes: usize,
-    /// `A` and `B` of every adapter, `(d_in + d_out) * rank * 4`; twice that once training has given both a gradient.
+    /// `A` and `B` of every adapter, `(d_in + d_out) * rank * 4`, and with `DoRA` its magnitude, norms and gains,
+    /// `d_out * 12`; gradients too, once training has made them.
     pub lora_bytes: usize,
     /// Base, adapters and, if there is one, the bias: `base_quantized_bytes + lora_bytes`, and `d_out * 4` for a bias.
     pub total_bytes: usize,

@@ -70,11 +70,12 @@ fn many_adapters_allocate_nothing() {
         let mut layer = MultiAdapterLayer::new(base(shape, true));
         layer.add("a", adapter(shape, 3)).unwrap();
         layer.add("b", adapter(shape, 40)).unwrap();
+        layer.add("dora", adapter(shape, 2).with_dora()).unwrap();
         let mut scratch = layer.scratch(5);
         scratch.reserve_inputs(d_in, 5);
-        for (batch, choice) in [(5, &[Some("b"), None, Some("a"), None, Some("b")][..]), (1, &[Some("a")])] {
+        for (batch, choice) in [(5, &[Some("b"), None, Some("a"), None, Some("dora")][..]), (1, &[Some("a")])] {
             let (x, mut y) = (values(batch * d_in), vec![0.0; batch * d_out]);
-            for active in [&[][..], &["a"], &["b", "a"]] {
+            for active in [&[][..], &["a"], &["b", "a", "dora"]] {
                 layer.set_active(active).unwrap();
                 check("active", || layer.forward_batch_into(&x, &mut scratch, &mut y).unwrap());
                 check("one", || layer.forward_into(&x[..d_in], &mut scratch, &mut y[..d_out]).unwrap());
@@ -106,8 +107,17 @@ fn a_layer_holds_what_memory_stats_say() {
             let layer = QLoRALayer::try_from_parts(base.clone(), adapter.clone()).unwrap();
             core::mem::forget(core::hint::black_box(layer.try_with_bias(bias.clone()).unwrap()));
         });
-        let layer = QLoRALayer::try_from_parts(base, adapter).unwrap().try_with_bias(bias).unwrap();
-        assert_eq!(info.bytes_total, layer.memory_stats().total_bytes as u64);
+        let layer = QLoRALayer::try_from_parts(base.clone(), adapter.clone()).unwrap().try_with_bias(bias).unwrap();
+        let stats = layer.memory_stats();
+        assert_eq!(info.bytes_total, stats.total_bytes as u64);
+
+        // DoRA: a magnitude, a norm and a gain for each row; a row of the base is held for a moment.
+        let info = measure(|| {
+            let dora = QLoRALayer::try_from_parts(base.clone(), adapter.clone().with_dora()).unwrap();
+            assert_eq!(dora.memory_stats().lora_bytes, stats.lora_bytes + 200 * 12);
+            core::mem::forget(core::hint::black_box(dora));
+        });
+        assert_eq!(info.bytes_current, (stats.base_quantized_bytes + stats.lora_bytes + 200 * 12) as i64);
     }
 }
 

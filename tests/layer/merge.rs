@@ -97,6 +97,16 @@ fn a_requantized_merge_is_the_quantized_merged_weight() {
 }
 
 #[test]
+fn a_requantized_merge_has_the_magnitudes_of_dora() {
+    let magnitude = normal(5, 1.0, 9);
+    let base = Quantized4Bit::quantize(&normal(5 * 96, 0.02, 1), 5, 96, BlockSize::B64, false).unwrap();
+    let layer = QLoRALayer::try_from_parts(base, adapter(5, 96, 3).try_with_magnitude(magnitude).unwrap()).unwrap();
+    let expected = Quantized4Bit::quantize(&layer.merge_to_f32(), 5, 96, BlockSize::B32, true).unwrap();
+    let (got, _) = layer.merge_requantized(BlockSize::B32, true).unwrap();
+    assert_eq!(bits(&got.dequantize()), bits(&expected.dequantize()));
+}
+
+#[test]
 fn a_requantized_merge_shows_that_a_small_adapter_is_lost() {
     let base = Quantized4Bit::quantize(&normal(64 * 256, 0.02, 1), 64, 256, BlockSize::B64, false).unwrap();
     // A change of 1e-5 where the step of NF4 is above 1e-3.
