@@ -91,9 +91,16 @@ pub(super) fn look_up_u16(codes: uint8x16_t, [low, high]: &[uint8x16_t; 2]) -> [
 #[target_feature(enable = "neon")]
 #[inline]
 fn codes_in_order(bytes: &[u8; 16]) -> [uint8x16_t; 2] {
-    let bytes = load_128(bytes);
-    let (even, odd) = (vshrq_n_u8::<4>(bytes), vandq_u8(bytes, vdupq_n_u8(15)));
+    let [even, odd] = split_codes(bytes);
     [vzip1q_u8(even, odd), vzip2q_u8(even, odd)]
+}
+
+/// The codes of the even and of the odd columns of 16 packed bytes.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn split_codes(bytes: &[u8; 16]) -> [uint8x16_t; 2] {
+    let bytes = load_128(bytes);
+    [vshrq_n_u8::<4>(bytes), vandq_u8(bytes, vdupq_n_u8(15))]
 }
 
 /// Byte `p` of the f32 of all codes.

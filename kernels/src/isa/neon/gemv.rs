@@ -2,7 +2,7 @@
 
 use core::arch::aarch64::*;
 
-use super::dequantize::{look_up_u16, u16_planes};
+use super::dequantize::{look_up_u16, split_codes, u16_planes};
 use super::vector::*;
 use crate::activations::{ACTIVATION_MAX, Activations, SPAN};
 use crate::format::canonical;
@@ -85,31 +85,53 @@ fn add_spans<const GROUPS: usize>(
     lanes
 }
 
-/// The eight exact lane sums of a span; see the top of `mod.rs`.
+/// The eight exact lane sums of a span; see the top of the module.
 #[target_feature(enable = "neon")]
 #[inline]
-fn span_sums(bytes: &[u8; SPAN / 2], values: &[i16; SPAN], planes: &[uint8x16_t; 2]) -> [int32x4_t; 2] {
-    let ((bytes, _), (q, _)) = (bytes.as_chunks(), values.as_chunks());
-    [
-        half_sums(&bytes[0], [&q[0], &q[2], &q[4], &q[6]], planes),
-        half_sums(&bytes[1], [&q[1], &q[3], &q[5], &q[7]], planes),
-    ]
+fn span_sums(packed: &[u8; SPAN / 2], values: &[i16; SPAN], planes: &[uint8x16_t; 2]) -> [int32x4_t; 2] {
+    add_products(decode_span(packed, planes), load_span(values))
 }
 
-/// The four lane sums of half a span.
+/// The 64 weights of a span, as 16-bit integers in the order of the activations.
 #[target_feature(enable = "neon")]
 #[inline]
-fn half_sums(bytes: &[u8; 16], q: [&[i16; 8]; 4], planes: &[uint8x16_t; 2]) -> int32x4_t {
-    let bytes = load_128(bytes);
-    let [w0, w1] = look_up_u16(vshrq_n_u8::<4>(bytes), planes);
-    let [w2, w3] = look_up_u16(vandq_u8(bytes, vdupq_n_u8(15)), planes);
-    let (mut a, mut b) = (vdupq_n_s32(0), vdupq_n_s32(0));
-    for (w, q) in [w0, w1, w2, w3].into_iter().zip(q) {
-        let (w, q) = (vreinterpretq_s16_u16(w), load_i16(q));
-        a = vmlal_s16(a, vget_low_s16(w), vget_low_s16(q));
-        b = vmlal_high_s16(b, w, q);
+pub(super) fn decode_span(packed: &[u8; SPAN / 2], planes: &[uint8x16_t; 2]) -> [int16x8_t; 8] {
+    let mut weights = [vdupq_n_s16(0); 8];
+    for (half, bytes) in packed.as_chunks().0.iter().enumerate() {
+        for (odd, codes) in split_codes(bytes).into_iter().enumerate() {
+            let [first, second] = look_up_u16(codes, planes);
+            weights[4 * odd + half] = vreinterpretq_s16_u16(first);
+            weights[4 * odd + half + 2] = vreinterpretq_s16_u16(second);
+        }
     }
-    vpaddq_s32(a, b)
+    weights
+}
+
+/// 64 weights or activations.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn load_span(values: &[i16; SPAN]) -> [int16x8_t; 8] {
+    let mut out = [vdupq_n_s16(0); 8];
+    for (out, values) in out.iter_mut().zip(values.as_chunks().0) {
+        *out = load_i16(values);
+    }
+    out
+}
+
+/// The eight exact lane sums of the products of weights and activations; see the top of the module.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn add_products(w: [int16x8_t; 8], q: [int16x8_t; 8]) -> [int32x4_t; 2] {
+    let mut sums = [vdupq_n_s32(0); 2];
+    for (half, sums) in sums.iter_mut().enumerate() {
+        let (mut a, mut b) = (*sums, *sums);
+        for i in [half, half + 2, half + 4, half + 6] {
+            a = vmlal_s16(a, vget_low_s16(w[i]), vget_low_s16(q[i]));
+            b = vmlal_high_s16(b, w[i], q[i]);
+        }
+        *sums = vpaddq_s32(a, b);
+    }
+    sums
 }
 
 /// The product of absmax and activation scale for each lane: of one group, or of two for the two halves.
@@ -122,7 +144,7 @@ pub(super) fn spread_products<const GROUPS: usize>(products: &[f32; GROUPS]) -> 
 /// The two bytes of each entry of the 16x4 codebook.
 #[target_feature(enable = "neon")]
 #[inline]
-fn i16_planes() -> [uint8x16_t; 2] {
+pub(super) fn i16_planes() -> [uint8x16_t; 2] {
     let (book, _) = spec::CODEBOOK_I16.as_chunks();
     u16_planes([0, 1].map(|i| vreinterpretq_u16_s16(load_i16(&book[i]))))
 }

@@ -2,7 +2,7 @@
 
 use core::arch::aarch64::*;
 
-use super::dequantize::{f32_planes, look_up_f32};
+use super::dequantize::{f32_planes, look_up_f32, split_codes};
 use super::gemv::{STRIDE, spread_products};
 use super::vector::*;
 use crate::activations::SPAN;
@@ -10,6 +10,9 @@ use crate::format::canonical;
 use crate::isa::scalar;
 use crate::matrix::Nf4Matrix;
 use crate::spec;
+
+/// Columns of half a span: 16 packed bytes, and half of the lanes.
+pub(super) const HALF: usize = SPAN / 2;
 
 /// The f32 product.
 #[target_feature(enable = "neon")]
@@ -31,21 +34,23 @@ pub(super) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) 
     out.iter_mut().for_each(|y| *y = canonical(*y));
 }
 
-/// Puts inputs into the order of [`spec::F32_SLOTS`], with zeros after the last.
+/// Puts inputs, a whole number of half spans, into the order in which their packed bytes are decoded: of each half
+/// first the even columns, then the odd ones. That is [`spec::F32_SLOTS`] with four lanes at a time. Zeros follow the
+/// last.
 #[target_feature(enable = "neon")]
 #[inline]
-fn arrange_f32(inputs: &[f32], panel: &mut [f32]) {
-    for (inputs, panel) in inputs.chunks(SPAN).zip(panel.as_chunks_mut::<SPAN>().0) {
-        let mut padded = [0.0; SPAN];
-        padded[..inputs.len()].copy_from_slice(inputs);
-        let ((first, second), (even, odd)) = (padded.split_at(SPAN / 2), panel.split_at_mut(SPAN / 2));
+pub(super) fn arrange_f32(inputs: &[f32], panel: &mut [f32]) {
+    let (panel, padding) = panel.split_at_mut(inputs.len());
+    for (inputs, panel) in inputs.as_chunks::<HALF>().0.iter().zip(panel.as_chunks_mut::<HALF>().0) {
+        let (even, odd) = panel.split_at_mut(HALF / 2);
         let places = even.as_chunks_mut().0.iter_mut().zip(odd.as_chunks_mut().0);
-        for ((a, b), (even, odd)) in first.as_chunks().0.iter().zip(second.as_chunks().0).zip(places) {
-            let halves = [load_f32(a), load_f32(b)];
-            store_f32(even, halves.map(|[x, y]| vuzp1q_f32(x, y)));
-            store_f32(odd, halves.map(|[x, y]| vuzp2q_f32(x, y)));
+        for (x, (even, odd)) in inputs.as_chunks().0.iter().zip(places) {
+            let [a, b] = load_f32(x);
+            store_f32x4(even, vuzp1q_f32(a, b));
+            store_f32x4(odd, vuzp2q_f32(a, b));
         }
     }
+    padding.fill(0.0);
 }
 
 /// Adds the product of panel `p` of a row-aligned matrix, `cols` columns, with `GROUPS` blocks in a span of 64 columns
@@ -101,21 +106,41 @@ fn add_spans_f32<const GROUPS: usize>(
 ) -> F32x8 {
     let spans = packed.as_chunks::<{ SPAN / 2 }>().0.iter().zip(inputs.as_chunks::<SPAN>().0);
     for ((packed, x), absmax) in spans.zip(absmax.as_chunks::<GROUPS>().0) {
-        let (halves, (x, _)) = (packed.as_chunks().0, x.as_chunks());
-        let bytes = [load_128(&halves[0]), load_128(&halves[1])];
-        let even = dot_32(bytes.map(|b| vshrq_n_u8::<4>(b)), &x[0], planes);
-        let odd = dot_32(bytes.map(|b| vandq_u8(b, vdupq_n_u8(15))), &x[1], planes);
-        lanes = sum(lanes, product(sum(even, odd), spread_products(absmax)));
+        let mut sums = [vdupq_n_f32(0.0); 2];
+        for ((sums, bytes), x) in sums.iter_mut().zip(packed.as_chunks().0).zip(x.as_chunks().0) {
+            *sums = add_products_f32(decode_half_f32(bytes, planes), load_half_f32(x));
+        }
+        lanes = sum(lanes, product(sums, spread_products(absmax)));
     }
     lanes
 }
 
-/// Lane sums of the products of 32 codes.
+/// The weights of half a span, without absmax, in the order of [`arrange_f32`]: place by place for half of the lanes.
 #[target_feature(enable = "neon")]
 #[inline]
-fn dot_32(codes: [uint8x16_t; 2], x: &[f32; 32], planes: &[uint8x16_t; 4]) -> F32x8 {
-    let [first, second] = [look_up_f32(codes[0], planes), look_up_f32(codes[1], planes)];
-    let (x, _) = x.as_chunks();
-    let place = |i: usize| product([first[i], second[i]], load_f32(&x[i]));
-    sum(sum(place(0), place(1)), sum(place(2), place(3)))
+pub(super) fn decode_half_f32(bytes: &[u8; 16], planes: &[uint8x16_t; 4]) -> [float32x4_t; 8] {
+    let [even, odd] = split_codes(bytes);
+    let ([a, b, c, d], [e, f, g, h]) = (look_up_f32(even, planes), look_up_f32(odd, planes));
+    [a, b, c, d, e, f, g, h]
+}
+
+/// Half a span of weights or inputs.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn load_half_f32(values: &[f32; HALF]) -> [float32x4_t; 8] {
+    let mut out = [vdupq_n_f32(0.0); 8];
+    for (out, values) in out.iter_mut().zip(values.as_chunks().0) {
+        *out = load_f32x4(values);
+    }
+    out
+}
+
+/// [`spec::add_places`] of the products of weights and inputs, for half of the lanes.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn add_products_f32(w: [float32x4_t; 8], x: [float32x4_t; 8]) -> float32x4_t {
+    let place = |i: usize| vmulq_f32(w[i], x[i]);
+    let even = vaddq_f32(vaddq_f32(place(0), place(1)), vaddq_f32(place(2), place(3)));
+    let odd = vaddq_f32(vaddq_f32(place(4), place(5)), vaddq_f32(place(6), place(7)));
+    vaddq_f32(even, odd)
 }

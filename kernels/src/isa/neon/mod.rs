@@ -32,9 +32,12 @@
 mod activations;
 mod dense;
 mod dequantize;
+mod gemm;
+mod gemm_f32;
 mod gemv;
 mod gemv_f32;
 mod quantize;
+mod transposed;
 mod vector;
 
 use crate::kernels::Table;
@@ -53,5 +56,8 @@ pub(crate) static TABLE: Table = Table {
     quantize_activations: activations::quantize_activations,
     gemv: gemv::gemv,
     gemv_f32: gemv_f32::gemv_f32,
+    gemm: gemm::gemm,
+    gemm_f32: gemm_f32::gemm_f32,
+    gemv_transposed_f32: transposed::gemv_transposed_f32,
     gemv_dense: dense::gemv_dense,
 };

@@ -116,10 +116,16 @@ fn load_u16<T: Half>(x: &[T; 8]) -> uint16x8_t {
 #[target_feature(enable = "neon")]
 #[inline]
 pub(super) fn store_f32(out: &mut [f32; 8], x: F32x8) {
-    for (out, x) in out.as_chunks_mut::<4>().0.iter_mut().zip(x) {
-        // SAFETY: the array has the 16 bytes that an unaligned store writes.
-        unsafe { vst1q_f32(out.as_mut_ptr(), x) }
-    }
+    let (out, _) = out.as_chunks_mut();
+    store_f32x4(&mut out[0], x[0]);
+    store_f32x4(&mut out[1], x[1]);
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn store_f32x4(out: &mut [f32; 4], x: float32x4_t) {
+    // SAFETY: the array has the 16 bytes that an unaligned store writes.
+    unsafe { vst1q_f32(out.as_mut_ptr(), x) }
 }
 
 #[target_feature(enable = "neon")]
