@@ -48,6 +48,8 @@ mod dora;
 #[cfg(feature = "alloc")]
 mod error;
 #[cfg(feature = "alloc")]
+mod forward;
+#[cfg(feature = "alloc")]
 mod linear;
 #[cfg(feature = "alloc")]
 mod lora;

@@ -3,23 +3,21 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-use nf4_kernels::{Float, Kernels};
+use nf4_kernels::Kernels;
 
 use crate::adapter::LoRAAdapter;
-use crate::error::{Error, check_batch, check_len, or_panic};
+use crate::error::Error;
 use crate::linear::{Arithmetic, Linear, Term};
 use crate::memory::MemoryStats;
 use crate::quantized::Quantized4Bit;
-use crate::scratch::Scratch;
-use crate::tensor::Tensor;
 
 /// A linear layer with a frozen NF4 base weight `W` `[d_out, d_in]` and any number of named adapters, each with a
 /// weight: `y = W x + sum of weight * scale * B (A x) + bias` over the active ones, or over the one that was chosen for
 /// a vector.
 ///
 /// The base is held once, and no adapter is ever merged into it: adapters are added, switched, weighted and removed at
-/// the cost of the adapter alone. All forwards take `&self`, so threads share one layer, each with a [`Scratch`] of its
-/// own. Without an active adapter it is the quantized linear layer alone.
+/// the cost of the adapter alone. All forwards take `&self`, so threads share one layer, each with a [`crate::Scratch`]
+/// of its own. Without an active adapter it is the quantized linear layer alone.
 ///
 /// The arithmetic is that of [`crate::QLoRALayer`]; with one adapter of weight 1 the bits are the same too. Adapters
 /// are added up in the order of their names, so it does not matter in which order they came.
@@ -48,7 +46,7 @@ use crate::tensor::Tensor;
 /// ```
 #[derive(Debug, Clone)]
 pub struct MultiAdapterLayer {
-    linear: Linear,
+    pub(crate) linear: Linear,
     /// Sorted by name.
     adapters: Vec<Named>,
 }
@@ -196,176 +194,28 @@ impl MultiAdapterLayer {
         self.search(name).ok().map(|place| &self.adapters[place])
     }
 
-    fn check_names<'a>(&self, mut names: impl Iterator<Item = &'a str>) -> Result<(), Error> {
-        names.find(|name| self.find(name).is_none()).map_or(Ok(()), |name| Err(unknown(name)))
-    }
-}
-
-/// Products with the active adapters.
-impl MultiAdapterLayer {
-    /// The product of one vector with the active adapters. `x` has `d_in` values, `y` has `d_out`. NaN and infinity do
-    /// what they do in [`crate::QLoRALayer::forward`].
-    ///
-    /// # Panics
-    /// Where [`Self::try_forward`] gives an error.
-    #[must_use]
-    #[track_caller]
-    pub fn forward(&self, x: &Tensor) -> Tensor {
-        or_panic(self.try_forward(x))
-    }
-
-    /// As [`Self::forward`].
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if `x` does not have `d_in` values.
-    pub fn try_forward(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let mut y = Tensor::zeros(self.d_out(), false);
-        self.forward_into(x.data(), &mut self.scratch(1), y.data_mut())?;
-        Ok(y)
-    }
-
-    /// As [`Self::forward`], in buffers of the caller and without allocation; `scratch` as for
-    /// [`Self::forward_batch_into`].
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if `x` does not have `d_in` values, `y` not `d_out`, or `scratch` is too small.
-    pub fn forward_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
-        check_len("input", self.d_in(), x.len())?;
-        check_len("output", self.d_out(), y.len())?;
-        self.forward_batch_into(x, scratch, y)
-    }
-
-    /// The product of each vector of a batch with the active adapters: `x` is `[batch, d_in]`, the result
-    /// `[batch, d_out]`. Each output has the bits that [`Self::forward`] gives. A layer without inputs takes every batch
-    /// for an empty one.
-    ///
-    /// # Panics
-    /// Where [`Self::try_forward_batch`] gives an error.
-    #[must_use]
-    #[track_caller]
-    pub fn forward_batch(&self, x: &Tensor) -> Tensor {
-        or_panic(self.try_forward_batch(x))
-    }
-
-    /// As [`Self::forward_batch`].
-    ///
-    /// # Errors
-    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`.
-    pub fn try_forward_batch(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let batch = check_batch(x.len(), self.d_in())?;
-        let mut y = Tensor::zeros(batch * self.d_out(), false);
-        self.forward_batch_into(x.data(), &mut self.scratch(batch), y.data_mut())?;
-        Ok(y)
-    }
-
-    /// As [`Self::forward_batch`], in buffers of the caller and without allocation. `scratch` comes from
-    /// [`Self::scratch`] for at least this batch and adapters, or was grown for them.
-    ///
-    /// # Errors
-    /// Those of [`Self::try_forward_batch`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or `scratch`
-    /// is too small. `y` may then have been written to.
-    pub fn forward_batch_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
-        self.linear.forward(x, |_| self.active_terms(), scratch.work(), y)
-    }
-
-    /// As [`Self::forward_batch_into`], for inputs and outputs in f32, f16 or bf16; see
-    /// [`crate::QLoRALayer::forward_batch_into_as`]. `scratch` also needs [`Scratch::reserve_inputs`].
-    ///
-    /// # Errors
-    /// Those of [`Self::forward_batch_into`].
-    pub fn forward_batch_into_as<X: Float, Y: Float>(
-        &self,
-        x: &[X],
-        scratch: &mut Scratch,
-        y: &mut [Y],
-    ) -> Result<(), Error> {
-        self.linear.forward_as(x, |_| self.active_terms(), scratch, y)
-    }
-
-    fn active_terms(&self) -> impl Iterator<Item = Term<'_>> {
+    /// The active adapters, for a forward.
+    pub(crate) fn active_terms(&self) -> impl Iterator<Item = Term<'_>> {
         self.adapters.iter().filter(|a| a.active).map(Named::term)
     }
-}
 
-/// Products in which each vector has an adapter of its own, or none. Which adapters are active does not matter.
-impl MultiAdapterLayer {
-    /// The product of each vector of a batch with its adapter: `x` is `[batch, d_in]`, `adapters` has `batch` names,
-    /// the result is `[batch, d_out]`. The bits are those that a forward of the vector with its adapter alone gives.
-    ///
-    /// # Panics
-    /// Where [`Self::try_forward_batch_with`] gives an error.
-    #[must_use]
-    #[track_caller]
-    pub fn forward_batch_with(&self, x: &Tensor, adapters: &[Option<&str>]) -> Tensor {
-        or_panic(self.try_forward_batch_with(x, adapters))
-    }
-
-    /// As [`Self::forward_batch_with`].
-    ///
-    /// # Errors
-    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `adapters` does not have
-    /// one entry for each vector; [`Error::UnknownAdapter`] with the first name that there is no adapter of.
-    pub fn try_forward_batch_with(&self, x: &Tensor, adapters: &[Option<&str>]) -> Result<Tensor, Error> {
-        let batch = check_batch(x.len(), self.d_in())?;
-        let mut y = Tensor::zeros(batch * self.d_out(), false);
-        self.forward_batch_with_into(x.data(), adapters, &mut self.scratch(batch), y.data_mut())?;
-        Ok(y)
-    }
-
-    /// As [`Self::forward_batch_with`], in buffers of the caller and without allocation, but that of an error.
-    ///
-    /// # Errors
-    /// Those of [`Self::try_forward_batch_with`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or
-    /// `scratch` is too small. `y` may then have been written to.
-    pub fn forward_batch_with_into(
-        &self,
-        x: &[f32],
-        adapters: &[Option<&str>],
-        scratch: &mut Scratch,
-        y: &mut [f32],
-    ) -> Result<(), Error> {
-        self.check_choice(x, adapters, y)?;
-        self.linear.forward(x, |n| self.chosen_term(adapters[n]), scratch.work(), y)
-    }
-
-    /// As [`Self::forward_batch_with_into`], for inputs and outputs in f32, f16 or bf16; see
-    /// [`crate::QLoRALayer::forward_batch_into_as`]. `scratch` also needs [`Scratch::reserve_inputs`].
-    ///
-    /// # Errors
-    /// Those of [`Self::forward_batch_with_into`].
-    pub fn forward_batch_with_into_as<X: Float, Y: Float>(
-        &self,
-        x: &[X],
-        adapters: &[Option<&str>],
-        scratch: &mut Scratch,
-        y: &mut [Y],
-    ) -> Result<(), Error> {
-        self.check_choice(x, adapters, y)?;
-        self.linear.forward_as(x, |n| self.chosen_term(adapters[n]), scratch, y)
-    }
-
-    fn check_choice<X, Y>(&self, x: &[X], adapters: &[Option<&str>], y: &[Y]) -> Result<(), Error> {
-        check_len("adapters of the batch", self.linear.check_batch(x, y)?, adapters.len())?;
-        self.check_names(adapters.iter().flatten().copied())
-    }
-
-    fn chosen_term(&self, name: Option<&str>) -> impl Iterator<Item = Term<'_>> {
+    /// The adapter of a vector, if it has one, for a forward.
+    pub(crate) fn chosen_term(&self, name: Option<&str>) -> impl Iterator<Item = Term<'_>> {
         name.and_then(|name| self.find(name)).map(Named::term).into_iter()
+    }
+
+    pub(crate) fn sum_of_ranks(&self) -> usize {
+        self.adapters.iter().fold(0, |sum, a| sum.saturating_add(a.adapter.rank()))
+    }
+
+    /// `Ok` if there is an adapter of each of the names.
+    pub(crate) fn check_names<'a>(&self, mut names: impl Iterator<Item = &'a str>) -> Result<(), Error> {
+        names.find(|name| self.find(name).is_none()).map_or(Ok(()), |name| Err(unknown(name)))
     }
 }
 
 /// What it is.
 impl MultiAdapterLayer {
-    /// Working memory for batches of up to `batch` vectors with any choice of the adapters that there are now: as
-    /// [`Scratch`] says, where the rank is the sum of all.
-    ///
-    /// # Panics
-    /// If it does not fit in memory.
-    #[must_use]
-    pub fn scratch(&self, batch: usize) -> Scratch {
-        self.linear.scratch(self.adapters.iter().fold(0, |sum, a| sum.saturating_add(a.adapter.rank())), batch)
-    }
-
     /// The quantized base weight, `[d_out, d_in]`.
     #[must_use]
     pub fn base_weight_quantized(&self) -> &Quantized4Bit {

@@ -2,15 +2,14 @@
 
 use alloc::vec::Vec;
 
-use nf4_kernels::{BlockSize, Float, Kernels};
+use nf4_kernels::{BlockSize, Kernels};
 
 use crate::adapter::{DEFAULT_SEED, LoRAAdapter, LoRAScaling};
-use crate::error::{Error, check_batch, check_len, or_panic};
-use crate::linear::{Arithmetic, Linear, Term};
+use crate::error::{Error, or_panic};
+use crate::linear::{Arithmetic, Linear};
 use crate::lora::LoRALayer;
 use crate::memory::MemoryStats;
 use crate::quantized::Quantized4Bit;
-use crate::scratch::Scratch;
 use crate::tensor::Tensor;
 
 /// A linear layer with a frozen NF4 base weight `W` `[d_out, d_in]`, a `LoRA` adapter and, if [`Self::try_with_bias`]
@@ -154,124 +153,6 @@ impl QLoRALayer {
     #[must_use]
     pub fn into_parts(self) -> (Quantized4Bit, Option<Vec<f32>>, LoRAAdapter) {
         (self.linear.weight, self.linear.bias.map(<[f32]>::into_vec), self.adapter)
-    }
-}
-
-/// Products.
-impl QLoRALayer {
-    /// `y = W x + scale * B (A x) + bias`. `x` has `d_in` values, `y` has `d_out`.
-    ///
-    /// If a value of `x` is NaN or infinite, every output is [`f32::NAN`] (in f32 arithmetic: what IEEE 754 says).
-    ///
-    /// # Panics
-    /// Where [`Self::try_forward`] gives an error.
-    #[must_use]
-    #[track_caller]
-    pub fn forward(&self, x: &Tensor) -> Tensor {
-        or_panic(self.try_forward(x))
-    }
-
-    /// As [`Self::forward`].
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if `x` does not have `d_in` values; [`Error::MatrixLength`] if `A` or `B` was replaced by a
-    /// tensor of another length; [`Error::StaleNorms`] with `DoRA`, see [`Self::refresh_dora`].
-    pub fn try_forward(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let mut y = Tensor::zeros(self.d_out(), false);
-        self.forward_into(x.data(), &mut self.scratch(), y.data_mut())?;
-        Ok(y)
-    }
-
-    /// As [`Self::forward`], in buffers of the caller and without allocation. `scratch` comes from [`Self::scratch`] or
-    /// was grown for this layer; see [`Scratch`] for its size.
-    ///
-    /// # Errors
-    /// Those of [`Self::try_forward`]; [`Error::Shape`] if `y` does not have `d_out` values or `scratch` is too small.
-    /// `y` may then have been written to.
-    pub fn forward_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
-        check_len("input", self.d_in(), x.len())?;
-        check_len("output", self.d_out(), y.len())?;
-        self.forward_batch_into(x, scratch, y)
-    }
-
-    /// The forward of each vector of a batch: `x` is `[batch, d_in]`, the result `[batch, d_out]`. Each output has the
-    /// bits that [`Self::forward`] gives for its vector. A layer without inputs takes every batch for an empty one.
-    ///
-    /// # Panics
-    /// Where [`Self::try_forward_batch`] gives an error.
-    #[must_use]
-    #[track_caller]
-    pub fn forward_batch(&self, x: &Tensor) -> Tensor {
-        or_panic(self.try_forward_batch(x))
-    }
-
-    /// As [`Self::forward_batch`].
-    ///
-    /// # Errors
-    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::MatrixLength`] if `A` or `B` was
-    /// replaced by a tensor of another length; [`Error::StaleNorms`] with `DoRA`, see [`Self::refresh_dora`].
-    pub fn try_forward_batch(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let batch = check_batch(x.len(), self.d_in())?;
-        let mut y = Tensor::zeros(batch * self.d_out(), false);
-        self.forward_batch_into(x.data(), &mut self.scratch_for_batch(batch), y.data_mut())?;
-        Ok(y)
-    }
-
-    /// As [`Self::forward_batch`], in buffers of the caller and without allocation. `scratch` comes from
-    /// [`Self::scratch_for_batch`] for at least this batch or was grown for it; see [`Scratch`] for its size.
-    ///
-    /// # Errors
-    /// Those of [`Self::try_forward_batch`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or `scratch`
-    /// is too small. `y` may then have been written to.
-    pub fn forward_batch_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
-        self.linear.forward(x, |_| self.terms(), scratch.work(), y)
-    }
-
-    /// As [`Self::forward_batch_into`], for inputs and outputs in f32, f16 or bf16; one vector is a batch of one.
-    /// Inputs are converted to f32 in the scratch, exactly; outputs are those for f32, rounded once to nearest even.
-    ///
-    /// `scratch` comes from [`Self::scratch_for_batch_as`] or was grown by [`Scratch::reserve_inputs`] too.
-    ///
-    /// # Errors
-    /// Those of [`Self::forward_batch_into`].
-    pub fn forward_batch_into_as<X: Float, Y: Float>(
-        &self,
-        x: &[X],
-        scratch: &mut Scratch,
-        y: &mut [Y],
-    ) -> Result<(), Error> {
-        self.linear.forward_as(x, |_| self.terms(), scratch, y)
-    }
-
-    /// Working memory for [`Self::forward_into`].
-    #[must_use]
-    pub fn scratch(&self) -> Scratch {
-        self.scratch_for_batch(1)
-    }
-
-    /// Working memory for [`Self::forward_batch_into`] with up to `batch` vectors.
-    ///
-    /// # Panics
-    /// If it does not fit in memory.
-    #[must_use]
-    pub fn scratch_for_batch(&self, batch: usize) -> Scratch {
-        self.linear.scratch(self.rank(), batch)
-    }
-
-    /// Working memory for [`Self::forward_batch_into_as`] with up to `batch` vectors.
-    ///
-    /// # Panics
-    /// If it does not fit in memory.
-    #[must_use]
-    pub fn scratch_for_batch_as(&self, batch: usize) -> Scratch {
-        let mut scratch = self.scratch_for_batch(batch);
-        scratch.reserve_inputs(self.d_in(), batch);
-        scratch
-    }
-
-    /// What the adapter adds to a product.
-    fn terms(&self) -> impl Iterator<Item = Term<'_>> {
-        core::iter::once(Term { adapter: &self.adapter, weight: 1.0 })
     }
 }
 
