@@ -126,6 +126,11 @@ pub enum CheckpointError {
         /// What was wrong.
         error: crate::Error,
     },
+    /// The sink of the bytes failed.
+    Write {
+        /// What it said.
+        reason: String,
+    },
     /// The source of the bytes failed.
     Read {
         /// The tensor that was asked for.
@@ -164,6 +169,7 @@ impl fmt::Display for CheckpointError {
             Self::Unsupported { what, variant } => write!(f, "{what}: {variant} is not supported"),
             Self::Unexpected { tensor, reason } => write!(f, "{tensor}: {reason}"),
             Self::Layer { layer, error } => write!(f, "{layer}: {error}"),
+            Self::Write { reason } => f.write_str(reason),
             Self::Read { tensor, reason } => write!(f, "{tensor}: {reason}"),
         }
     }

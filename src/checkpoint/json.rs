@@ -38,10 +38,6 @@ impl<'a> Object<'a> {
         self.fields
     }
 
-    pub(super) fn fields(&self) -> &Map<String, Value> {
-        &self.fields
-    }
-
     /// The value of a field; `None` if it is missing or null.
     pub(super) fn get(&self, field: &str) -> Option<&Value> {
         self.fields.get(field).filter(|value| !value.is_null())

@@ -9,7 +9,7 @@ use safetensors::Dtype;
 
 use super::float::{FloatType, read_f32, read_floats};
 use super::quant_state::{ABSMAX, NESTED_ABSMAX, NESTED_QUANT_MAP, QUANT_MAP, QuantState, STATE, STATE_FP4, WEIGHT};
-use super::source::{TensorData, TensorMap, TensorSource, bytes_of, info_of};
+use super::source::{TensorData, TensorMap, TensorSource, bytes_of, check_shape};
 use super::{CheckpointError, join};
 use crate::error::{check_finite, check_len};
 use crate::quantized::{AbsmaxBuf, Quantized4Bit};
@@ -200,13 +200,4 @@ fn check_codebook(source: &dyn TensorSource, name: &str) -> Result<(), Checkpoin
             Err(CheckpointError::Codebook { tensor: name.to_owned(), index, expected, got })
         }
     }
-}
-
-/// `Ok` if the tensor has this shape.
-pub(super) fn check_shape(source: &dyn TensorSource, name: &str, shape: &[usize]) -> Result<(), CheckpointError> {
-    let info = info_of(source, name)?;
-    if info.shape == shape {
-        return Ok(());
-    }
-    Err(CheckpointError::Shape { tensor: name.to_owned(), expected: shape.to_vec(), got: info.shape.clone() })
 }

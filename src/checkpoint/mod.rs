@@ -25,8 +25,10 @@ mod header;
 mod json;
 mod linear4bit;
 mod model_config;
+mod peft;
 mod quant_state;
 mod source;
+mod write;
 
 use alloc::borrow::ToOwned;
 use alloc::format;
@@ -37,10 +39,12 @@ pub use float::FloatType;
 pub use header::Header;
 pub use linear4bit::{Linear4bit, linear4bit_prefixes};
 pub use model_config::QuantizationConfig;
+pub use peft::{BiasTraining, PeftAdapter, PeftConfig, PeftModule, TargetModules};
 pub use quant_state::QuantState;
 pub use safetensors::Dtype;
 pub use safetensors::tensor::TensorInfo;
-pub use source::{TensorData, TensorFile, TensorMap, TensorSource, to_safetensors};
+pub use source::{TensorData, TensorFile, TensorMap, TensorSource};
+pub use write::{Layout, to_safetensors, write_safetensors};
 
 /// `prefix.name`, or only the name in a file with one layer.
 fn join(prefix: &str, name: &str) -> String {

@@ -85,11 +85,37 @@ pub(super) fn bytes_of<'s>(source: &'s dyn TensorSource, name: &str) -> Result<C
     }
 }
 
+/// `Ok` if the tensor has this shape.
+pub(super) fn check_shape(source: &dyn TensorSource, name: &str, shape: &[usize]) -> Result<(), CheckpointError> {
+    let info = info_of(source, name)?;
+    if info.shape == shape {
+        return Ok(());
+    }
+    Err(CheckpointError::Shape { tensor: name.to_owned(), expected: shape.to_vec(), got: info.shape.clone() })
+}
+
+/// Tensors by name, in memory.
+pub type TensorMap<'a> = BTreeMap<String, TensorData<'a>>;
+
+impl TensorSource for TensorMap<'_> {
+    fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        Box::new(self.keys().map(String::as_str))
+    }
+
+    fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.get(name).map(|tensor| &tensor.info)
+    }
+
+    fn read(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError> {
+        let tensor = self.get(name).ok_or_else(|| CheckpointError::Missing { tensor: name.to_owned() })?;
+        Ok(Cow::Borrowed(&tensor.bytes))
+    }
+}
+
 /// A tensor to be written.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct TensorData<'a> {
-    dtype: Dtype,
-    shape: Vec<usize>,
+    info: TensorInfo,
     bytes: Cow<'a, [u8]>,
 }
 
@@ -110,12 +136,13 @@ impl<'a> TensorData<'a> {
             let (expected, got) = (expected as u64, bytes.len() as u64);
             return Err(CheckpointError::Bytes { what: name.to_owned(), expected, got });
         }
-        Ok(Self { dtype, shape, bytes })
+        Ok(Self::from_parts(dtype, shape, bytes))
     }
 
     /// A tensor of parts that are known to fit.
     pub(super) fn from_parts(dtype: Dtype, shape: Vec<usize>, bytes: impl Into<Cow<'a, [u8]>>) -> Self {
-        Self { dtype, shape, bytes: bytes.into() }
+        let bytes = bytes.into();
+        Self { info: TensorInfo { dtype, shape, data_offsets: (0, bytes.len()) }, bytes }
     }
 
     /// A vector of bytes.
@@ -132,20 +159,26 @@ impl<'a> TensorData<'a> {
     }
 
     /// The same bytes under another shape that is known to have as many elements.
-    pub(super) fn with_shape(self, shape: Vec<usize>) -> Self {
-        Self { shape, ..self }
+    pub(super) fn with_shape(mut self, shape: Vec<usize>) -> Self {
+        self.info.shape = shape;
+        self
+    }
+
+    /// The same tensor without a copy.
+    pub(super) fn borrowed(&self) -> TensorData<'_> {
+        TensorData { info: self.info.clone(), bytes: Cow::Borrowed(&self.bytes) }
     }
 
     /// The type.
     #[must_use]
     pub fn dtype(&self) -> Dtype {
-        self.dtype
+        self.info.dtype
     }
 
     /// The shape.
     #[must_use]
     pub fn shape(&self) -> &[usize] {
-        &self.shape
+        &self.info.shape
     }
 
     /// The bytes.
@@ -153,41 +186,4 @@ impl<'a> TensorData<'a> {
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
-}
-
-impl safetensors::View for &TensorData<'_> {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.bytes)
-    }
-
-    fn data_len(&self) -> usize {
-        self.bytes.len()
-    }
-}
-
-/// Tensors by name, to be written as one file.
-pub type TensorMap<'a> = BTreeMap<String, TensorData<'a>>;
-
-/// A whole safetensors file, with `format` = `pt` as metadata, without which transformers does not load it. The bytes are
-/// those that the Python package writes: larger types first, then by name.
-///
-/// # Errors
-/// [`CheckpointError::HeaderTooLong`] if the names alone exceed the format's limit.
-pub fn to_safetensors(tensors: &TensorMap<'_>) -> Result<Vec<u8>, CheckpointError> {
-    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
-    safetensors::serialize(tensors, Some(metadata)).map_err(|error| match error {
-        safetensors::SafeTensorError::HeaderTooLarge => {
-            let names = tensors.keys().map(|name| name.len() as u64).sum();
-            CheckpointError::HeaderTooLong { got: names, limit: super::header::LIMIT }
-        }
-        other => CheckpointError::Json { what: "header".to_owned(), reason: alloc::format!("{other}") },
-    })
 }

@@ -7,4 +7,15 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod adapters;
 mod layers;
+
+use nf4::checkpoint::{FloatType, TensorData};
+
+/// A tensor of the values `step`, `2 step`, `3 step`, ...
+fn tensor(name: &str, float: FloatType, shape: &[usize], step: f32) -> (String, TensorData<'static>) {
+    let values: Vec<f32> = (1..=shape.iter().product::<usize>()).map(|i| i as f32 * step).collect();
+    let mut bytes = Vec::new();
+    float.extend_bytes(&values, &mut bytes);
+    (name.to_owned(), TensorData::new(name, float.dtype(), shape.to_vec(), bytes).unwrap())
+}
