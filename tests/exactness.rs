@@ -2,7 +2,7 @@
 //!
 //! Scalar code is compared with independent truth here and in `reference`; the other instruction sets with scalar code.
 
-#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "shapes are small")]
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "shapes are small, and tests panic")]
 
 #[path = "support/truth.rs"]
 mod truth;

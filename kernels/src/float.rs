@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use crate::kernels::{Dequantize, Quantize, Table};
 
-/// An element type that weights can be quantized from and restored to: `f32`, [`f16`], [`bf16`]. Sealed.
+/// An element type that weights can be quantized from and restored to: `f32`, [`struct@f16`], [`bf16`]. Sealed.
 pub trait Float: Copy + Send + Sync + sealed::Sealed + 'static {
     /// The value as f32; exact.
     fn to_f32(self) -> f32;

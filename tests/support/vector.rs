@@ -56,10 +56,10 @@ pub(crate) const VECTORS: [Vector; 6] = [
     vector("short", 1, 7, BlockSize::B4096, 6),
 ];
 
-const fn vector(name: &'static str, rows: usize, cols: usize, block_size: BlockSize, seed: u64) -> Vector {
-    let [quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense] = EXPECTED[seed as usize - 1];
+const fn vector(name: &'static str, rows: usize, cols: usize, block_size: BlockSize, number: usize) -> Vector {
+    let [quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense] = EXPECTED[number - 1];
     let expected = Hashes { quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense };
-    Vector { name, rows, cols, block_size, seed, expected }
+    Vector { name, rows, cols, block_size, seed: number as u64, expected }
 }
 
 /// A row a vector, in the order of the fields of [`Hashes`].
