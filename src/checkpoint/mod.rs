@@ -22,6 +22,7 @@
 mod error;
 mod float;
 mod header;
+mod infos;
 mod json;
 mod linear4bit;
 mod model_config;

@@ -1,0 +1,239 @@
+//! `nf4 bench`: the products and conversions on every instruction set of this machine, beside a pure read.
+
+use core::hint::black_box;
+use core::str::FromStr;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use nf4::{AbsmaxBuf, BlockSize, Float, Kernels, Nf4Matrix, bf16, packed_len};
+use serde_json::json;
+
+use crate::report::{Report, table};
+
+/// Measure every instruction set of this machine.
+///
+/// One thread; all operations are timed in turn, round by round, so that what disturbs the machine disturbs all alike,
+/// and medians are reported. GB/s counts the packed bytes (codes and scales) of the matrix, so that it compares with
+/// memory bandwidth, and `of read` is the share of a pure read of the same bytes in the same run. With a batch,
+/// weights/ns counts each weight once for every vector.
+#[derive(Debug, Args)]
+pub(crate) struct Bench {
+    /// Rows x columns of the weight matrix
+    #[arg(long, default_value = "4096x4096", value_name = "ROWSxCOLS")]
+    shape: Shape,
+    /// Vectors that are multiplied at once
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    batch: usize,
+    /// Weights that share a scale: 32, 64, 128, ..., 4096
+    #[arg(long, default_value = "64", value_name = "N", value_parser = crate::quantize::block_size)]
+    block_size: BlockSize,
+    /// Double-quantize the scales
+    #[arg(long)]
+    double_quant: bool,
+    /// Rounds; the median of each operation's times is reported
+    #[arg(long, default_value_t = 15, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    rows: usize,
+    cols: usize,
+}
+
+impl FromStr for Shape {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let parts = s.split_once('x').and_then(|(rows, cols)| Some((rows.parse().ok()?, cols.parse().ok()?)));
+        match parts {
+            Some((rows, cols)) if rows > 0 && cols > 0 => Ok(Self { rows, cols }),
+            _ => Err("expected two numbers above 0, such as 4096x4096".to_owned()),
+        }
+    }
+}
+
+impl core::fmt::Display for Shape {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "{}x{}", self.rows, self.cols)
+    }
+}
+
+/// An operation, ready to run.
+struct Operation<'a> {
+    name: &'static str,
+    isa: &'static str,
+    /// How often it uses each weight.
+    uses: usize,
+    run: Box<dyn FnMut() + 'a>,
+}
+
+impl Bench {
+    pub(crate) fn run(&self) -> Result<Report> {
+        ensure!(self.batch > 0, "--batch 0: expected at least 1");
+        let Shape { rows, cols } = self.shape;
+        let large = || format!("--shape {} --batch {} does not fit in memory", self.shape, self.batch);
+        let weights = noise(rows.checked_mul(cols).with_context(large)?, 1).with_context(large)?;
+        let inputs = noise(cols.checked_mul(self.batch).with_context(large)?, 2).with_context(large)?;
+        let outputs = zeros(rows.checked_mul(self.batch).with_context(large)?).with_context(large)?;
+        let (kernels, block_size) = (Kernels::detect(), self.block_size);
+        let mut packed = vec![0; packed_len(weights.len())];
+        let mut absmax = vec![0.0; block_size.blocks(weights.len())];
+        kernels.quantize(&weights, block_size, &mut packed, &mut absmax)?;
+        let scales =
+            if self.double_quant { AbsmaxBuf::double_quantize(&absmax) } else { AbsmaxBuf::plain(absmax.clone()) };
+        let matrix = Nf4Matrix::new(&packed, scales.view(), rows, cols, block_size)?;
+
+        let mut operations = Vec::new();
+        for kernels in Kernels::available() {
+            operations.extend(self.products(kernels, matrix, &inputs, &outputs)?);
+            operations.extend(conversions(kernels, matrix, &weights, &packed, &absmax));
+        }
+        let read = Box::new(|| {
+            black_box(xor(black_box(&packed)));
+            black_box(absmax.iter().fold(0, |sum, x| sum ^ x.to_bits()));
+        });
+        operations.push(Operation { name: "read", isa: "any", uses: 1, run: read });
+        let medians = self.medians(&mut operations);
+        let bytes = packed.len() + scales.memory_bytes();
+        Ok(self.report(&operations, &medians, weights.len(), bytes))
+    }
+
+    /// The products of the whole batch, from inputs in f32 to outputs in f32.
+    fn products<'a>(
+        &self,
+        kernels: Kernels,
+        matrix: Nf4Matrix<'a>,
+        inputs: &'a [f32],
+        outputs: &[f32],
+    ) -> Result<Vec<Operation<'a>>> {
+        let (cols, block_size, batch) = (matrix.cols(), self.block_size, self.batch);
+        let values_len = nf4::Activations::values_len(cols, block_size) * batch;
+        let scales_len = nf4::Activations::scales_len(cols, block_size) * batch;
+        let (mut values, mut scales) = (vec![0; values_len], vec![0.0; scales_len]);
+        // The shapes fit each other once, so they do every time.
+        kernels.quantize_activations_batch(inputs, cols, block_size, &mut values, &mut scales)?;
+        let mut y = outputs.to_vec();
+        let sixteen_by_four = Box::new(move || {
+            let activations = kernels.quantize_activations_batch(inputs, cols, block_size, &mut values, &mut scales);
+            let activations = activations.expect("checked above");
+            kernels.gemm(black_box(&matrix), &activations, &mut y).expect("outputs for each row and vector");
+        });
+        let mut y = outputs.to_vec();
+        let exact = Box::new(move || {
+            kernels.gemm_f32(black_box(&matrix), inputs, &mut y).expect("outputs for each row and vector");
+        });
+        let isa = kernels.isa().name();
+        Ok(vec![
+            Operation { name: "product 16x4", isa, uses: batch, run: sixteen_by_four },
+            Operation { name: "product f32", isa, uses: batch, run: exact },
+        ])
+    }
+
+    /// The median time of each operation in nanoseconds, after one run to warm up.
+    fn medians(&self, operations: &mut [Operation<'_>]) -> Vec<f64> {
+        let mut times = vec![Vec::new(); operations.len()];
+        for round in 0..=self.rounds {
+            for (operation, times) in operations.iter_mut().zip(&mut times) {
+                let start = Instant::now();
+                (operation.run)();
+                if round > 0 {
+                    times.push(start.elapsed().as_nanos() as f64);
+                }
+            }
+        }
+        let median = |mut t: Vec<f64>| {
+            t.sort_unstable_by(f64::total_cmp);
+            t[t.len() / 2].max(1.0)
+        };
+        times.into_iter().map(median).collect()
+    }
+
+    fn report(&self, operations: &[Operation<'_>], medians: &[f64], weights: usize, bytes: usize) -> Report {
+        let read = medians[medians.len() - 1];
+        let mut rows = vec![["", "", "weights/ns", "GB/s", "of read"].map(str::to_owned).to_vec()];
+        let mut results = Vec::new();
+        for (Operation { name, isa, uses, .. }, time) in operations.iter().zip(medians) {
+            let (speed, bandwidth) = ((weights * uses) as f64 / time, bytes as f64 / time);
+            let cells = [format!("{speed:.2}"), format!("{bandwidth:.2}"), format!("{:.0} %", read / time * 100.0)];
+            rows.push([(*name).to_owned(), (*isa).to_owned()].into_iter().chain(cells).collect());
+            results.push(json!({
+                "operation": name,
+                "isa": isa,
+                "median_ns": time,
+                "weights_per_ns": speed,
+                "gb_per_s": bandwidth,
+                "share_of_read": read / time,
+            }));
+        }
+        let (shape, batch, block) = (self.shape, self.batch, self.block_size.get());
+        let scales = if self.double_quant { "double-quantized" } else { "plain" };
+        let rounds = self.rounds;
+        let title =
+            format!("{shape}, batch {batch}, block {block}, {scales} scales, one thread, medians of {rounds} rounds\n");
+        let json = json!({
+            "shape": [shape.rows, shape.cols],
+            "batch": batch,
+            "block_size": block,
+            "double_quant": self.double_quant,
+            "rounds": rounds,
+            "packed_bytes": bytes,
+            "results": results,
+        });
+        Report::good(title + &table(&rows), json)
+    }
+}
+
+/// Quantization and its inverse.
+fn conversions<'a>(
+    kernels: Kernels,
+    matrix: Nf4Matrix<'a>,
+    weights: &'a [f32],
+    packed: &[u8],
+    absmax: &[f32],
+) -> Vec<Operation<'a>> {
+    fn restore<'a, T: Float>(kernels: Kernels, matrix: Nf4Matrix<'a>, len: usize) -> Box<dyn FnMut() + 'a> {
+        let mut out = vec![T::from_f32(0.0); len];
+        Box::new(move || kernels.dequantize(black_box(&matrix), &mut out).expect("made for this matrix"))
+    }
+    let (isa, block_size) = (kernels.isa().name(), matrix.block_size());
+    let (mut packed, mut absmax) = (packed.to_vec(), absmax.to_vec());
+    let quantize = Box::new(move || {
+        kernels.quantize(black_box(weights), block_size, &mut packed, &mut absmax).expect("made for these weights");
+    });
+    vec![
+        Operation { name: "quantize f32", isa, uses: 1, run: quantize },
+        Operation { name: "dequantize f32", isa, uses: 1, run: restore::<f32>(kernels, matrix, weights.len()) },
+        Operation { name: "dequantize bf16", isa, uses: 1, run: restore::<bf16>(kernels, matrix, weights.len()) },
+    ]
+}
+
+/// A read of all bytes that keeps the loads and does nothing else.
+fn xor(bytes: &[u8]) -> [u64; 16] {
+    bytes.as_chunks::<128>().0.iter().fold([0; 16], |mut sums, chunk| {
+        for (sum, word) in sums.iter_mut().zip(chunk.as_chunks().0) {
+            *sum ^= u64::from_le_bytes(*word);
+        }
+        sums
+    })
+}
+
+/// `len` zeros, if there is memory for them.
+fn zeros(len: usize) -> Result<Vec<f32>> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(len)?;
+    values.resize(len, 0.0);
+    Ok(values)
+}
+
+/// Numbers uniform in `[-0.5, 0.5)`.
+fn noise(len: usize, seed: u64) -> Result<Vec<f32>> {
+    let mut values = zeros(len)?;
+    let mut state = seed;
+    for value in &mut values {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *value = (state >> 40) as f32 / 16_777_216.0 - 0.5;
+    }
+    Ok(values)
+}

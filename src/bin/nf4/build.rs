@@ -1,0 +1,176 @@
+//! A new model beside an old one: for each shard a shard of the same name, the index, `config.json`, the other files.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde_json::{Map, Value};
+
+use crate::model::{CONFIG, INDEX, Model};
+use crate::output::Output;
+use crate::progress::Progress;
+use crate::shard::Shard;
+use crate::workers::Workers;
+use crate::writer::{Entry, Writer};
+
+/// Where the new model goes.
+#[derive(Debug, Args)]
+pub(crate) struct Target {
+    /// The new model: a directory if the old one is, else a file. It appears when it is complete
+    #[arg(long, value_name = "PATH")]
+    pub(crate) out: PathBuf,
+    /// Replace what is at --out: a file, or a directory that is empty or holds a model (all of it is replaced)
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+/// What becomes of a tensor.
+#[derive(Debug)]
+pub(crate) enum Step<J> {
+    /// It is copied bit for bit.
+    Copy,
+    /// It is left out: it belongs to another one.
+    Drop,
+    /// Others take its place, and the command makes them.
+    Make(J, Vec<Entry>),
+}
+
+/// Buffers of a thread.
+#[derive(Debug, Default)]
+pub(crate) struct Buffers {
+    /// Bytes of a file.
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// What the commands have in hand while they make tensors.
+#[derive(Debug)]
+pub(crate) struct Job<'a, B> {
+    pub(crate) shard: &'a Shard,
+    pub(crate) writer: &'a Writer,
+    pub(crate) workers: &'a mut Workers<B>,
+    pub(crate) progress: &'a Progress,
+}
+
+/// What was made.
+#[derive(Debug)]
+pub(crate) struct Built {
+    /// Bytes of all new tensors.
+    pub(crate) bytes: u64,
+    /// Files and directories of the old model that were not copied.
+    pub(crate) left: Vec<String>,
+}
+
+/// Bytes that are copied at a time.
+const COPY_CHUNK: usize = 1 << 20;
+
+/// How a command makes a new model.
+pub(crate) trait Conversion {
+    /// What it has to know to make a tensor.
+    type How;
+
+    /// What becomes of a tensor.
+    fn step(&self, name: &str) -> Result<Step<Self::How>>;
+
+    /// Writes the tensors that [`Self::step`] promised in place of `name`.
+    fn make(&self, name: &str, how: Self::How, job: &mut Job<'_, Buffers>) -> Result<()>;
+
+    /// The new text of `config.json`.
+    fn config(&self, old: &[u8]) -> Result<String>;
+}
+
+/// Builds the new model at `target`, where nothing is before all is done.
+pub(crate) fn build<C: Conversion>(
+    model: &Model,
+    target: &Target,
+    inputs: &[&Path],
+    threads: usize,
+    progress: &Progress,
+    conversion: &C,
+) -> Result<Built> {
+    let output = Output::new(&target.out, model.directory.is_some(), target.force, inputs)?;
+    let (mut workers, mut bytes, mut weight_map) = (Workers::new(threads), 0, BTreeMap::new());
+    for shard in &model.shards {
+        let (mut steps, mut entries) = (Vec::new(), Vec::new());
+        for name in shard.names() {
+            let step = conversion.step(name)?;
+            match &step {
+                Step::Copy => {
+                    let info = shard.header.get(name).with_context(|| shard.at(name))?;
+                    entries.push(Entry::new(name, info.dtype, &info.shape));
+                }
+                Step::Drop => {}
+                Step::Make(_, made) => entries.extend(made.iter().cloned()),
+            }
+            steps.push((name, step));
+        }
+        weight_map.extend(entries.iter().map(|e| (e.name.clone(), Value::from(shard.name()))));
+        let path = if model.directory.is_some() { output.path().join(shard.name()) } else { output.path().to_owned() };
+        // Without `format` transformers does not load a file.
+        let mut metadata = shard.header.metadata().clone();
+        metadata.entry("format".to_owned()).or_insert("pt".to_owned());
+        let writer = Writer::create(&path, entries, metadata)?;
+        let mut job = Job { shard, writer: &writer, workers: &mut workers, progress };
+        for (name, step) in steps {
+            progress.at(name);
+            match step {
+                Step::Copy => copy(name, &mut job)?,
+                Step::Drop => {}
+                Step::Make(how, _) => conversion.make(name, how, &mut job)?,
+            }
+        }
+        bytes += writer.finish()?;
+    }
+    let mut left = Vec::new();
+    if let Some(directory) = &model.directory {
+        if let Some(index) = &model.index {
+            write_json(&output.path().join(INDEX), &new_index(index, weight_map, bytes))?;
+        }
+        if let Some(old) = &model.config {
+            let text = conversion.config(old).with_context(|| directory.join(CONFIG).display().to_string())?;
+            write_text(&output.path().join(CONFIG), &text)?;
+        }
+        let (files, others) = model.other_files()?;
+        for file in files {
+            let to = output.path().join(file.file_name().unwrap_or_default());
+            fs::copy(&file, &to).with_context(|| format!("{} to {}", file.display(), to.display()))?;
+        }
+        left = others;
+    }
+    output.commit()?;
+    Ok(Built { bytes, left })
+}
+
+/// Copies a tensor.
+fn copy(name: &str, job: &mut Job<'_, Buffers>) -> Result<()> {
+    let Job { shard, writer, progress, .. } = *job;
+    let range = shard.header.file_range(name).unwrap_or_default();
+    let length = usize::try_from(range.end - range.start)?;
+    job.workers.run(length, COPY_CHUNK, |buffers, part| {
+        buffers.bytes.resize(part.len(), 0);
+        shard.read_part(name, part.start as u64, &mut buffers.bytes)?;
+        writer.write(name, part.start as u64, &buffers.bytes)?;
+        progress.add(part.len() as u64);
+        Ok(())
+    })
+}
+
+/// The old index with the new tensors; `metadata` keeps its other entries.
+fn new_index(old: &Map<String, Value>, weight_map: BTreeMap<String, Value>, bytes: u64) -> Map<String, Value> {
+    let mut index = old.clone();
+    let metadata = index.entry("metadata").or_insert_with(|| Value::Object(Map::new()));
+    if let Value::Object(metadata) = metadata {
+        metadata.insert("total_size".to_owned(), bytes.into());
+    }
+    index.insert("weight_map".to_owned(), Value::Object(weight_map.into_iter().collect()));
+    index
+}
+
+fn write_json(path: &Path, object: &Map<String, Value>) -> Result<()> {
+    write_text(path, &(serde_json::to_string_pretty(object)? + "\n"))
+}
+
+fn write_text(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| path.display().to_string())
+}

@@ -1,0 +1,116 @@
+//! `nf4 dequantize`: the 4-bit layers of a model become plain weights again.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use nf4::checkpoint::{FloatType, QuantizationConfig, TensorSource};
+use serde_json::json;
+
+use crate::Global;
+use crate::build::{Buffers, Conversion, Job, Step, Target, build};
+use crate::floats::with_float;
+use crate::layers::{Layer, Layers, load};
+use crate::model::Model;
+use crate::progress::Progress;
+use crate::quantize::{float_type, left};
+use crate::report::{Report, bytes};
+use crate::rows::write_rows;
+use crate::writer::Entry;
+
+/// Restore the 4-bit layers of a model to plain weights.
+///
+/// Each weight is codebook times scale, rounded once: the values that bitsandbytes restores. All other tensors are
+/// copied bit for bit, and `config.json` loses its `quantization_config`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  nf4 dequantize Llama-3.2-1B-nf4 --out Llama-3.2-1B-restored --dtype bf16")]
+pub(crate) struct Dequantize {
+    /// A model directory or a safetensors file
+    model: PathBuf,
+    #[command(flatten)]
+    target: Target,
+    /// f32, f16 or bf16 [default: for each layer the type that it had before it was quantized]
+    #[arg(long, value_name = "TYPE", value_parser = float_type)]
+    dtype: Option<FloatType>,
+}
+
+impl Dequantize {
+    pub(crate) fn run(&self, global: &Global) -> Result<Report> {
+        let start = Instant::now();
+        let model = Model::open(&self.model)?;
+        let layers = Layers::read_all(&model)?;
+        let Some(first) = layers.by_weight.values().next() else {
+            bail!("{}: no 4-bit layers in {} tensors", model.path.display(), model.names().count());
+        };
+        let main_type = self.dtype.unwrap_or(first.state.dtype);
+        let progress = Progress::new("dequantize", restored_bytes(&model, &layers, self.dtype), global.quiet);
+        let conversion = Restore { model: &model, layers: &layers, dtype: self.dtype, main_type };
+        let built = build(&model, &self.target, &[&self.model], global.threads, &progress, &conversion)?;
+        drop(progress);
+        let seconds = start.elapsed().as_secs_f64();
+        let text = format!(
+            "{}: {} layers restored, {} -> {}, {seconds:.2} s\n{}",
+            self.target.out.display(),
+            layers.by_weight.len(),
+            bytes(model.data_len()),
+            bytes(built.bytes),
+            left(&built.left),
+        );
+        let json = json!({
+            "output": self.target.out,
+            "dequantized": layers.by_weight.values().map(|l| &l.prefix).collect::<Vec<_>>(),
+            "dtype": main_type.torch_name(),
+            "bytes_before": model.data_len(),
+            "bytes_after": built.bytes,
+            "not_copied": built.left,
+            "seconds": seconds,
+        });
+        Ok(Report::good(text, json))
+    }
+}
+
+struct Restore<'a> {
+    model: &'a Model,
+    layers: &'a Layers,
+    /// `None`: each layer's own.
+    dtype: Option<FloatType>,
+    /// What `config.json` says.
+    main_type: FloatType,
+}
+
+impl Conversion for Restore<'_> {
+    type How = (Layer, FloatType);
+
+    fn step(&self, name: &str) -> Result<Step<Self::How>> {
+        if self.layers.companions.contains(name) {
+            return Ok(Step::Drop);
+        }
+        let Some(layer) = self.layers.by_weight.get(name) else { return Ok(Step::Copy) };
+        let float = self.dtype.unwrap_or(layer.state.dtype);
+        let entry = Entry::new(name, float.dtype(), &layer.state.shape);
+        Ok(Step::Make((layer.clone(), float), vec![entry]))
+    }
+
+    fn make(&self, name: &str, (layer, float): Self::How, job: &mut Job<'_, Buffers>) -> Result<()> {
+        let linear = load(self.model, &layer)?;
+        let (weight, shape) = (linear.weight(), layer.state.matrix_shape());
+        with_float!(float, T => write_rows::<T>(name, shape, job, |rows, out| Ok(weight.dequantize_rows(rows, out)?)))
+    }
+
+    fn config(&self, old: &[u8]) -> Result<String> {
+        Ok(QuantizationConfig::remove_from(old, self.main_type)?)
+    }
+}
+
+/// Bytes of the new model.
+pub(crate) fn restored_bytes(model: &Model, layers: &Layers, float: Option<FloatType>) -> u64 {
+    let restored = |l: &Layer| {
+        let [rows, cols] = l.state.matrix_shape();
+        (rows * cols * float.unwrap_or(l.state.dtype).size()) as u64
+    };
+    let packed: u64 = layers.by_weight.values().map(|l| l.bytes).sum();
+    model.data_len() - packed + layers.by_weight.values().map(restored).sum::<u64>()
+}

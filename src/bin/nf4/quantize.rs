@@ -1,0 +1,258 @@
+//! `nf4 quantize`: the Linear weights of a model become 4-bit layers of `bitsandbytes`.
+
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use nf4::checkpoint::{
+    FloatType, Linear4bit, QuantState, QuantizationConfig, TensorInfo, TensorSource, linear4bit_prefixes,
+};
+use nf4::{AbsmaxBuf, BlockSize, Kernels, Quantized4Bit, packed_len};
+use safetensors::Dtype;
+use serde_json::json;
+
+use crate::Global;
+use crate::build::{Buffers, Conversion, Job, Step, Target, build};
+use crate::floats::with_float;
+use crate::io::FileFloat;
+use crate::model::Model;
+use crate::progress::Progress;
+use crate::report::{Report, bytes};
+use crate::rule::{Skip, TRANSPOSED};
+use crate::writer::Entry;
+
+/// Quantize the Linear weights of a model to NF4, so that transformers loads it as 4-bit.
+///
+/// The bytes are those of bitsandbytes. Weights of two dimensions in F32, F16 or BF16 are quantized, except embeddings
+/// and the modules that are skipped; all other tensors are copied bit for bit. `config.json` gets the
+/// `quantization_config` with the skipped modules. Shards stay as they are; tokenizer and other small files are copied,
+/// subdirectories and weights in other formats are not.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  nf4 quantize Llama-3.2-1B --out Llama-3.2-1B-nf4 --double-quant
+  nf4 quantize Mixtral --out Mixtral-nf4 --skip gate
+  nf4 quantize layer.safetensors --out layer-nf4.safetensors --block-size 128")]
+pub(crate) struct Quantize {
+    /// A model directory or a safetensors file
+    model: PathBuf,
+    #[command(flatten)]
+    target: Target,
+    /// Weights that share a scale: 32, 64, 128, ..., 4096. Loaders read it from the file
+    #[arg(long, default_value = "64", value_name = "N", value_parser = block_size)]
+    block_size: BlockSize,
+    /// Quantize the scales too: 4.127 bits a weight in place of 4.5 (at block size 64)
+    #[arg(long)]
+    double_quant: bool,
+    /// Modules to leave as they are, beside the output head: the start or the end of their full names, as transformers
+    /// compares `llm_int8_skip_modules` (`--skip gate vision_tower`)
+    #[arg(long, value_name = "MODULE", num_args = 1.., value_delimiter = ',')]
+    skip: Vec<String>,
+    /// Quantize the output head (`lm_head`) as well, which transformers by itself does not
+    #[arg(long)]
+    quantize_head: bool,
+    /// The type that transformers is to multiply in [default: the type of the first quantized weight]
+    #[arg(long, value_name = "TYPE", value_parser = float_type)]
+    compute_dtype: Option<FloatType>,
+}
+
+/// A weight to be quantized.
+struct Weight {
+    module: String,
+    state: QuantState,
+}
+
+impl Quantize {
+    pub(crate) fn run(&self, global: &Global) -> Result<Report> {
+        let start = Instant::now();
+        let model = Model::open(&self.model)?;
+        check_is_dense(&model)?;
+        let skip = Skip::new(&self.skip, !self.quantize_head, model.names());
+        let state = |name: &str, info: &TensorInfo| self.weight(&skip, name, info);
+        let weights: Vec<Weight> = model.names().filter_map(|name| state(name, model.info(name)?)).collect();
+        let Some(first) = weights.first() else {
+            bail!(
+                "{}: nothing to quantize: no Linear weight in F32, F16 or BF16 among {} tensors that is not skipped",
+                model.path.display(),
+                model.names().count()
+            );
+        };
+        let mut config = QuantizationConfig::default();
+        config.double_quant = self.double_quant;
+        config.compute_dtype = self.compute_dtype.unwrap_or(first.state.dtype);
+        config.skip_modules = Some(skip.0.clone());
+        let progress = Progress::new("quantize", model.data_len(), global.quiet);
+        let conversion = Conversion4bit { command: self, model: &model, skip: &skip, config: &config };
+        let built = build(&model, &self.target, &[&self.model], global.threads, &progress, &conversion)?;
+        drop(progress);
+
+        let seconds = start.elapsed().as_secs_f64();
+        let elements: u64 = weights.iter().map(|w| w.state.shape.iter().product::<usize>() as u64).sum();
+        let (before, after) = (model.data_len(), built.bytes);
+        let text = format!(
+            "{}: {} weights of {} tensors quantized, {} -> {}, {seconds:.2} s\n{}",
+            self.target.out.display(),
+            weights.len(),
+            model.names().count(),
+            bytes(before),
+            bytes(after),
+            left(&built.left),
+        );
+        let json = json!({
+            "output": self.target.out,
+            "block_size": self.block_size.get(),
+            "double_quant": self.double_quant,
+            "skip_modules": skip.0,
+            "quantized": weights.iter().map(|w| &w.module).collect::<Vec<_>>(),
+            "quantized_weights": elements,
+            "bytes_before": before,
+            "bytes_after": after,
+            "not_copied": built.left,
+            "seconds": seconds,
+        });
+        Ok(Report::good(text, json))
+    }
+
+    /// What a tensor becomes if it is to be quantized.
+    fn weight(&self, skip: &Skip, name: &str, info: &TensorInfo) -> Option<Weight> {
+        let module = skip.linear(name, info).filter(|_| !info.shape.contains(&0))?.to_owned();
+        let state = QuantState {
+            shape: info.shape.clone(),
+            block_size: self.block_size,
+            dtype: FloatType::from_dtype(info.dtype)?,
+            quant_storage: Dtype::U8,
+            nested_offset: self.double_quant.then_some(0.0),
+        };
+        Some(Weight { module, state })
+    }
+}
+
+/// What the command does to a model.
+struct Conversion4bit<'a> {
+    command: &'a Quantize,
+    model: &'a Model,
+    skip: &'a Skip,
+    config: &'a QuantizationConfig,
+}
+
+impl Conversion for Conversion4bit<'_> {
+    type How = Weight;
+
+    fn step(&self, name: &str) -> Result<Step<Weight>> {
+        let weight = self.model.info(name).and_then(|info| self.command.weight(self.skip, name, info));
+        let Some(weight) = weight else { return Ok(Step::Copy) };
+        let mut entries: Vec<Entry> = weight
+            .state
+            .tensor_infos(&weight.module)?
+            .iter()
+            .map(|(name, info)| Entry::new(name, info.dtype, &info.shape))
+            .collect();
+        if let Some(json) = entries.last_mut() {
+            json.is_text = true;
+        }
+        Ok(Step::Make(weight, entries))
+    }
+
+    /// Quantizes a weight in chunks of whole blocks, and writes the layer.
+    fn make(&self, name: &str, weight: Weight, job: &mut Job<'_, Buffers>) -> Result<()> {
+        let Quantize { block_size, double_quant, .. } = *self.command;
+        let [rows, cols] = weight.state.matrix_shape();
+        let (elements, dtype) = (rows * cols, weight.state.dtype);
+        let mut packed = vec![0; packed_len(elements)];
+        let mut absmax = vec![0.0; block_size.blocks(elements)];
+        with_float!(dtype, T => quantize_chunks::<T>(name, block_size, [rows, cols], &mut packed, &mut absmax, job))?;
+        let scales = if double_quant { AbsmaxBuf::double_quantize(&absmax) } else { AbsmaxBuf::plain(absmax) };
+        let quantized = Quantized4Bit::from_parts(packed, scales, rows, cols, block_size);
+        let layer = Linear4bit::new(quantized.with_context(|| job.shard.at(name))?, dtype);
+        let json = weight.state.tensor_infos(&weight.module)?.pop().map(|(name, _)| name);
+        for (name, tensor) in layer.tensors(&weight.module) {
+            if json.as_ref() == Some(&name) {
+                job.writer.set_text(&name, tensor.bytes().to_vec())?;
+            } else {
+                job.writer.write(&name, 0, tensor.bytes())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn config(&self, old: &[u8]) -> Result<String> {
+        Ok(self.config.insert_into(old)?)
+    }
+}
+
+/// Weights of a chunk: whole blocks of every size, and few enough for the cache.
+const CHUNK: usize = 1 << 17;
+
+fn quantize_chunks<T: FileFloat>(
+    name: &str,
+    block_size: BlockSize,
+    [rows, cols]: [usize; 2],
+    packed: &mut [u8],
+    absmax: &mut [f32],
+    job: &mut Job<'_, Buffers>,
+) -> Result<()> {
+    let Job { shard, progress, .. } = *job;
+    let kernels = Kernels::detect();
+    // A chunk of weights has its own part of the outputs.
+    let chunks = packed.chunks_mut(CHUNK / 2).zip(absmax.chunks_mut(CHUNK / block_size.get()));
+    let outputs: Vec<_> = chunks.map(Mutex::new).collect();
+    job.workers.run(rows * cols, CHUNK, |buffers, part| {
+        let size = part.len() * size_of::<T>();
+        buffers.bytes.resize(size, 0);
+        shard.read_part(name, (part.start * size_of::<T>()) as u64, &mut buffers.bytes)?;
+        let mut weights = Vec::new();
+        T::read(&buffers.bytes, &mut weights);
+        let mut output = outputs[part.start / CHUNK].lock().expect("each chunk has one thread");
+        let (packed, absmax) = &mut *output;
+        kernels.quantize(&weights, block_size, packed, absmax)?;
+        if absmax.iter().any(|a| !a.is_finite()) {
+            let at = weights.iter().position(|w| !w.to_f32().is_finite()).unwrap_or(0);
+            let (index, value) = (part.start + at, weights[at].to_f32());
+            bail!("{}: weight [{}, {}] is {value}, which is not finite", shard.at(name), index / cols, index % cols);
+        }
+        progress.add(size as u64);
+        Ok(())
+    })
+}
+
+/// `Ok` if the model is not quantized yet and its weights are laid out as `Linear` has them.
+fn check_is_dense(model: &Model) -> Result<()> {
+    let at = model.path.display();
+    if let Some(prefix) = linear4bit_prefixes(model).first() {
+        bail!("{at}: {prefix} is a 4-bit layer already; `nf4 dequantize` restores the weights");
+    }
+    let Some(config) = model.config_fields()? else { return Ok(()) };
+    let quantized = config.get("quantization_config").filter(|c| !c.is_null());
+    if let Some(quantized) = quantized {
+        let method = quantized.get("quant_method").and_then(|m| m.as_str()).unwrap_or("unknown");
+        bail!("{at}: config.json says that the model is quantized already (quant_method {method})");
+    }
+    let model_type = config.get("model_type").and_then(|t| t.as_str()).unwrap_or_default();
+    ensure!(
+        !TRANSPOSED.contains(&model_type),
+        "{at}: models of type {model_type} keep their Linear weights transposed (Conv1D), which is not supported"
+    );
+    Ok(())
+}
+
+/// A line about what was not copied.
+pub(crate) fn left(names: &[String]) -> String {
+    if names.is_empty() { String::new() } else { format!("not copied: {}\n", names.join(", ")) }
+}
+
+pub(crate) fn block_size(text: &str) -> Result<BlockSize, String> {
+    let number: usize = text.parse().map_err(|e| format!("{e}"))?;
+    BlockSize::new(number).map_err(|e| e.to_string())
+}
+
+/// `f32`, `f16`, `bf16`, or the names that PyTorch has for them.
+pub(crate) fn float_type(text: &str) -> Result<FloatType, String> {
+    match text {
+        "f32" => Ok(FloatType::F32),
+        "f16" => Ok(FloatType::F16),
+        "bf16" => Ok(FloatType::BF16),
+        name => FloatType::from_torch_name(name).ok_or_else(|| "expected f32, f16 or bf16".to_owned()),
+    }
+}
