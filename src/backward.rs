@@ -114,8 +114,8 @@ impl QLoRALayer {
     }
 
     /// As [`Self::backward`], with the gradient of the input in a buffer of the caller, and without allocation once
-    /// `A` and `B` have gradients. Without `dx`, for the first layer of a model, the packed weights are not read at
-    /// all.
+    /// `A` and `B` have gradients (with the feature `rayon`, large products with `W^T` do). Without `dx`, for the first
+    /// layer of a model, the packed weights are only read for the magnitude of `DoRA`.
     ///
     /// # Errors
     /// As [`Self::try_backward`]; [`Error::Shape`] also if `dx` does not have as many values as `x`, or if `scratch`

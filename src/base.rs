@@ -4,6 +4,7 @@ use nf4_kernels::{Kernels, Nf4Matrix};
 
 use crate::dense::add_rows;
 use crate::error::Error;
+use crate::parallel;
 
 /// A weight `[d_out, d_in]`, neither of them 0 where it is multiplied, and the kernels to multiply it with.
 #[derive(Debug, Clone, Copy)]
@@ -17,7 +18,7 @@ impl Base<'_> {
     /// `y = W x` in f32.
     pub(crate) fn product(self, x: &[f32], y: &mut [f32]) -> Result<(), Error> {
         match self {
-            Self::Packed(weight, kernels) => Ok(kernels.gemv_f32(&weight, x, y)?),
+            Self::Packed(weight, kernels) => Ok(parallel::gemm_f32(kernels, &weight, x, y)?),
             Self::Dense(weight, kernels) => Ok(kernels.gemv_dense(weight, x, y)?),
         }
     }
@@ -25,7 +26,7 @@ impl Base<'_> {
     /// `dx = W^T dy` in f32.
     pub(crate) fn transposed(self, dy: &[f32], dx: &mut [f32]) -> Result<(), Error> {
         match self {
-            Self::Packed(weight, kernels) => kernels.gemv_transposed_f32(&weight, dy, dx)?,
+            Self::Packed(weight, kernels) => parallel::gemv_transposed_f32(kernels, &weight, dy, dx)?,
             Self::Dense(weight, _) => {
                 dx.fill(0.0);
                 add_rows(dx, |row| dy[row], weight);

@@ -62,6 +62,8 @@ mod multi;
 #[cfg(feature = "alloc")]
 pub mod optim;
 #[cfg(feature = "alloc")]
+mod parallel;
+#[cfg(feature = "alloc")]
 mod qlora;
 #[cfg(feature = "alloc")]
 mod quantized;

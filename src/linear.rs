@@ -9,6 +9,7 @@ use nf4_kernels::{Float, Kernels};
 use crate::adapter::{LoRAAdapter, to_f32};
 use crate::base::Base;
 use crate::error::{Error, check_batch, check_finite, check_len};
+use crate::parallel;
 use crate::quantized::Quantized4Bit;
 use crate::scratch::{Scratch, Work};
 
@@ -153,8 +154,8 @@ impl Linear {
         let (view, product) = (self.weight.view(), buffers.product);
         match &activations {
             _ if d_in == 0 => product.fill(0.0),
-            Some(activations) => kernels.gemm(&view, activations, product)?,
-            None => kernels.gemm_f32(&view, x, product)?,
+            Some(activations) => parallel::gemm(kernels, &view, activations, product)?,
+            None => parallel::gemm_f32(kernels, &view, x, product)?,
         }
         for first in (0..d_out).step_by(ROWS) {
             let rows = first..d_out.min(first + ROWS);

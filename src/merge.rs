@@ -7,6 +7,7 @@ use core::ops::Range;
 use nf4_kernels::Float;
 
 use crate::error::{Error, check_len};
+use crate::parallel;
 use crate::qlora::QLoRALayer;
 
 impl QLoRALayer {
@@ -29,7 +30,7 @@ impl QLoRALayer {
     /// Some rows of the merged weight, `[rows.len(), d_in]`, in a buffer of the caller: for merging in small memory.
     ///
     /// For f32 these are rows of [`Self::merge_to_f32`]; for [`nf4_kernels::f16`] and [`nf4_kernels::bf16`] the same
-    /// values, rounded to nearest even. One row of f32 is allocated.
+    /// values, rounded to nearest even. One row of f32 is allocated, with the feature `rayon` one a thread.
     ///
     /// # Errors
     /// [`Error::Shape`] if there are no such rows or `out` does not have `rows.len() * d_in` values;
@@ -38,12 +39,15 @@ impl QLoRALayer {
         let count = self.base_weight_quantized().view().row_range(rows.clone())?.rows();
         check_len("merged weights", count * self.d_in(), out.len())?;
         self.linear.check_adapter(&self.adapter)?;
-        let mut merged = vec![0.0; self.d_in()];
-        for (row, out) in rows.zip(out.chunks_mut(self.d_in().max(1))) {
-            self.merge_row(row, &mut merged)?;
-            out.iter_mut().zip(&merged).for_each(|(o, m)| *o = T::from_f32(*m));
-        }
-        Ok(())
+        let work = out.len().saturating_mul(self.rank());
+        parallel::by_rows(work, rows, self.d_in(), out, &|rows: Range<usize>, out: &mut [T]| {
+            let mut merged = vec![0.0; self.d_in()];
+            for (row, out) in rows.zip(out.chunks_mut(self.d_in().max(1))) {
+                self.merge_row(row, &mut merged)?;
+                out.iter_mut().zip(&merged).for_each(|(o, m)| *o = T::from_f32(*m));
+            }
+            Ok(())
+        })
     }
 
     /// One row of [`Self::merge_to_f32`].

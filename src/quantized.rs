@@ -7,6 +7,7 @@ use alloc::vec::Vec;
 use nf4_kernels::{Absmax, BlockSize, DYNAMIC_MAP, Float, Kernels, NESTED_BLOCK, NestedAbsmax, Nf4Matrix, packed_len};
 
 use crate::error::{Error, check_finite, check_matrix};
+use crate::parallel;
 
 /// The scales of the blocks, owned: plain, or double-quantized; never both. [`Self::view`] is the borrowed [`Absmax`].
 #[derive(Debug, Clone)]
@@ -131,7 +132,7 @@ impl Quantized4Bit {
         check_finite("base weight", weights)?;
         let mut packed = vec![0; packed_len(weights.len())];
         let mut absmax = vec![0.0; block_size.blocks(weights.len())];
-        Kernels::detect().quantize(weights, block_size, &mut packed, &mut absmax)?;
+        parallel::quantize(Kernels::detect(), weights, block_size, &mut packed, &mut absmax)?;
         let absmax = if double_quant { AbsmaxBuf::double_quantize(&absmax) } else { AbsmaxBuf::plain(absmax) };
         Self::from_parts(packed, absmax, rows, cols, block_size)
     }
@@ -173,7 +174,8 @@ impl Quantized4Bit {
     #[must_use]
     pub fn dequantize<T: Float>(&self) -> Vec<T> {
         let mut out = vec![T::from_f32(0.0); self.rows * self.cols];
-        Kernels::detect().dequantize(&self.view(), &mut out).expect("`out` was just made with the right length");
+        parallel::dequantize(Kernels::detect(), &self.view(), &mut out)
+            .expect("`out` was just made with the right length");
         out
     }
 
@@ -182,7 +184,7 @@ impl Quantized4Bit {
     /// # Errors
     /// [`Error::Shape`] if there are no such rows or `out` does not have `rows.len() * self.cols()` elements.
     pub fn dequantize_rows<T: Float>(&self, rows: core::ops::Range<usize>, out: &mut [T]) -> Result<(), Error> {
-        Ok(Kernels::detect().dequantize(&self.view().row_range(rows)?, out)?)
+        Ok(parallel::dequantize(Kernels::detect(), &self.view().row_range(rows)?, out)?)
     }
 }
 
