@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
+use nf4::Quantized4Bit;
 use nf4::checkpoint::{FloatType, QuantizationConfig, TensorSource};
 use serde_json::json;
 
@@ -16,13 +17,14 @@ use crate::model::Model;
 use crate::progress::Progress;
 use crate::quantize::{float_type, left};
 use crate::report::{Report, bytes};
-use crate::rows::write_rows;
+use crate::rows::{convert, write_rows};
 use crate::writer::Entry;
 
 /// Restore the 4-bit layers of a model to plain weights.
 ///
-/// Each weight is codebook times scale, rounded once: the values that bitsandbytes restores. All other tensors are
-/// copied bit for bit, and `config.json` loses its `quantization_config`.
+/// Each weight is codebook times scale, rounded once: the values that bitsandbytes restores. With --dtype all other
+/// float tensors are converted to that type too; without it they, like all others, are copied bit for bit, and
+/// `config.json` loses its `quantization_config`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
@@ -32,7 +34,8 @@ pub(crate) struct Dequantize {
     model: PathBuf,
     #[command(flatten)]
     target: Target,
-    /// f32, f16 or bf16 [default: for each layer the type that it had before it was quantized]
+    /// The type of all float tensors: f32, f16 or bf16 [default: each layer gets the type that it had before it was
+    /// quantized, and other tensors keep theirs]
     #[arg(long, value_name = "TYPE", value_parser = float_type)]
     dtype: Option<FloatType>,
 }
@@ -72,6 +75,31 @@ impl Dequantize {
     }
 }
 
+/// How a tensor of the restored model is made.
+pub(crate) enum How {
+    /// From a 4-bit layer.
+    Restore(Layer, FloatType),
+    /// From a float tensor of another type.
+    Convert(FloatType, FloatType),
+}
+
+/// What becomes of a tensor that no 4-bit layer has: floats are converted to the type, if one is given.
+pub(crate) fn step_dense<H: From<How>>(model: &Model, name: &str, to: Option<FloatType>) -> Result<Step<H>> {
+    let info = model.info(name).with_context(|| name.to_owned())?;
+    Ok(match (FloatType::from_dtype(info.dtype), to) {
+        (Some(from), Some(to)) if from != to => {
+            Step::Make(How::Convert(from, to).into(), vec![Entry::new(name, to.dtype(), &info.shape)])
+        }
+        _ => Step::Copy,
+    })
+}
+
+/// Writes the weights of a layer in a type.
+pub(crate) fn restore(weight: &Quantized4Bit, name: &str, float: FloatType, job: &mut Job<'_, Buffers>) -> Result<()> {
+    let shape = [weight.rows(), weight.cols()];
+    with_float!(float, T => write_rows::<T>(name, shape, job, |rows, out| Ok(weight.dequantize_rows(rows, out)?)))
+}
+
 struct Restore<'a> {
     model: &'a Model,
     layers: &'a Layers,
@@ -82,22 +110,23 @@ struct Restore<'a> {
 }
 
 impl Conversion for Restore<'_> {
-    type How = (Layer, FloatType);
+    type How = How;
 
     fn step(&self, name: &str) -> Result<Step<Self::How>> {
         if self.layers.companions.contains(name) {
             return Ok(Step::Drop);
         }
-        let Some(layer) = self.layers.by_weight.get(name) else { return Ok(Step::Copy) };
+        let Some(layer) = self.layers.by_weight.get(name) else { return step_dense(self.model, name, self.dtype) };
         let float = self.dtype.unwrap_or(layer.state.dtype);
         let entry = Entry::new(name, float.dtype(), &layer.state.shape);
-        Ok(Step::Make((layer.clone(), float), vec![entry]))
+        Ok(Step::Make(How::Restore(layer.clone(), float), vec![entry]))
     }
 
-    fn make(&self, name: &str, (layer, float): Self::How, job: &mut Job<'_, Buffers>) -> Result<()> {
-        let linear = load(self.model, &layer)?;
-        let (weight, shape) = (linear.weight(), layer.state.matrix_shape());
-        with_float!(float, T => write_rows::<T>(name, shape, job, |rows, out| Ok(weight.dequantize_rows(rows, out)?)))
+    fn make(&self, name: &str, how: How, job: &mut Job<'_, Buffers>) -> Result<()> {
+        match how {
+            How::Restore(layer, float) => restore(load(self.model, &layer)?.weight(), name, float, job),
+            How::Convert(from, to) => convert(name, from, to, job),
+        }
     }
 
     fn config(&self, old: &[u8]) -> Result<String> {
@@ -107,10 +136,17 @@ impl Conversion for Restore<'_> {
 
 /// Bytes of the new model.
 pub(crate) fn restored_bytes(model: &Model, layers: &Layers, float: Option<FloatType>) -> u64 {
-    let restored = |l: &Layer| {
-        let [rows, cols] = l.state.matrix_shape();
-        (rows * cols * float.unwrap_or(l.state.dtype).size()) as u64
+    let size = |name: &str| -> usize {
+        let Some(info) = model.info(name).filter(|_| !layers.companions.contains(name)) else { return 0 };
+        let bytes = info.data_offsets.1 - info.data_offsets.0;
+        match (layers.by_weight.get(name), FloatType::from_dtype(info.dtype), float) {
+            (Some(layer), ..) => {
+                let [rows, cols] = layer.state.matrix_shape();
+                (rows * cols).saturating_mul(float.unwrap_or(layer.state.dtype).size())
+            }
+            (None, Some(from), Some(to)) => bytes / from.size() * to.size(),
+            _ => bytes,
+        }
     };
-    let packed: u64 = layers.by_weight.values().map(|l| l.bytes).sum();
-    model.data_len() - packed + layers.by_weight.values().map(restored).sum::<u64>()
+    model.names().map(|name| size(name) as u64).sum()
 }

@@ -7,6 +7,7 @@ use clap::Args;
 use nf4::checkpoint::TensorInfo;
 use serde_json::{Value, json};
 
+use crate::adapters::Adapter;
 use crate::layers::{Layer, Layers};
 use crate::model::Model;
 use crate::report::{Report, bytes, shape, table};
@@ -27,6 +28,9 @@ pub(crate) struct Inspect {
 
 impl Inspect {
     pub(crate) fn run(&self) -> Result<Report> {
+        if Adapter::is_at(&self.path) {
+            return Adapter::open(&self.path)?.inspect();
+        }
         let model = Model::open(&self.path)?;
         let layers = Layers::read(&model);
         let mut rows =

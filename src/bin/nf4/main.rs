@@ -3,6 +3,7 @@
 #![allow(clippy::std_instead_of_alloc, clippy::std_instead_of_core, reason = "a program, which has std")]
 #![allow(clippy::doc_markdown, reason = "comments on commands and options are their help texts")]
 
+mod adapters;
 mod bench;
 mod build;
 mod dequantize;
@@ -11,6 +12,7 @@ mod floats;
 mod inspect;
 mod io;
 mod layers;
+mod merge;
 mod model;
 mod output;
 mod progress;
@@ -70,6 +72,7 @@ enum Command {
     Inspect(inspect::Inspect),
     Quantize(quantize::Quantize),
     Dequantize(dequantize::Dequantize),
+    Merge(merge::Merge),
     Verify(verify::Verify),
     Bench(bench::Bench),
 }
@@ -80,6 +83,7 @@ impl Command {
             Self::Inspect(command) => command.run(),
             Self::Quantize(command) => command.run(global),
             Self::Dequantize(command) => command.run(global),
+            Self::Merge(command) => command.run(global),
             Self::Verify(command) => command.run(global),
             Self::Bench(command) => command.run(),
         }

@@ -1,8 +1,9 @@
-//! Writes a tensor that is computed row by row.
+//! Writes tensors whose values are computed: row by row, or converted from another type.
 
 use core::ops::Range;
 
 use anyhow::Result;
+use nf4::checkpoint::FloatType;
 
 use crate::build::{Buffers, Job};
 use crate::io::FileFloat;
@@ -27,6 +28,23 @@ pub(crate) fn write_rows<T: FileFloat>(
         fill(part, &mut weights)?;
         T::write(&weights, &mut buffers.bytes);
         writer.write(name, offset, &buffers.bytes)?;
+        progress.add(buffers.bytes.len() as u64);
+        Ok(())
+    })
+}
+
+/// Writes a float tensor of the shard in another type, rounded once.
+pub(crate) fn convert(name: &str, from: FloatType, to: FloatType, job: &mut Job<'_, Buffers>) -> Result<()> {
+    let Job { shard, writer, progress, .. } = *job;
+    let range = shard.header.file_range(name).unwrap_or_default();
+    let elements = usize::try_from(range.end - range.start)? / from.size();
+    job.workers.run(elements, CHUNK, |buffers, part| {
+        buffers.bytes.resize(part.len() * from.size(), 0);
+        shard.read_part(name, (part.start * from.size()) as u64, &mut buffers.bytes)?;
+        let values = from.values(&buffers.bytes);
+        buffers.bytes.clear();
+        to.extend_bytes(&values, &mut buffers.bytes);
+        writer.write(name, (part.start * to.size()) as u64, &buffers.bytes)?;
         progress.add(buffers.bytes.len() as u64);
         Ok(())
     })
