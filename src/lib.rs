@@ -91,3 +91,8 @@ pub use {
     scratch::Scratch,
     tensor::Tensor,
 };
+
+/// The examples of the README are tests.
+#[cfg(all(doctest, feature = "alloc"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
