@@ -1,0 +1,25 @@
+// Runs a program for wasm32-wasip1 in Node, for cargo to call as
+// CARGO_TARGET_WASM32_WASIP1_RUNNER="node --no-warnings tests/wasm/run.mjs". The program sees the file system and the
+// environment as they are here, and its exit status becomes that of Node.
+
+import { readFile } from "node:fs/promises";
+import { argv, cwd, env, exit } from "node:process";
+import { WASI } from "node:wasi";
+
+const [, , program, ...args] = argv;
+const wasi = new WASI({
+    version: "preview1",
+    args: [program, ...args],
+    env: { ...env, PWD: cwd() },
+    preopens: { "/": "/" },
+    returnOnExit: true,
+});
+const module = await WebAssembly.compile(await readFile(program));
+const instance = await WebAssembly.instantiate(module, wasi.getImportObject());
+try {
+    exit(wasi.start(instance));
+} catch (trap) {
+    // A panic ends in the instruction `unreachable`; what it had to say is on standard error already.
+    console.error(trap);
+    exit(101);
+}
