@@ -4,8 +4,8 @@
 //! `shape` and `data_offsets`, and perhaps `__metadata__`, strings by name; the tensors cover the data without gap or
 //! overlap (README of the `safetensors` project, section "Format", where the limit of 100 MB is stated too).
 //!
-//! The crate `safetensors` gives the types, and writes. Its own validation neither names the tensor nor gives the numbers,
-//! and adds lengths from the file without a check for overflow; so the relations are checked here.
+//! The crate `safetensors` gives the types, and writes. Its own validation neither names the tensor nor gives the
+//! numbers, and adds lengths from the file without a check for overflow; so the relations are checked here.
 
 use alloc::collections::BTreeMap;
 use alloc::format;
@@ -35,12 +35,12 @@ pub struct Header {
 }
 
 impl Header {
-    /// The number of bytes at the start of a file that [`Self::parse`] needs, from the first 8 of them and the length of
-    /// the whole file: for readers that stream, so that they take no length from the file unchecked.
+    /// The number of bytes at the start of a file that [`Self::parse`] needs, from the first 8 of them and the length
+    /// of the whole file: for readers that stream, so that they take no length from the file unchecked.
     ///
     /// # Errors
-    /// [`CheckpointError::Truncated`] if the file is shorter than its header; [`CheckpointError::HeaderTooLong`] above the
-    /// 100 MB that the format allows.
+    /// [`CheckpointError::Truncated`] if the file is shorter than its header; [`CheckpointError::HeaderTooLong`] above
+    /// the 100 MB that the format allows.
     pub fn len_from(first: &[u8], file_len: u64) -> Result<usize, CheckpointError> {
         let short = |expected| CheckpointError::Truncated { what: "header", expected, got: file_len };
         let first: [u8; 8] = first.get(..8).and_then(|b| b.try_into().ok()).ok_or_else(|| short(LENGTH_BYTES))?;
@@ -58,10 +58,10 @@ impl Header {
     /// Parses the start of a file, [`Self::len_from`] bytes or more, that has `file_len` bytes in all.
     ///
     /// # Errors
-    /// Those of [`Self::len_from`]; [`CheckpointError::Json`]; [`CheckpointError::Overflow`] for a shape too large for the
-    /// address space; [`CheckpointError::Bytes`] for a tensor whose place has another length than its shape and type need,
-    /// and for a file of another length than its tensors have; [`CheckpointError::Offset`] for tensors that overlap or
-    /// leave a gap.
+    /// Those of [`Self::len_from`]; [`CheckpointError::Json`]; [`CheckpointError::Overflow`] for a shape too large for
+    /// the address space; [`CheckpointError::Bytes`] for a tensor whose place has another length than its shape and
+    /// type need, and for a file of another length than its tensors have; [`CheckpointError::Offset`] for tensors that
+    /// overlap or leave a gap.
     pub fn parse(start: &[u8], file_len: u64) -> Result<Self, CheckpointError> {
         let len = Self::len_from(start, file_len)?;
         let cut = || CheckpointError::Truncated { what: "header", expected: len as u64, got: start.len() as u64 };
@@ -119,7 +119,8 @@ pub(super) fn product(shape: &[usize]) -> Option<usize> {
     shape.iter().try_fold(1_usize, |product, dim| product.checked_mul(*dim))
 }
 
-/// `Ok` with the length of the data if each tensor has the bytes that it needs, and starts where the one before it ends.
+/// `Ok` with the length of the data if each tensor has the bytes that it needs, and starts where the one before it
+/// ends.
 fn check_places(tensors: &BTreeMap<String, TensorInfo>) -> Result<usize, CheckpointError> {
     let mut in_order: alloc::vec::Vec<_> = tensors.iter().collect();
     in_order.sort_by_key(|(_, info)| info.data_offsets);

@@ -87,8 +87,8 @@ pub(super) fn to_strings(value: &Value) -> Option<Vec<String>> {
     value.as_array()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
 }
 
-/// A finite number as Python's `repr` writes it, and so its `json`: the shortest digits that give it back; an exponent of
-/// two digits or more below 1e-4 and from 1e16 on.
+/// A finite number as Python's `repr` writes it, and so its `json`: the shortest digits that give it back; an exponent
+/// of two digits or more below 1e-4 and from 1e16 on.
 pub(super) fn python_float(x: f64) -> String {
     if x == 0.0 || (1e-4..1e16).contains(&x.abs()) {
         return format!("{x:?}");

@@ -63,6 +63,8 @@ impl Linear4bit {
     #[must_use]
     pub fn new(weight: Quantized4Bit, dtype: FloatType) -> Self {
         let nested_offset = match weight.absmax().view() {
+            // Without blocks there is no mean.
+            Absmax::Nested(nested) if nested.codes().is_empty() => Some(0.0),
             Absmax::Nested(nested) => Some(nested.offset()),
             _ => None,
         };
@@ -81,21 +83,23 @@ impl Linear4bit {
         Ok(Self { bias: Some((bias, dtype)), ..self })
     }
 
-    /// The same layer with packed bytes that are said to be of another type: `BF16`, say, for `FSDP`, which needs one type
-    /// for all tensors.
+    /// The same layer with packed bytes that are said to be of another type: `BF16`, say, for `FSDP`, which needs one
+    /// type for all tensors.
     ///
     /// # Errors
-    /// [`CheckpointError::Type`] for a type of less than a byte; [`CheckpointError::Bytes`] if the packed bytes are not a
-    /// whole number of elements.
+    /// [`CheckpointError::Type`] for a type of less than a byte; [`CheckpointError::Bytes`] if the packed bytes are not
+    /// a whole number of elements.
     pub fn with_quant_storage(mut self, dtype: Dtype) -> Result<Self, CheckpointError> {
         check_storage(self.weight.packed().len(), dtype)?;
         self.state.quant_storage = dtype;
         Ok(self)
     }
 
-    /// The tensors of the layer, with the names and bytes that `bitsandbytes` gives them. The packed codes are borrowed.
+    /// The tensors of the layer, with the names and bytes that `bitsandbytes` gives them. The packed codes are
+    /// borrowed.
     ///
-    /// The second quant map is that of the layer, [`nf4_kernels::DYNAMIC_MAP`] unless it came from a file with another one.
+    /// The second quant map is that of the layer, [`nf4_kernels::DYNAMIC_MAP`] unless it came from a file with another
+    /// one.
     #[must_use]
     pub fn tensors(&self, prefix: &str) -> TensorMap<'_> {
         let mut tensors = TensorMap::new();

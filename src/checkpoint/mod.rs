@@ -1,9 +1,9 @@
 //! Checkpoints: 4-bit layers as `bitsandbytes` and transformers keep them, in safetensors files.
 //!
-//! Everything works on byte slices and needs no `std`, so a device can read a layer from flash. A [`TensorFile`] is a file
-//! in memory; whatever else has tensors by name is a [`TensorSource`]. Nothing is believed that a file says of itself: a
-//! [`CheckpointError`] names the tensor and the numbers that do not fit, and no memory is taken for a length that the file
-//! does not have.
+//! Everything works on byte slices and needs no `std`, so a device can read a layer from flash. A [`TensorFile`] is a
+//! file in memory; whatever else has tensors by name is a [`TensorSource`]. Nothing is believed that a file says of
+//! itself: a [`CheckpointError`] names the tensor and the numbers that do not fit, and no memory is taken for a length
+//! that the file does not have.
 //!
 //! ```
 //! use nf4::checkpoint::{FloatType, Linear4bit, TensorFile, to_safetensors};
@@ -21,10 +21,12 @@
 
 mod error;
 mod float;
+mod gguf;
 mod header;
 mod infos;
 mod json;
 mod linear4bit;
+mod merged;
 mod model_config;
 mod peft;
 mod quant_state;
@@ -37,8 +39,10 @@ use alloc::string::String;
 
 pub use error::CheckpointError;
 pub use float::FloatType;
+pub use gguf::{GgufValue, write_gguf};
 pub use header::Header;
 pub use linear4bit::{Linear4bit, linear4bit_prefixes};
+pub use merged::MergedModel;
 pub use model_config::QuantizationConfig;
 pub use peft::{BiasTraining, PeftAdapter, PeftConfig, PeftModule, TargetModules};
 pub use quant_state::QuantState;

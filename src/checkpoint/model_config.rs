@@ -1,7 +1,7 @@
 //! `quantization_config` in the `config.json` of a model.
 //!
-//! The fields are those of `BitsAndBytesConfig.to_dict()` in transformers (5.23, `utils/quantization_config.py`), which is
-//! what `save_pretrained` puts there and what `from_pretrained` makes its 4-bit layers from.
+//! The fields are those of `BitsAndBytesConfig.to_dict()` in transformers (5.23, `utils/quantization_config.py`), which
+//! is what `save_pretrained` puts there and what `from_pretrained` makes its 4-bit layers from.
 
 use alloc::borrow::ToOwned;
 use alloc::string::String;
@@ -27,8 +27,8 @@ pub struct QuantizationConfig {
     pub compute_dtype: FloatType,
     /// The type that packed bytes are said to have: `U8`, or a float type.
     pub quant_storage: Dtype,
-    /// Modules that stay as they are, by full name or by the end of it. `None` is transformers' own choice, the output layer
-    /// (`lm_head`); with a list, that has to be in it.
+    /// Modules that stay as they are, by full name or by the end of it. `None` is transformers' own choice, the output
+    /// layer (`lm_head`); with a list, that has to be in it.
     pub skip_modules: Option<Vec<String>>,
 }
 
@@ -39,7 +39,8 @@ impl Default for QuantizationConfig {
 }
 
 impl QuantizationConfig {
-    /// The configuration in the text of a `config.json`; `None` if the model is not quantized by `bitsandbytes` to 4 bits.
+    /// The configuration in the text of a `config.json`; `None` if the model is not quantized by `bitsandbytes` to 4
+    /// bits.
     ///
     /// # Errors
     /// [`CheckpointError::Json`]; [`CheckpointError::Field`]; [`CheckpointError::Unsupported`] for FP4.
@@ -110,8 +111,8 @@ impl QuantizationConfig {
         pretty(fields)
     }
 
-    /// The text of a `config.json` without the section: that of a merged or dequantized model, whose weights have the type
-    /// `dtype`.
+    /// The text of a `config.json` without the section: that of a merged or dequantized model, whose weights have the
+    /// type `dtype`.
     ///
     /// # Errors
     /// [`CheckpointError::Json`] if `config` is not a JSON object.

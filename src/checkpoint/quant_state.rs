@@ -1,8 +1,8 @@
 //! What a `bitsandbytes` layer says of its packed weight.
 //!
-//! The names of the tensors and of the fields are those of `QuantState.as_dict(packed=True)` in `bitsandbytes/functional.py`
-//! (0.43 to 0.50). The JSON is what Python's `json.dumps` makes of the fields that are not tensors, in that order; a layer
-//! that this module writes has the same bytes.
+//! The names of the tensors and of the fields are those of `QuantState.as_dict(packed=True)` in
+//! `bitsandbytes/functional.py` (0.43 to 0.50). The JSON is what Python's `json.dumps` makes of the fields that are not
+//! tensors, in that order; a layer that this module writes has the same bytes.
 
 use alloc::borrow::ToOwned;
 use alloc::format;
@@ -28,6 +28,9 @@ pub(super) const QUANT_MAP: &str = "weight.quant_map";
 pub(super) const NESTED_ABSMAX: &str = "weight.nested_absmax";
 pub(super) const NESTED_QUANT_MAP: &str = "weight.nested_quant_map";
 
+/// The tensors of a layer that a dense one does not have.
+pub(super) const COMPANIONS: [&str; 5] = [STATE, ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP];
+
 /// The description of a `bnb.nn.Linear4bit` layer: all that can be known without reading weights.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantState {
@@ -44,8 +47,8 @@ pub struct QuantState {
 }
 
 impl QuantState {
-    /// The state of the layer with this prefix (`model.layers.0.mlp.up_proj`; empty for a file with one layer). Only the
-    /// JSON is read; type and shape of every tensor of the layer are checked against it.
+    /// The state of the layer with this prefix (`model.layers.0.mlp.up_proj`; empty for a file with one layer). Only
+    /// the JSON is read; type and shape of every tensor of the layer are checked against it.
     ///
     /// # Errors
     /// [`CheckpointError::Unsupported`] for FP4; [`CheckpointError::Missing`], [`CheckpointError::Type`],
@@ -99,7 +102,8 @@ impl QuantState {
         }
     }
 
-    /// Rows and columns of the matrix that `y = x W^T` takes: the product of all dimensions before the last, and the last.
+    /// Rows and columns of the matrix that `y = x W^T` takes: the product of all dimensions before the last, and the
+    /// last.
     #[must_use]
     pub fn matrix_shape(&self) -> [usize; 2] {
         let (cols, outer) = self.shape.split_last().unwrap_or((&1, &[]));

@@ -22,12 +22,12 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// How the Python package lays out these tensors: larger types first, then by name; the header is padded to a multiple of
-    /// 8 bytes. It has `format` = `pt` as metadata, without which transformers does not load a file.
+    /// How the Python package lays out these tensors: larger types first, then by name; the header is padded to a
+    /// multiple of 8 bytes. It has `format` = `pt` as metadata, without which transformers does not load a file.
     ///
     /// # Errors
-    /// [`CheckpointError::Overflow`] for tensors too large for the address space; [`CheckpointError::HeaderTooLong`] above
-    /// the limit of the format.
+    /// [`CheckpointError::Overflow`] for tensors too large for the address space; [`CheckpointError::HeaderTooLong`]
+    /// above the limit of the format.
     pub fn new(source: &dyn TensorSource) -> Result<Self, CheckpointError> {
         let mut tensors = Vec::new();
         for name in source.names() {

@@ -8,7 +8,10 @@
 mod support;
 
 mod adapters;
+mod hostile;
 mod layers;
+mod merged;
+mod round_trip;
 
 use nf4::checkpoint::{FloatType, TensorData};
 

@@ -57,8 +57,9 @@ impl PeftAdapter {
     /// # Errors
     /// Those of [`PeftConfig::parse`]. For the tensors: [`CheckpointError::Missing`] if one of a pair is not there;
     /// [`CheckpointError::Shape`] if one does not fit the rank or the other one; [`CheckpointError::Type`];
-    /// [`CheckpointError::Unsupported`] for tensors of a variant that is not implemented; [`CheckpointError::Unexpected`] for
-    /// tensors that nothing in the configuration explains; [`CheckpointError::Layer`] for NaN and infinity.
+    /// [`CheckpointError::Unsupported`] for tensors of a variant that is not implemented;
+    /// [`CheckpointError::Unexpected`] for tensors that nothing in the configuration explains;
+    /// [`CheckpointError::Layer`] for NaN and infinity.
     pub fn load(config: &[u8], source: &dyn TensorSource) -> Result<Self, CheckpointError> {
         let config = PeftConfig::parse(config)?;
         let mut modules: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
@@ -107,8 +108,8 @@ impl PeftAdapter {
         self.modules.get(name)
     }
 
-    /// Tensors of the base model that were trained as a whole (`modules_to_save`, biases, resized embeddings), by their names
-    /// in the base model, whose tensors they replace.
+    /// Tensors of the base model that were trained as a whole (`modules_to_save`, biases, resized embeddings), by their
+    /// names in the base model, whose tensors they replace.
     #[must_use]
     pub fn replaced(&self) -> &TensorMap<'static> {
         &self.replaced
@@ -117,8 +118,8 @@ impl PeftAdapter {
     /// The layer `module` of a model: the 4-bit base with this adapter, and with the bias that the adapter has for it.
     ///
     /// # Errors
-    /// [`CheckpointError::Missing`] if the adapter has nothing for this module; [`CheckpointError::Layer`] if it was made for
-    /// a weight of another shape.
+    /// [`CheckpointError::Missing`] if the adapter has nothing for this module; [`CheckpointError::Layer`] if it was
+    /// made for a weight of another shape.
     pub fn layer(&self, module: &str, base: Linear4bit) -> Result<QLoRALayer, CheckpointError> {
         let found = self.modules.get(module);
         let found = found.ok_or_else(|| CheckpointError::Missing { tensor: tensor_name(module, "lora_A.weight") })?;
@@ -138,8 +139,8 @@ impl PeftAdapter {
         if self.replaced.contains_key(&name) { Ok(Some(read_floats(&self.replaced, &name)?.0)) } else { Ok(None) }
     }
 
-    /// Adds the adapter of `module` to a dense weight of the base, row-major `shape`: `weight + scale * B A`, rounded once
-    /// to f32, and with a magnitude the `DoRA` weight. `shape` is `[out, in]`, or `[in, out]` with
+    /// Adds the adapter of `module` to a dense weight of the base, row-major `shape`: `weight + scale * B A`, rounded
+    /// once to f32, and with a magnitude the `DoRA` weight. `shape` is `[out, in]`, or `[in, out]` with
     /// [`PeftConfig::fan_in_fan_out`].
     ///
     /// # Errors
@@ -175,7 +176,8 @@ pub(super) fn tensor_name(module: &str, part: &str) -> String {
 
 /// Whether a tensor that is not of `LoRA` may be in the file: it then replaces one of the base model.
 fn is_replacement(config: &PeftConfig, name: &str) -> bool {
-    /// PEFT saves these of its own accord if the vocabulary was resized (`EMBEDDING_LAYER_NAMES` in `utils/constants.py`).
+    /// PEFT saves these of its own accord if the vocabulary was resized (`EMBEDDING_LAYER_NAMES` in
+    /// `utils/constants.py`).
     const EMBEDDINGS: [&str; 2] = ["embed_tokens", "lm_head"];
     let dotted = format!(".{name}");
     let is_part_of = |module: &str| dotted.contains(&format!(".{module}."));

@@ -48,8 +48,8 @@ impl BiasTraining {
     }
 }
 
-/// What `adapter_config.json` says. Fields that change no result (`lora_dropout`, `task_type`, `base_model_name_or_path`
-/// and any unknown one) are kept and written again.
+/// What `adapter_config.json` says. Fields that change no result (`lora_dropout`, `task_type`,
+/// `base_model_name_or_path` and any unknown one) are kept and written again.
 #[derive(Debug, Clone)]
 pub struct PeftConfig {
     rank: usize,
@@ -77,7 +77,8 @@ struct InOrder {
     alpha_pattern: Ordered,
 }
 
-/// Variants that change what an adapter computes, or what base it belongs to, and that are off if null (or false, or empty).
+/// Variants that change what an adapter computes, or what base it belongs to, and that are off if null (or false, or
+/// empty).
 const VARIANTS: [&str; 11] = [
     "use_qalora",
     "alora_invocation_tokens",
@@ -121,9 +122,9 @@ impl PeftConfig {
     /// Parses the text of an `adapter_config.json`.
     ///
     /// # Errors
-    /// [`CheckpointError::Json`]; [`CheckpointError::Field`]; [`CheckpointError::Unsupported`] with the name of a variant that
-    /// is not implemented: a `peft_type` other than `LORA`, `use_qalora`, `target_parameters`, an initialisation that
-    /// changes the base, and so on.
+    /// [`CheckpointError::Json`]; [`CheckpointError::Field`]; [`CheckpointError::Unsupported`] with the name of a
+    /// variant that is not implemented: a `peft_type` other than `LORA`, `use_qalora`, `target_parameters`, an
+    /// initialisation that changes the base, and so on.
     pub fn parse(json: &[u8]) -> Result<Self, CheckpointError> {
         let object = Object::parse(CONFIG, json)?;
         let unsupported = |variant| CheckpointError::Unsupported { what: CONFIG.to_owned(), variant };
@@ -174,8 +175,8 @@ impl PeftConfig {
         Ok(config)
     }
 
-    /// The text of an `adapter_config.json`: the fields that [`Self::parse`] was given and the ones of this value, sorted
-    /// and indented as PEFT writes them; patterns in their order.
+    /// The text of an `adapter_config.json`: the fields that [`Self::parse`] was given and the ones of this value,
+    /// sorted and indented as PEFT writes them; patterns in their order.
     #[must_use]
     pub fn to_json(&self) -> String {
         let mut fields = self.fields.clone();

@@ -16,8 +16,8 @@ use crate::{LoRAAdapter, LoRAScaling};
 
 /// Making.
 impl PeftAdapter {
-    /// An adapter of these modules, by their names in the base model. The first one's rank and alpha become those of the
-    /// configuration; modules with others get patterns. The target modules are these very names.
+    /// An adapter of these modules, by their names in the base model. The first one's rank and alpha become those of
+    /// the configuration; modules with others get patterns. The target modules are these very names.
     ///
     /// # Errors
     /// [`CheckpointError::Unsupported`] if some have `rsLoRA` scaling or `DoRA` and others not, which PEFT cannot say.
@@ -46,7 +46,8 @@ impl PeftAdapter {
         Ok(Self { config, modules: modules.into_iter().map(module).collect(), replaced: TensorMap::new() })
     }
 
-    /// The same adapter with another value of a field that this library does nothing with; see [`PeftConfig::with_field`].
+    /// The same adapter with another value of a field that this library does nothing with; see
+    /// [`PeftConfig::with_field`].
     #[must_use]
     pub fn with_field(self, field: &str, value: Value) -> Self {
         Self { config: self.config.with_field(field, value), ..self }
