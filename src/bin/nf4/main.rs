@@ -51,7 +51,7 @@ Exit status:
   0  done
   1  failed; standard error says which file and tensor, and why. Nothing is left under the name of the output
   2  the command line is wrong
-  3  `verify` did its work and found something wrong";
+  3  `verify` or `inspect` did its work and found something wrong";
 
 /// What every command takes.
 #[derive(Debug, Args)]

@@ -1,0 +1,26 @@
+//! `bench`: that it measures what it says, not how fast.
+
+use nf4::Kernels;
+
+use crate::run::{fails, json, nf4};
+
+#[test]
+fn every_instruction_set() {
+    for more in [&[][..], &["--batch", "3", "--double-quant", "--block-size", "32"]] {
+        let args = [&["bench", "--shape", "64x96", "--rounds", "3"], more].concat();
+        let report = json(&args);
+        let results = report["results"].as_array().unwrap();
+        for kernels in Kernels::available() {
+            let of = |r: &&serde_json::Value| r["isa"] == kernels.isa().name();
+            assert_eq!(results.iter().filter(of).count(), 5, "{kernels:?}");
+        }
+        for result in results {
+            assert!(result["weights_per_ns"].as_f64().unwrap() > 0.0, "{result}");
+            assert!(result["share_of_read"].as_f64().unwrap() > 0.0, "{result}");
+        }
+        let text = nf4(&args);
+        assert!(text.stdout.contains("weights/ns") && text.stdout.contains("read"), "{}", text.stdout);
+    }
+    fails(&["bench", "--shape", "4294967296x4294967296"], &["4294967296x4294967296"]);
+    fails(&["bench", "--batch", "0"], &["--batch 0"]);
+}

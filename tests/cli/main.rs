@@ -1,0 +1,21 @@
+//! The tool `nf4`, run as a program.
+#![cfg(feature = "cli")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::std_instead_of_alloc,
+    clippy::std_instead_of_core,
+    reason = "tests panic, have std"
+)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod bench;
+mod files;
+mod hostile;
+mod merge;
+mod output;
+mod quantize;
+mod reference;
+mod run;
+mod verify;
