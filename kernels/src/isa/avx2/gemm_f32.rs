@@ -1,4 +1,4 @@
-//! The f32 products of a batch, and with the transposed matrix.
+//! The f32 product of a batch.
 
 use core::arch::x86_64::*;
 
