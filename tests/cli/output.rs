@@ -121,3 +121,33 @@ fn killed() {
     println!("killed {} times: no output {absent}, a whole one {complete}", absent + complete);
     assert!(absent > 0, "the first kill comes at once");
 }
+
+/// Interrupted, it removes what it had begun.
+#[cfg(unix)]
+#[test]
+fn interrupted() {
+    let root = tempdir().unwrap();
+    let mut map = TensorMap::new();
+    for i in 0..8 {
+        add(&mut map, &format!("layer{i}.weight"), FloatType::F32, &[512, 1024], &weights(&[512, 1024], i));
+    }
+    let input = root.path().join("in");
+    save(&input, &map);
+    let mut interrupted = 0;
+    for signal in ["-INT", "-TERM", "-INT", "-TERM"] {
+        let out = root.path().join("out");
+        let args = ["quantize", input.to_str().unwrap(), "--out", out.to_str().unwrap(), "--threads", "1", "--force"];
+        let mut child = command(&args).stdout(std::process::Stdio::null()).spawn().unwrap();
+        let started = || names(root.path()).iter().any(|name| name.contains("nf4-partial"));
+        while !started() && child.try_wait().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        interrupted += u32::from(child.wait().unwrap().code() == Some(130));
+        assert!(!started(), "{:?}", names(root.path()));
+        if out.exists() {
+            json(&["verify", out.to_str().unwrap(), input.to_str().unwrap()]);
+        }
+    }
+    println!("interrupted {interrupted} times of 4");
+}

@@ -48,10 +48,11 @@ struct Cli {
 
 const EXIT_CODES: &str = "\
 Exit status:
-  0  done
-  1  failed; standard error says which file and tensor, and why. Nothing is left under the name of the output
-  2  the command line is wrong
-  3  `verify` or `inspect` did its work and found something wrong";
+  0    done
+  1    failed; standard error says which file and tensor, and why. Nothing is left under the name of the output
+  2    the command line is wrong
+  3    `verify` or `inspect` did its work and found something wrong
+  130  interrupted; what was unfinished is removed";
 
 /// What every command takes.
 #[derive(Debug, Args)]
@@ -92,7 +93,8 @@ impl Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match cli.command.run(&cli.global) {
+    let result = output::clean_up_when_interrupted().and_then(|()| cli.command.run(&cli.global));
+    match result {
         Ok(Report { text, json, good }) => {
             report::print(&if cli.global.json { format!("{json:#}\n") } else { text });
             if good { ExitCode::SUCCESS } else { ExitCode::from(3) }

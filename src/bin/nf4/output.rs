@@ -2,10 +2,41 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::model::CONFIG;
+
+/// What is to be removed if the program is interrupted. Whoever gives an output its name holds the lock meanwhile.
+static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
+    UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// From now on an interrupt (Ctrl-C, SIGTERM, SIGHUP) ends the program with status 130 and removes what is unfinished.
+pub(crate) fn clean_up_when_interrupted() -> Result<()> {
+    let clean_up = || {
+        let unfinished = unfinished();
+        for path in &*unfinished {
+            // A thread may add a file while others are being removed.
+            for _ in 0..10 {
+                remove(path);
+                if !path.exists() {
+                    break;
+                }
+            }
+        }
+        std::process::exit(130);
+    };
+    ctrlc::set_handler(clean_up).context("no handler for interrupts")
+}
+
+/// Removes a file or directory. There is nobody left to tell of a failure, and to have nothing there is none.
+fn remove(path: &Path) {
+    let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+}
 
 /// A file or directory being made. Dropped without [`Self::commit`], it removes what there is.
 #[derive(Debug)]
@@ -39,11 +70,13 @@ impl Output {
         }
         let id = std::process::id();
         let temporary = parent.join(format!(".{}.nf4-partial-{id}", name.to_string_lossy()));
+        let mut unfinished = unfinished();
         if is_dir {
             fs::create_dir(&temporary).with_context(|| temporary.display().to_string())?;
         } else {
             ensure!(!temporary.exists(), "{} exists", temporary.display());
         }
+        unfinished.push(temporary.clone());
         Ok(Self { target: target.to_owned(), temporary, done: false })
     }
 
@@ -54,6 +87,7 @@ impl Output {
 
     /// Gives the output its name. A directory that is replaced is moved aside first and removed last.
     pub(crate) fn commit(mut self) -> Result<()> {
+        let _no_interrupt = unfinished();
         let at = || format!("cannot rename {} to {}", self.temporary.display(), self.target.display());
         if self.temporary.is_dir() && self.target.exists() {
             let old = self.temporary.with_extension(format!("nf4-replaced-{}", std::process::id()));
@@ -74,12 +108,7 @@ impl Output {
 impl Drop for Output {
     fn drop(&mut self) {
         if !self.done {
-            // A file that was never created is no failure, and there is nobody left to tell of another one.
-            let _ = if self.temporary.is_dir() {
-                fs::remove_dir_all(&self.temporary)
-            } else {
-                fs::remove_file(&self.temporary)
-            };
+            remove(&self.temporary);
         }
     }
 }
