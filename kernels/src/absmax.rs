@@ -1,7 +1,7 @@
 //! The scales of the blocks: plain, or quantized a second time.
 
 use crate::error::{ShapeError, check_len};
-use crate::format::NESTED_BLOCK;
+use crate::format::{NESTED_BLOCK, get_or};
 
 /// One absmax for each block: plain f32, or nested (double quantization).
 #[derive(Debug, Clone, Copy)]
@@ -94,6 +94,18 @@ impl Absmax<'_> {
         }
     }
 
+    /// As [`Self::get`], for a block that the checked shapes put inside: without a panic, see [`get_or`].
+    #[inline(always)]
+    pub(crate) fn get_inside(&self, block: usize) -> f32 {
+        match self {
+            Self::Plain(a) => get_or(a, block, f32::NAN),
+            Self::Nested(n) => {
+                let code = usize::from(get_or(n.codes, block, 0));
+                n.map[code] * get_or(n.absmax, block / NESTED_BLOCK, f32::NAN) + n.offset
+            }
+        }
+    }
+
     /// Writes the absmax of the blocks `first..first + out.len()`.
     ///
     /// # Errors
@@ -115,6 +127,7 @@ impl Absmax<'_> {
     }
 
     /// The absmax of the `N` blocks from `first` on, in few instructions: for the inner loops.
+    #[allow(dead_code, reason = "only instruction sets with vectors take several at once")]
     #[inline(always)]
     pub(crate) fn get_array<const N: usize>(&self, first: usize) -> [f32; N] {
         match self {

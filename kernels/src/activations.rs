@@ -128,10 +128,23 @@ impl<'a> Activations<'a> {
     }
 }
 
+/// The activations of the two columns of a byte of a span, as [`SLOTS`] has them.
+#[inline(always)]
+pub(crate) fn pair(values: &[i16; SPAN], byte: usize) -> [i16; 2] {
+    if cfg!(nf4_dsp) {
+        values.as_chunks().0[byte % (SPAN / 2)]
+    } else {
+        let (even, odd) = (SLOTS[2 * byte % SPAN], SLOTS[(2 * byte + 1) % SPAN]);
+        [values[usize::from(even) % SPAN], values[usize::from(odd) % SPAN]]
+    }
+}
+
 /// Where each column of a span of 64 stands in the buffer of quantized values: the order in which kernels decode 32 packed
 /// bytes. First come the even columns (high nibbles), then the odd ones (low nibbles); within each, bytes 0-7, 16-23, 8-15,
 /// 24-31. That is what two `vpunpck` of the two byte planes leave in 256-bit registers, so AVX2 multiplies without a
 /// shuffle; every 128-bit piece holds eight consecutive bytes, which suits NEON and WebAssembly.
+///
+/// On Arm cores with the DSP extension the columns stay in order: a byte's two weights meet two adjacent activations there.
 pub(crate) const SLOTS: [u8; SPAN] = {
     let mut slots = [0; SPAN];
     let mut column = 0;
@@ -143,7 +156,7 @@ pub(crate) const SLOTS: [u8; SPAN] = {
             2 => 1,
             _ => 3,
         };
-        let slot = odd * 32 + piece * 8 + byte % 8;
+        let slot = if cfg!(nf4_dsp) { column } else { odd * 32 + piece * 8 + byte % 8 };
         assert!(slot < SPAN);
         #[allow(clippy::cast_possible_truncation, reason = "slot < 64, asserted above")]
         {

@@ -3,6 +3,8 @@
 //! Everything here was fixed by `bitsandbytes`; this file is the only place that states it. The packed bytes hold two codes
 //! each, **the first in the high four bits**; blocks are cut from the flat, row-major tensor and do not care about rows.
 
+use core::ops::Range;
+
 use crate::ShapeError;
 
 /// The NF4 codebook of `bitsandbytes` 0.50 (`get_4bit_type("nf4")`), as f32: code `k` stands for `CODEBOOK[k] * absmax`.
@@ -125,8 +127,25 @@ pub const fn packed_len(elements: usize) -> usize {
 /// The code of flat element `index`: even elements are in the high half of their byte, odd ones in the low half.
 #[inline(always)]
 pub(crate) fn code_at(packed: &[u8], index: usize) -> usize {
-    let byte = packed[index / 2];
+    let byte = get_or(packed, index / 2, 0);
     usize::from(if index.is_multiple_of(2) { byte >> 4 } else { byte & 15 })
+}
+
+/// `values[index]`, for an index that the checked shapes put inside.
+///
+/// Should it lie outside nevertheless, a build with debug assertions panics, and any other takes `missing`: so that the
+/// products contain no panic, and firmware that only multiplies links nothing of that machinery.
+#[inline(always)]
+pub(crate) fn get_or<T: Copy>(values: &[T], index: usize, missing: T) -> T {
+    debug_assert!(index < values.len(), "index {index} of {}", values.len());
+    values.get(index).copied().unwrap_or(missing)
+}
+
+/// As [`get_or`], for a range; what is missing is an empty slice.
+#[inline(always)]
+pub(crate) fn get_range<T>(values: &[T], range: Range<usize>) -> &[T] {
+    debug_assert!(range.start <= range.end && range.end <= values.len(), "range {range:?} of {}", values.len());
+    values.get(range).unwrap_or_default()
 }
 
 /// The code of a value already divided by its block's absmax: the number of thresholds strictly below it, and 15 for NaN,

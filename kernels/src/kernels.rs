@@ -26,10 +26,12 @@ pub enum Isa {
     Neon,
     /// WebAssembly with 128-bit SIMD.
     Simd128,
+    /// Arm with the DSP extension: Cortex-M4 and M7, and M33 and newer where it was built in.
+    CortexMDsp,
 }
 
 impl Isa {
-    /// The name in lower case, as in benchmark ids: `scalar`, `avx2`, `neon`, `simd128`.
+    /// The name in lower case, as in benchmark ids: `scalar`, `avx2`, `neon`, `simd128`, `cortex-m-dsp`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -37,6 +39,7 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::Neon => "neon",
             Self::Simd128 => "simd128",
+            Self::CortexMDsp => "cortex-m-dsp",
         }
     }
 }
@@ -83,6 +86,8 @@ static TABLES: &[(&Table, fn() -> bool)] = &[
     (&isa::neon::TABLE, || true),
     #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
     (&isa::simd128::TABLE, || true),
+    #[cfg(nf4_dsp)]
+    (&isa::cortex_m_dsp::TABLE, || true),
     (&isa::scalar::TABLE, || true),
 ];
 
@@ -142,7 +147,12 @@ impl Kernels {
     /// The fastest kernels that this CPU supports. The CPU is asked once, then remembered; this does not need `std`.
     #[must_use]
     pub fn detect() -> Self {
-        Self::available().next().unwrap_or(Self::scalar())
+        if cfg!(target_arch = "x86_64") {
+            Self::available().next().unwrap_or(Self::scalar())
+        } else {
+            // Elsewhere the target decides, and this is a constant: firmware then links only the operations that it calls.
+            Self { table: TABLES[0].0 }
+        }
     }
 
     /// The portable kernels.
@@ -286,7 +296,8 @@ impl Kernels {
         Activations::new(inputs, cols, block_size, values, scales)?;
         let (values_len, scales_len) =
             (Activations::values_len(cols, block_size), Activations::scales_len(cols, block_size));
-        if scales_len > 0 {
+        // One of them is 0 only if all are; the compiler needs to hear it to drop the panics of `chunks`.
+        if cols > 0 && values_len > 0 && scales_len > 0 {
             let vectors = inputs.chunks(cols).zip(values.chunks_mut(values_len)).zip(scales.chunks_mut(scales_len));
             for ((inputs, values), scales) in vectors {
                 // SAFETY: `self` exists, so the CPU has the instruction set of its table.

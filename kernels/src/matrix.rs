@@ -4,7 +4,7 @@ use core::ops::Range;
 
 use crate::absmax::Absmax;
 use crate::error::{ShapeError, check_len};
-use crate::format::{BlockSize, code_at, packed_len};
+use crate::format::{BlockSize, code_at, get_range, packed_len};
 
 /// A borrowed NF4 matrix of `rows` x `cols` weights, row-major: packed codes and the absmax of their blocks.
 ///
@@ -112,11 +112,18 @@ impl<'a> Nf4Matrix<'a> {
     #[inline(always)]
     pub(crate) fn aligned_row(&self, row: usize) -> (&'a [u8], usize) {
         let start = self.row_start(row);
-        (&self.packed[start / 2..(start + self.cols) / 2], start / self.block_size.get())
+        (get_range(self.packed, start / 2..(start + self.cols) / 2), start / self.block_size.get())
+    }
+
+    /// The absmax of an activation group of an aligned row, whose blocks start at `first_block`.
+    #[inline(always)]
+    pub(crate) fn absmax_of_group(&self, first_block: usize, group: usize) -> f32 {
+        self.absmax.get_inside(first_block + (group >> self.groups_per_block_log2()))
     }
 
     /// The absmax that belong to `N` activation groups of an aligned row, from `first_group` on, which is the first of a
     /// block. The row's blocks start at `first_block`.
+    #[allow(dead_code, reason = "only instruction sets with vectors take several at once")]
     #[inline(always)]
     pub(crate) fn group_absmax<const N: usize>(&self, first_block: usize, first_group: usize) -> [f32; N] {
         let shift = self.groups_per_block_log2();
@@ -129,6 +136,7 @@ impl<'a> Nf4Matrix<'a> {
     }
 
     /// As [`Self::group_absmax`], for any number of groups.
+    #[allow(dead_code, reason = "only instruction sets with vectors take several at once")]
     #[inline(always)]
     pub(crate) fn group_absmax_rest(&self, first_block: usize, first_group: usize, out: &mut [f32]) {
         let shift = self.groups_per_block_log2();
@@ -171,6 +179,7 @@ pub(crate) struct Segment<'a> {
     /// Scale of the block.
     pub absmax: f32,
     /// The packed bytes if this is a whole block, which always starts at the start of a byte.
+    #[allow(dead_code, reason = "only instruction sets with vectors take a block at once")]
     pub whole: Option<&'a [u8]>,
 }
 
@@ -194,7 +203,7 @@ impl<'a> Iterator for Segments<'a> {
         let (start, block) = (self.next, self.next / size);
         let len = (size - start % size).min(self.end - start);
         self.next = start + len;
-        let whole = (len == size).then(|| &self.matrix.packed[start / 2..(start + len) / 2]);
-        Some(Segment { start, len, absmax: self.matrix.absmax.get(block), whole })
+        let whole = (len == size).then(|| get_range(self.matrix.packed, start / 2..(start + len) / 2));
+        Some(Segment { start, len, absmax: self.matrix.absmax.get_inside(block), whole })
     }
 }

@@ -13,3 +13,6 @@ pub(crate) mod neon;
 
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 pub(crate) mod simd128;
+
+#[cfg(nf4_dsp)]
+pub(crate) mod cortex_m_dsp;

@@ -3,9 +3,11 @@
 //! The last block of a tensor if it is partial, blocks that straddle rows and rests shorter than a vector are handled here
 //! for every instruction set.
 
-use crate::activations::{ACTIVATION_MAX, Activations, SLOTS, SPAN};
+use crate::activations::{ACTIVATION_MAX, Activations, SLOTS, SPAN, pair};
 use crate::float::Float;
-use crate::format::{CODEBOOK, ZERO_CODE, absmax_from_bits, canonical, floored, inverse_absmax, nearest_code};
+use crate::format::{
+    CODEBOOK, ZERO_CODE, absmax_from_bits, canonical, floored, get_range, inverse_absmax, nearest_code,
+};
 use crate::kernels::Table;
 use crate::matrix::{Nf4Matrix, Segment};
 use crate::{Isa, double_quant, spec};
@@ -86,6 +88,8 @@ pub(crate) fn dequantize_segment<T: Float>(matrix: &Nf4Matrix<'_>, segment: &Seg
 
 /// Activations for the 16x4 multiply, in the order of [`SLOTS`].
 fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i16], scales: &mut [f32]) {
+    // There are only these two; so the compiler knows that it is not 0.
+    let group = if group == SPAN { SPAN } else { SPAN / 2 };
     let spans = inputs.chunks(SPAN).zip(values.as_chunks_mut::<SPAN>().0).zip(scales.chunks_mut(SPAN / group));
     for ((inputs, values), scales) in spans {
         values.fill(0);
@@ -94,8 +98,8 @@ fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i16], scales
             let factor;
             (*scale, factor) = activation_scale(f32::from_bits(bits));
             if factor > 0.0 {
-                for (x, slot) in inputs.iter().zip(&SLOTS[g * group..]) {
-                    values[usize::from(*slot)] = round_to_i16(x * factor);
+                for (x, slot) in inputs.iter().zip(SLOTS.iter().skip(g * group)) {
+                    values[usize::from(*slot) % SPAN] = round_to_i16(x * factor);
                 }
             }
         }
@@ -145,32 +149,74 @@ fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) 
 /// The 16x4 product of a row and a vector.
 fn dot(matrix: &Nf4Matrix<'_>, row: usize, activations: &Activations<'_>) -> f32 {
     let (packed, first_block) = matrix.aligned_row(row);
+    let mut factors = group_factors(matrix, first_block, activations);
     let mut lanes = [0.0; 8];
-    for (s, (bytes, values)) in packed.chunks(SPAN / 2).zip(activations.values().as_chunks::<SPAN>().0).enumerate() {
-        let sums = span_sums(bytes, values);
-        for (l, (lane, sum)) in lanes.iter_mut().zip(sums).enumerate() {
-            let column = s * SPAN + l / 4 * 32;
-            if column < matrix.cols() {
-                let absmax = matrix.absmax().get(first_block + column / matrix.block_size().get());
-                #[allow(clippy::cast_precision_loss, reason = "this rounding is part of the definition")]
-                let sum = sum as f32;
-                *lane += sum * (absmax * activations.scales()[column / activations.group()]);
-            }
-        }
+    let (spans, rest) = packed.as_chunks::<{ SPAN / 2 }>();
+    let (values, _) = activations.values().as_chunks::<SPAN>();
+    for (bytes, values) in spans.iter().zip(values) {
+        add_span(&mut lanes, span_sums(bytes, values), next_factors(&mut factors, activations.group()));
+    }
+    if let (Some(values), false) = (values.get(spans.len()), rest.is_empty()) {
+        add_half_span(&mut lanes, rest, values, factors.next().unwrap_or(0.0));
     }
     canonical(spec::add_lanes(lanes) * spec::WEIGHT_STEP)
 }
 
-/// The eight exact lane sums of a span of up to 32 packed bytes.
+/// The product of absmax and activation scale of each group of a row.
 #[inline(always)]
-fn span_sums(bytes: &[u8], values: &[i16; SPAN]) -> [i32; 8] {
+fn group_factors(
+    matrix: &Nf4Matrix<'_>,
+    first_block: usize,
+    activations: &Activations<'_>,
+) -> impl Iterator<Item = f32> {
+    let scales = activations.scales().iter().enumerate();
+    scales.map(move |(group, scale)| matrix.absmax_of_group(first_block, group) * scale)
+}
+
+/// The factors of the two halves of a span.
+#[inline(always)]
+fn next_factors(factors: &mut impl Iterator<Item = f32>, group: usize) -> [f32; 2] {
+    let first = factors.next().unwrap_or(0.0);
+    [first, if group == SPAN { first } else { factors.next().unwrap_or(0.0) }]
+}
+
+/// Adds a span to the lanes.
+#[inline(always)]
+fn add_span(lanes: &mut [f32; 8], sums: [i32; 8], factors: [f32; 2]) {
+    for (l, (lane, sum)) in lanes.iter_mut().zip(sums).enumerate() {
+        *lane = add_scaled(*lane, sum, factors[l / 4]);
+    }
+}
+
+/// Adds the last span of a row if it has only the first 32 columns: the other activations are 0, and so is the other factor,
+/// so they change no lane.
+#[cold]
+pub(crate) fn add_half_span(lanes: &mut [f32; 8], rest: &[u8], values: &[i16; SPAN], factor: f32) {
+    let mut bytes = [0; SPAN / 2];
+    for (byte, rest) in bytes.iter_mut().zip(rest) {
+        *byte = *rest;
+    }
+    add_span(lanes, span_sums(&bytes, values), [factor, 0.0]);
+}
+
+/// A lane with an exact sum added, as f32 and times its factor.
+#[inline(always)]
+pub(crate) fn add_scaled(lane: f32, sum: i32, factor: f32) -> f32 {
+    #[allow(clippy::cast_precision_loss, reason = "this rounding is part of the definition")]
+    let sum = sum as f32;
+    lane + sum * factor
+}
+
+/// The eight exact lane sums of a span.
+#[inline(always)]
+fn span_sums(bytes: &[u8; SPAN / 2], values: &[i16; SPAN]) -> [i32; 8] {
     let mut sums = [0; 8];
     for (i, byte) in bytes.iter().enumerate() {
         let lane = i / 16 * 4 + i % 8 / 2;
         let (high, low) = (usize::from(byte >> 4), usize::from(byte & 15));
-        let slot = usize::from(SLOTS[2 * i]);
-        sums[lane] += i32::from(spec::CODEBOOK_I16[high]) * i32::from(values[slot]);
-        sums[lane] += i32::from(spec::CODEBOOK_I16[low]) * i32::from(values[slot + 32]);
+        let [even, odd] = pair(values, i);
+        sums[lane] += i32::from(spec::CODEBOOK_I16[high]) * i32::from(even);
+        sums[lane] += i32::from(spec::CODEBOOK_I16[low]) * i32::from(odd);
     }
     sums
 }
@@ -212,8 +258,10 @@ fn dot_f32(matrix: &Nf4Matrix<'_>, row: usize, inputs: &[f32]) -> f32 {
 fn add_segment(matrix: &Nf4Matrix<'_>, segment: &Segment<'_>, skip: usize, inputs: &[f32], lanes: &mut [f32; 8]) {
     let mut products = [0.0; SPAN];
     let mut present = [false; 8];
-    for (i, x) in inputs[skip..skip + segment.len].iter().enumerate() {
-        let slot = usize::from(spec::F32_SLOTS[skip + i]);
+    let columns = skip..skip + segment.len;
+    let inputs = get_range(inputs, columns.clone());
+    for (i, (x, slot)) in inputs.iter().zip(get_range(&spec::F32_SLOTS, columns)).enumerate() {
+        let slot = usize::from(*slot) % SPAN;
         products[slot] = CODEBOOK[matrix.code(segment.start + i)] * x;
         present[slot % 8] = true;
     }

@@ -1,0 +1,220 @@
+//! Arm cores with the DSP extension: Cortex-M4, M7, and M33 and newer where it was built in.
+//!
+//! The step of the 16x4 product, for the four bytes (eight weights) of a span that belong to one lane:
+//!
+//! ```text
+//! for i in the four bytes of the lane:
+//!     w = PAIRS[byte[i]]                    two 16-bit weights: the high nibble's below, the low nibble's above
+//!     q = values[2 i], values[2 i + 1]      two 16-bit activations, one load for all rows
+//!     sum = smlad(w, q, sum)                sum + w.low * q.low + w.high * q.high
+//! lanes[lane] += f32(sum) * (absmax * scale)
+//! ```
+//!
+//! ```text
+//! bytes of lane    0          1          2            3            4            5            6            7
+//!               0 1 8 9   2 3 10 11   4 5 12 13   6 7 14 15   16 17 24 25  18 19 26 27  20 21 28 29  22 23 30 31
+//! ```
+//!
+//! Both columns of a byte are in one lane, so with activations in the order of the columns (`SLOTS`) a product of pairs adds
+//! to one lane only. Two rows share the loads of activations; more would not leave enough registers. The last step is a
+//! `vmla`, which rounds the product and then the sum, as the definition wants (`vfma` would be the fused one).
+//!
+//! Only the 16x4 products are faster than portable code this way. The other operations are f32 arithmetic, one number at a time
+//! on these cores, and are those of `scalar.rs`.
+
+use core::arch::asm;
+
+use super::scalar::{self, add_half_span, add_scaled};
+use crate::activations::{ACTIVATION_MAX, Activations, SPAN, pair};
+use crate::format::{canonical, get_or};
+use crate::kernels::Table;
+use crate::matrix::Nf4Matrix;
+use crate::{Isa, spec};
+
+const _: () = assert!(ACTIVATION_MAX == 8191, "the sums below rely on it to fit in 32 bits");
+
+pub(crate) static TABLE: Table = Table { isa: Isa::CortexMDsp, gemv, gemm, ..scalar::TABLE };
+
+/// Rows that share the loads of activations.
+const ROWS: usize = 2;
+
+/// The two weights of a byte: the high nibble's, which is the column before, in the low half. It takes 1 KB of flash.
+static PAIRS: [u32; 256] = {
+    let mut pairs = [0; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        pairs[byte] = join([spec::CODEBOOK_I16[byte >> 4], spec::CODEBOOK_I16[byte & 15]]);
+        byte += 1;
+    }
+    pairs
+};
+
+/// The 16x4 product.
+fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    let (several, rest) = out.as_chunks_mut::<ROWS>();
+    let done = several.len() * ROWS;
+    for (i, out) in several.iter_mut().enumerate() {
+        *out = dots(matrix, i * ROWS, activations);
+    }
+    for (row, out) in (done..).zip(rest) {
+        [*out] = dots(matrix, row, activations);
+    }
+}
+
+/// The 16x4 product of a batch.
+fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    let batch = activations.batch();
+    for n in 0..batch {
+        let vector = activations.vector(n);
+        for (i, out) in out.chunks_mut(ROWS * batch).enumerate() {
+            if out.len() == ROWS * batch {
+                let products: [f32; ROWS] = dots(matrix, i * ROWS, &vector);
+                for (out, product) in out.chunks_exact_mut(batch).zip(products) {
+                    out[n] = product;
+                }
+            } else {
+                [out[n]] = dots(matrix, i * ROWS, &vector);
+            }
+        }
+    }
+}
+
+/// The 16x4 products of consecutive rows with a vector.
+fn dots<const R: usize>(matrix: &Nf4Matrix<'_>, first_row: usize, activations: &Activations<'_>) -> [f32; R] {
+    let rows: [_; R] = core::array::from_fn(|r| matrix.aligned_row(first_row + r));
+    let first_blocks = rows.map(|(_, first_block)| first_block);
+    let mut lanes = [[0.0; R]; 8];
+    let mut spans = rows.map(|(packed, _)| packed.as_chunks::<{ SPAN / 2 }>().0.iter());
+    let mut group = 0;
+    let (values, rest) = split_last_span(activations.values(), matrix.cols());
+    for values in values {
+        let mut bytes = [&[0; SPAN / 2]; R];
+        for (bytes, spans) in bytes.iter_mut().zip(&mut spans) {
+            *bytes = spans.next().unwrap_or(bytes);
+        }
+        let first = group_factors(matrix, first_blocks, activations, group);
+        let second = if activations.group() == SPAN {
+            first
+        } else {
+            group += 1;
+            group_factors(matrix, first_blocks, activations, group)
+        };
+        group += 1;
+        // Written out, for where a lane's bytes are must be constants in the loads.
+        add_lane::<0, R>(&mut lanes, bytes, values, first);
+        add_lane::<1, R>(&mut lanes, bytes, values, first);
+        add_lane::<2, R>(&mut lanes, bytes, values, first);
+        add_lane::<3, R>(&mut lanes, bytes, values, first);
+        add_lane::<4, R>(&mut lanes, bytes, values, second);
+        add_lane::<5, R>(&mut lanes, bytes, values, second);
+        add_lane::<6, R>(&mut lanes, bytes, values, second);
+        add_lane::<7, R>(&mut lanes, bytes, values, second);
+    }
+    let mut lanes: [[f32; 8]; R] = core::array::from_fn(|r| lanes.map(|lane| lane[r]));
+    if let Some(values) = rest {
+        let factors = group_factors(matrix, first_blocks, activations, group);
+        for (lanes, ((packed, _), factor)) in lanes.iter_mut().zip(rows.into_iter().zip(factors)) {
+            add_half_span(lanes, packed.as_chunks::<{ SPAN / 2 }>().1, values, factor);
+        }
+    }
+    lanes.map(|lanes| canonical(spec::add_lanes(lanes) * spec::WEIGHT_STEP))
+}
+
+/// The product of absmax and activation scale of a group, for each row.
+#[inline(always)]
+fn group_factors<const R: usize>(
+    matrix: &Nf4Matrix<'_>,
+    first_blocks: [usize; R],
+    activations: &Activations<'_>,
+    group: usize,
+) -> [f32; R] {
+    let scale = get_or(activations.scales(), group, 0.0);
+    let mut factors = [0.0; R];
+    for (factor, first_block) in factors.iter_mut().zip(first_blocks) {
+        *factor = matrix.absmax_of_group(first_block, group) * scale;
+    }
+    factors
+}
+
+/// The whole spans, and the last one if a row has only half of it.
+#[inline(always)]
+fn split_last_span(values: &[i16], cols: usize) -> (&[[i16; SPAN]], Option<&[i16; SPAN]>) {
+    match values.as_chunks::<SPAN>().0 {
+        [whole @ .., last] if !cols.is_multiple_of(SPAN) => (whole, Some(last)),
+        whole => (whole, None),
+    }
+}
+
+/// Adds the sums of a lane of a span, for each row.
+#[inline(always)]
+fn add_lane<const LANE: usize, const R: usize>(
+    lanes: &mut [[f32; R]; 8],
+    bytes: [&[u8; SPAN / 2]; R],
+    values: &[i16; SPAN],
+    factors: [f32; R],
+) {
+    let sums = lane_sums(LANE, bytes, values);
+    for (lane, (sum, factor)) in lanes[LANE].iter_mut().zip(sums.into_iter().zip(factors)) {
+        *lane = add_scaled(*lane, sum, factor);
+    }
+}
+
+/// The exact sum of a lane of a span, for each row.
+#[inline(always)]
+fn lane_sums<const R: usize>(lane: usize, bytes: [&[u8; SPAN / 2]; R], values: &[i16; SPAN]) -> [i32; R] {
+    let first = lane / 4 * 16 + lane % 4 * 2;
+    let mut sums = [0; R];
+    let q = join(pair(values, first));
+    for (sum, bytes) in sums.iter_mut().zip(bytes) {
+        *sum = smuad(weights(bytes, first), q);
+    }
+    for i in [first + 1, first + 8, first + 9] {
+        let q = join(pair(values, i));
+        for (sum, bytes) in sums.iter_mut().zip(bytes) {
+            *sum = smlad(weights(bytes, i), q, *sum);
+        }
+    }
+    sums
+}
+
+/// The two weights of a byte of a span.
+#[inline(always)]
+fn weights(bytes: &[u8; SPAN / 2], i: usize) -> u32 {
+    PAIRS[usize::from(bytes[i % bytes.len()])]
+}
+
+/// Two 16-bit numbers in a register; from memory that is one load.
+#[inline(always)]
+const fn join([low, high]: [i16; 2]) -> u32 {
+    low.cast_unsigned() as u32 | (high.cast_unsigned() as u32) << 16
+}
+
+/// The sum of the products of the two low and of the two high halves, as signed numbers.
+#[inline(always)]
+fn smuad(a: u32, b: u32) -> i32 {
+    let sum;
+    // SAFETY: the core has the DSP extension, or this file is not compiled; the instruction only computes a register from
+    // registers. (The flag Q, which it sets if the sum overflows, stays as it is: a lane has no such sum.)
+    unsafe {
+        asm!("smuad {}, {}, {}", lateout(reg) sum, in(reg) a, in(reg) b, options(pure, nomem, nostack, preserves_flags));
+    }
+    sum
+}
+
+/// As [`smuad`], plus `sum`. In assembly, for the intrinsics of Arm's DSP extension are not stable.
+#[inline(always)]
+fn smlad(a: u32, b: u32, sum: i32) -> i32 {
+    let total;
+    // SAFETY: as in `smuad`.
+    unsafe {
+        asm!(
+            "smlad {}, {}, {}, {}",
+            lateout(reg) total,
+            in(reg) a,
+            in(reg) b,
+            in(reg) sum,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    total
+}
