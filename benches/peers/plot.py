@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""Draws a run: speed against error, one point for each library and kind of arithmetic, as SVG.
+
+    ./plot.py run.json plot.svg [--threads 1] [--memory cache|dram] [--all]
+
+Of records of one library with errors of the same kind (that of 8-bit inputs, of 16-bit ones, of f32), the fastest is
+drawn; all of them with --all. Only weights of at most 6 bits are.
+"""
+
+import argparse
+import json
+import math
+from html import escape
+
+WIDTH, HEIGHT = 820, 520
+LEFT, RIGHT, TOP, BOTTOM = 76, 30, 64, 64
+FONT = "font-family='system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif'"
+INK, FAINT, GRID, OURS, OTHER = "#1f2328", "#59636e", "#d8dee4", "#c2410c", "#3b6ea5"
+
+
+def kind(error):
+    return 0 if error < 1e-5 else 1 if error < 1e-3 else 2
+
+
+def chosen(run, threads, memory, everything):
+    records = [r for r in run["records"] if r["threads"] == threads and r.get(memory) and r.get("error_rms")]
+    records = sorted((r for r in records if r["bits"] <= 6), key=lambda r: -r[memory])
+    if everything:
+        return records
+    best = {}
+    for r in records:
+        best.setdefault((r["library"], kind(r["error_rms"])), r)
+    return list(best.values())
+
+
+class Axis:
+    """A logarithmic axis from `low` to `high`, both powers of ten or steps 1, 2, 5 of them."""
+
+    def __init__(self, low, high, start, end):
+        self.low, self.high, self.start, self.end = math.log10(low), math.log10(high), start, end
+
+    def __call__(self, value):
+        return self.start + (math.log10(value) - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def step(value, up):
+    """The next of 1, 2, 5, 10, ... above or below."""
+    power = 10 ** math.floor(math.log10(value))
+    steps = [power * k for k in (1, 2, 5, 10)]
+    return next(s for s in steps if s >= value) if up else max(s for s in steps if s <= value)
+
+
+def ticks(low, high, steps):
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    values = [k * 10.0**e for e in exponents for k in steps]
+    return [v for v in values if low * 0.999 <= v <= high * 1.001]
+
+
+def overlap(a, b):
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return max(0, width) * max(0, height)
+
+
+def place(points):
+    """A box for the label of each point: of some places around it, the one that covers least of what is there."""
+    dots = [(x - 7, y - 7, x + 7, y + 7) for x, y, _ in points]
+    frame = (LEFT + 4, TOP + 4, WIDTH - RIGHT - 4, HEIGHT - BOTTOM - 4)
+    boxes = []
+    for index, (x, y, text) in enumerate(points):
+        width, best = 6.6 * len(text), None
+        for distance in (0, 14, 28, 42, 56):
+            for dx, dy in [(1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)]:
+                left = x - width / 2 + dx * (width / 2 + 11 + (distance if dy == 0 else 0))
+                middle = y + dy * (15 + distance)
+                box = (left, middle - 8, left + width, middle + 8)
+                inside = overlap(box, frame)
+                cost = sum(overlap(box, other) for other in boxes + dots[:index] + dots[index + 1:])
+                cost += 3 * (width * 16 - inside) + distance
+                if best is None or cost < best[0]:
+                    best = (cost, box)
+        boxes.append(best[1])
+    return boxes
+
+
+def draw(run, threads, memory, everything):
+    records = chosen(run, threads, memory, everything)
+    if not records:
+        raise SystemExit("no records to draw")
+    errors, speeds = [r["error_rms"] for r in records], [r[memory] for r in records]
+    limit = next((r[memory] for r in run["records"] if r["library"] == "read" and r["threads"] == threads), None)
+    low, high = step(min(speeds) / 1.3, False), step(max(speeds) * 1.3, True)
+    left, right = 10.0 ** math.floor(math.log10(min(errors) / 1.5)), 10.0 ** math.ceil(math.log10(max(errors) * 1.5))
+    x_axis, y_axis = Axis(left, right, LEFT, WIDTH - RIGHT), Axis(low, high, HEIGHT - BOTTOM, TOP)
+    place_name = {"cache": "in cache", "dram": "from memory"}[memory]
+    title = "4-bit weights times one f32 vector: speed and error"
+    of_threads = f"{threads} thread{'s' if threads > 1 else ''}"
+    subtitle = f"{run['rows']} x {run['cols']} {place_name}, {of_threads}, {run['cpu']}"
+    out = [
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' width='{WIDTH}' height='{HEIGHT}' "
+        f"role='img' {FONT} font-size='12'>",
+        f"<title>{escape(title)}</title>",
+        f"<rect width='{WIDTH}' height='{HEIGHT}' fill='white'/>",
+        f"<text x='{LEFT}' y='26' font-size='16' font-weight='600' fill='{INK}'>{escape(title)}</text>",
+        f"<text x='{LEFT}' y='46' fill='{FAINT}'>{escape(subtitle)}</text>",
+    ]
+    for value in ticks(left, right, [1]):
+        x = x_axis(value)
+        exponent = round(math.log10(value))
+        out.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{TOP}' y2='{HEIGHT - BOTTOM}' stroke='{GRID}'/>")
+        out.append(
+            f"<text x='{x:.1f}' y='{HEIGHT - BOTTOM + 20}' text-anchor='middle' fill='{FAINT}'>10"
+            f"<tspan dy='-5' font-size='9'>{exponent}</tspan></text>"
+        )
+    for value in ticks(low, high, [1, 2, 5]):
+        y = y_axis(value)
+        out.append(f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y:.1f}' y2='{y:.1f}' stroke='{GRID}'/>")
+        out.append(f"<text x='{LEFT - 8}' y='{y + 4:.1f}' text-anchor='end' fill='{FAINT}'>{value:g}</text>")
+    if limit and low < limit < high:
+        y = y_axis(limit)
+        out.append(f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y:.1f}' y2='{y:.1f}' stroke='{FAINT}' "
+                   "stroke-dasharray='5 4'/>")
+        out.append(f"<text x='{LEFT + 6}' y='{y - 5:.1f}' fill='{FAINT}'>a pure read of 4.5 bits a weight</text>")
+    out.append(
+        f"<text x='{(LEFT + WIDTH - RIGHT) / 2}' y='{HEIGHT - 16}' text-anchor='middle' fill='{INK}'>"
+        "root mean square error, relative to that of the outputs (left is more exact)</text>"
+    )
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    out.append(
+        f"<text x='20' y='{middle}' text-anchor='middle' fill='{INK}' transform='rotate(-90 20 {middle})'>"
+        "weights/ns (up is faster)</text>"
+    )
+    points = [(x_axis(r["error_rms"]), y_axis(r[memory]), f"{r['name']}  {r[memory]:.3g}") for r in records]
+    for record, (x, y, text), box in zip(records, points, place(points)):
+        color, weight = (OURS, 600) if record["library"] == "nf4" else (OTHER, 400)
+        middle_x, middle_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        if math.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3])) > 16:
+            edge_x = min(max(x, box[0]), box[2])
+            edge_y = min(max(y, box[1] + 3), box[3] - 3)
+            out.append(f"<line x1='{x:.1f}' y1='{y:.1f}' x2='{edge_x:.1f}' y2='{edge_y:.1f}' stroke='{color}' "
+                       "stroke-opacity='0.5'/>")
+        out.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='5.5' fill='{color}' fill-opacity='0.85'/>")
+        out.append(
+            f"<text x='{middle_x:.1f}' y='{middle_y + 4:.1f}' text-anchor='middle' fill='{color}' "
+            f"font-weight='{weight}'>{escape(text)}</text>"
+        )
+    out.append("</svg>")
+    return "\n".join(out) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="what --json wrote")
+    parser.add_argument("svg", help="the file to write")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory", choices=["cache", "dram"], default="cache")
+    parser.add_argument("--all", action="store_true", help="draw all records")
+    args = parser.parse_args()
+    with open(args.run) as file:
+        run = json.load(file)
+    with open(args.svg, "w", encoding="utf-8") as file:
+        file.write(draw(run, args.threads, args.memory, args.all))
+
+
+if __name__ == "__main__":
+    main()
