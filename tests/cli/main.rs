@@ -18,4 +18,5 @@ mod output;
 mod quantize;
 mod reference;
 mod run;
+mod speed;
 mod verify;

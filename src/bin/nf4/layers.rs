@@ -22,8 +22,10 @@ pub(crate) struct Layers {
     pub(crate) by_weight: BTreeMap<String, Layer>,
     /// All other tensors of the layers.
     pub(crate) companions: HashSet<String>,
-    /// Layers that are not as they should be.
+    /// What is wrong with layers that are not as they should be.
     pub(crate) broken: Vec<CheckpointError>,
+    /// The tensors of these, as far as they are there.
+    pub(crate) broken_parts: HashSet<String>,
 }
 
 impl Layers {
@@ -41,7 +43,14 @@ impl Layers {
                     layers.companions.extend(rest);
                     layers.by_weight.insert(weight, Layer { prefix, state, bytes });
                 }
-                Err(error) => layers.broken.push(error),
+                Err(error) => {
+                    let weight = if prefix.is_empty() { "weight".to_owned() } else { format!("{prefix}.weight") };
+                    let is_part = |name: &&str| {
+                        name.strip_prefix(&*weight).is_some_and(|end| end.is_empty() || end.starts_with('.'))
+                    };
+                    layers.broken_parts.extend(model.names().filter(is_part).map(str::to_owned));
+                    layers.broken.push(error);
+                }
             }
         }
         layers

@@ -66,7 +66,7 @@ impl Verify {
         let (mut checked, mut list) = (0, Vec::new());
         for name in model.names().filter(|name| !layers.companions.contains(*name)) {
             progress.at(name);
-            if is_broken(&layers, &model, name) {
+            if layers.broken_parts.contains(name) {
                 continue;
             }
             checked += 1;
@@ -109,17 +109,6 @@ impl Verify {
         });
         Ok(Report { text, json, good })
     }
-}
-
-/// Whether a tensor is a part of a layer that is broken, and so was reported.
-fn is_broken(layers: &Layers, model: &Model, name: &str) -> bool {
-    if layers.broken.is_empty() || layers.by_weight.contains_key(name) {
-        return false;
-    }
-    // The weight of a 4-bit layer and its parts share a name: `P.weight`, `P.weight.*`.
-    let weight = name.find("weight").map_or(name, |at| &name[..at + "weight".len()]);
-    let state = format!("{weight}.quant_state.");
-    !layers.by_weight.contains_key(weight) && model.names().any(|n| n.starts_with(&state))
 }
 
 /// Checks one tensor, and compares it with that of the same name, whose kind is returned.
