@@ -156,11 +156,12 @@ impl Linear4bit {
     }
 }
 
-/// The prefixes of all 4-bit layers, sorted; those of FP4 too, which [`Linear4bit::load`] has an error for.
+/// The prefixes of all 4-bit layers, sorted; also those of FP4 and those of which only the scales are there, which
+/// [`Linear4bit::load`] has an error for.
 #[must_use]
 pub fn linear4bit_prefixes(source: &dyn TensorSource) -> Vec<String> {
     let prefix = |name: &str| {
-        let rest = name.strip_suffix(STATE).or_else(|| name.strip_suffix(STATE_FP4))?;
+        let rest = [STATE, STATE_FP4, ABSMAX].iter().find_map(|part| name.strip_suffix(part))?;
         if rest.is_empty() { Some(String::new()) } else { rest.strip_suffix('.').map(str::to_owned) }
     };
     let mut prefixes: Vec<String> = source.names().filter_map(prefix).collect();
