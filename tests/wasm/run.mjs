@@ -6,6 +6,16 @@ import { readFile } from "node:fs/promises";
 import { argv, cwd, env, exit } from "node:process";
 import { WASI } from "node:wasi";
 
+// The standard library names these functions of the C library, and older ones do not have them. There are no threads.
+const threads = Object.fromEntries(
+    ["pthread_join", "pthread_detach"].map((name) => [
+        name,
+        () => {
+            throw new Error(name);
+        },
+    ]),
+);
+
 const [, , program, ...args] = argv;
 const wasi = new WASI({
     version: "preview1",
@@ -15,7 +25,7 @@ const wasi = new WASI({
     returnOnExit: true,
 });
 const module = await WebAssembly.compile(await readFile(program));
-const instance = await WebAssembly.instantiate(module, wasi.getImportObject());
+const instance = await WebAssembly.instantiate(module, { ...wasi.getImportObject(), env: threads });
 try {
     exit(wasi.start(instance));
 } catch (trap) {
