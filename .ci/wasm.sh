@@ -1,0 +1,52 @@
+# The steps for WebAssembly. They use Debian's compiler as those in targets.sh do; it has no standard library for
+# WebAssembly, so that is built from its source, with a C library for WASI from another package.
+
+wasm_packages=(lld wasi-libc chromium)
+
+install_wasm() {
+    command -v node >/dev/null || wasm_packages+=(nodejs)
+    if ! dpkg-query -W "${wasm_packages[@]}" &>/dev/null; then
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update -qq -o Acquire::Retries=3
+        apt-get install -qq -y --no-install-recommends -o Acquire::Retries=3 "${wasm_packages[@]}" >/dev/null
+    fi
+    echo "node $(node --version), $(wasm-ld --version), $(chromium --version)"
+}
+
+use_wasm() {
+    install_wasm
+    RUSTC=$(from_package rustc-web rustc)
+    export RUSTC
+    export RUSTC_BOOTSTRAP=1 # for -Zbuild-std
+    export CARGO_TARGET_DIR=$PWD/target/wasm
+}
+
+# wasm_test FLAGS ARGUMENTS...: the tests of tests/wasm, in Node.
+wasm_test() {
+    local libc=/usr/lib/wasm32-wasi
+    local link="-C linker=wasm-ld -C linker-flavor=wasm-ld -C link-self-contained=no"
+    # The standard library names functions for threads that this C library does not have; run.mjs brings them.
+    link+=" -C link-arg=--allow-undefined -C link-arg=$libc/crt1-command.o -L native=$libc"
+    RUSTFLAGS="-D warnings $link $1" NF4_REFERENCE=$PWD/tests/data/reference \
+        CARGO_TARGET_WASM32_WASIP1_RUNNER="node --no-warnings $PWD/tests/wasm/run.mjs" \
+        cargo test --locked -Zbuild-std=std,panic_abort --target wasm32-wasip1 --manifest-path tests/wasm/Cargo.toml \
+        "${@:2}" -- --nocapture # a panic ends the program at once, with what was captured
+}
+
+check_wasm() {
+    local clippy
+    use_wasm
+    clippy=$(from_package rust-web-clippy cargo-clippy)
+    cargo fmt --check --manifest-path tests/wasm/Cargo.toml
+    RUSTFLAGS="-C target-feature=+simd128" "$clippy" clippy -q --locked -Zbuild-std=core,alloc \
+        --target wasm32-unknown-unknown -p nf4-kernels -p nf4 -- -D warnings
+    NF4_REQUIRE_ISA=simd128 wasm_test "-C target-feature=+simd128"
+    NF4_REQUIRE_ISA=scalar wasm_test "" --test exactness --test vectors
+}
+
+check_web() {
+    use_wasm
+    cargo fmt --check --manifest-path examples/web/Cargo.toml
+    bash examples/web/build.sh
+    node examples/web/test.mjs
+}
