@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Draws a run: speed against error, one point for each library and kind of arithmetic, as SVG.
+"""Draws a run: speed against error, one point for each library, kind of arithmetic and of weights, as SVG.
 
     ./plot.py run.json plot.svg [--threads 1] [--memory cache|dram] [--all]
 
-Of records of one library with errors of the same kind (that of 8-bit inputs, of 16-bit ones, of f32), the fastest is
-drawn; all of them with --all. Only weights of at most 6 bits are.
+Of records of one library with errors of the same kind (that of 8-bit inputs, of 16-bit ones, of f32) and weights of the
+same kind (int4 or NF4), the fastest is drawn; all of them with --all. Only weights of at most 6 bits are.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def chosen(run, threads, memory, everything):
         return records
     best = {}
     for r in records:
-        best.setdefault((r["library"], kind(r["error_rms"])), r)
+        best.setdefault((r["library"], kind(r["error_rms"]), "NF4" in r["name"]), r)
     return list(best.values())
 
 
@@ -90,7 +90,7 @@ def draw(run, threads, memory, everything):
     errors, speeds = [r["error_rms"] for r in records], [r[memory] for r in records]
     limit = next((r[memory] for r in run["records"] if r["library"] == "read" and r["threads"] == threads), None)
     low, high = step(min(speeds) / 1.3, False), step(max(speeds) * 1.3, True)
-    left, right = 10.0 ** math.floor(math.log10(min(errors) / 1.5)), 10.0 ** math.ceil(math.log10(max(errors) * 1.5))
+    left, right = step(min(errors) / 1.5, False), step(max(errors) * 1.3, True)
     x_axis, y_axis = Axis(left, right, LEFT, WIDTH - RIGHT), Axis(low, high, HEIGHT - BOTTOM, TOP)
     place_name = {"cache": "in cache", "dram": "from memory"}[memory]
     title = "4-bit weights times one f32 vector: speed and error"
@@ -142,7 +142,7 @@ def draw(run, threads, memory, everything):
         out.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='5.5' fill='{color}' fill-opacity='0.85'/>")
         out.append(
             f"<text x='{middle_x:.1f}' y='{middle_y + 4:.1f}' text-anchor='middle' fill='{color}' "
-            f"font-weight='{weight}'>{escape(text)}</text>"
+            f"font-weight='{weight}' paint-order='stroke' stroke='white' stroke-width='3'>{escape(text)}</text>"
         )
     out.append("</svg>")
     return "\n".join(out) + "\n"

@@ -47,7 +47,7 @@ mod dense {
 
 #[cfg(feature = "llama")]
 mod ggml {
-    use core::ffi::{CStr, c_void};
+    use core::ffi::{CStr, c_char, c_void};
     use core::ptr::{null, null_mut};
 
     use anyhow::{Context, Result, ensure};
@@ -118,6 +118,8 @@ mod ggml {
         /// `quantized` in `copies` matrices, repacked if asked to, on the CPU with the threads of `problem`.
         pub fn new(problem: &Problem, format: Format, quantized: &[u8], copies: usize, repack: bool) -> Result<Self> {
             let Problem { rows, cols, threads, .. } = *problem;
+            // SAFETY: the function takes what it is called with.
+            unsafe { sys::ggml_log_set(Some(no_log), null_mut()) };
             // SAFETY: it only makes an object.
             let backend = unsafe { sys::ggml_backend_cpu_init() };
             ensure!(!backend.is_null(), "no CPU backend");
@@ -222,6 +224,8 @@ mod ggml {
         assert!(!context.is_null());
         context
     }
+
+    extern "C" fn no_log(_: sys::ggml_log_level, _: *const c_char, _: *mut c_void) {}
 
     fn host_buffers() -> sys::ggml_backend_buffer_type_t {
         // SAFETY: it returns a static object.

@@ -9,6 +9,14 @@
 //! `requirements.txt`, to run `peers.py` too. `--quick` takes small matrices and few rounds: to see that everything
 //! works, not for figures. Each number of threads has a process of its own, as some libraries read theirs from the
 //! environment once.
+//!
+//! Peers use AVX-512 where there is some. What they are without, on the same CPU (but onnxruntime, which has no such
+//! setting):
+//!
+//! ```sh
+//! MISTRALRS_FORCE_AVX2=1 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 RUSTFLAGS="-C target-cpu=x86-64-v3" \
+//!     cargo run --release --target-dir target/avx2
+//! ```
 
 mod foreign;
 mod measure;
@@ -164,7 +172,9 @@ fn cpu() -> String {
     let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let field = |name: &str| info.lines().find(|l| l.starts_with(name)).and_then(|l| l.split(": ").nth(1));
     let [name, family, model] = ["model name", "cpu family", "model\t"].map(|n| field(n).unwrap_or("?").trim());
-    format!("{name} (family {family}, model {model})")
+    let wide = if info.contains(" avx512f ") { ", with AVX-512" } else { "" };
+    let built = if cfg!(target_feature = "avx512f") { "AVX-512" } else { "less than AVX-512" };
+    format!("{name} (family {family}, model {model}{wide}), peers built for {built}")
 }
 
 fn print(run: &Run) {
