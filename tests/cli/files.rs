@@ -34,8 +34,8 @@ pub(crate) fn save(path: &Path, map: &TensorMap<'static>) {
 
 pub(crate) const SHARDS: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
 
-/// Writes a small model in two shards: embeddings, norms, biases, two blocks of Linear layers, a head; and its other files.
-/// Returns the names of the Linear weights of the blocks, their shapes, and their values in `float`.
+/// Writes a small model in two shards: embeddings, norms, biases, two blocks of Linear layers, a head; and its other
+/// files. Returns the names of the Linear weights of the blocks, their shapes, and their values in `float`.
 pub(crate) fn sharded(directory: &Path, float: FloatType) -> Vec<(String, [usize; 2], Vec<f32>)> {
     fs::create_dir(directory).unwrap();
     let mut shards = [TensorMap::new(), TensorMap::new()];

@@ -56,7 +56,8 @@ fn adapter(directory: &Path, module: &str, [d_out, d_in]: [usize; 2], more: &[(&
     map
 }
 
-/// A model in shards, quantized and not: the adapted module changes by `2 B A`, the head is replaced, all floats get the type.
+/// A model in shards, quantized and not: the adapted module changes by `2 B A`, the head is replaced, all floats get
+/// the type.
 #[test]
 fn models_in_shards() {
     let root = tempdir().unwrap();

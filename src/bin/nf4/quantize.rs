@@ -46,8 +46,9 @@ pub(crate) struct Quantize {
     /// Quantize the scales too: 4.127 bits a weight in place of 4.5 (at block size 64)
     #[arg(long)]
     double_quant: bool,
-    /// Modules to leave as they are, beside the output head: the start or the end of their full names, as transformers
-    /// compares `llm_int8_skip_modules` (`--skip gate vision_tower`)
+    /// Modules to leave as they are, beside the output head: the end of their names, or a regular expression for the
+    /// start up to a dot, as transformers 5 compares `llm_int8_skip_modules` (`--skip gate vision_tower
+    /// model.layers.0`)
     #[arg(long, value_name = "MODULE", num_args = 1.., value_delimiter = ',')]
     skip: Vec<String>,
     /// Quantize the output head (`lm_head`) as well, which transformers by itself does not
@@ -69,7 +70,7 @@ impl Quantize {
         let start = Instant::now();
         let model = Model::open(&self.model)?;
         check_is_dense(&model)?;
-        let skip = Skip::new(&self.skip, !self.quantize_head, model.names());
+        let skip = Skip::new(&self.skip, !self.quantize_head, model.names())?;
         let state = |name: &str, info: &TensorInfo| self.weight(&skip, name, info);
         let weights: Vec<Weight> = model.names().filter_map(|name| state(name, model.info(name)?)).collect();
         let Some(first) = weights.first() else {
@@ -82,7 +83,7 @@ impl Quantize {
         let mut config = QuantizationConfig::default();
         config.double_quant = self.double_quant;
         config.compute_dtype = self.compute_dtype.unwrap_or(first.state.dtype);
-        config.skip_modules = Some(skip.0.clone());
+        config.skip_modules = Some(skip.list.clone());
         let progress = Progress::new("quantize", model.data_len(), global.quiet);
         let conversion = Conversion4bit { command: self, model: &model, skip: &skip, config: &config };
         let built = build(&model, &self.target, &[&self.model], global.threads, &progress, &conversion)?;
@@ -104,7 +105,7 @@ impl Quantize {
             "output": self.target.out,
             "block_size": self.block_size.get(),
             "double_quant": self.double_quant,
-            "skip_modules": skip.0,
+            "skip_modules": skip.list,
             "quantized": weights.iter().map(|w| &w.module).collect::<Vec<_>>(),
             "quantized_weights": elements,
             "bytes_before": before,

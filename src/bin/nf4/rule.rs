@@ -6,13 +6,17 @@
 //!
 //! 1. it is named `<module>.weight`, has two dimensions, and the type F32, F16 or BF16;
 //! 2. `<module>` is not an embedding: its last part does not contain `embed`, and is none of [`EMBEDDINGS`];
-//! 3. `<module>` is not skipped: no entry of the list is its start or its end (this is what transformers 5 compares;
-//!    the list goes to `llm_int8_skip_modules` in `config.json`, so both agree).
+//! 3. `<module>` is not skipped by an entry of the list. As in transformers 5 (`should_convert_module` in
+//!    `quantizers/quantizers_utils.py`), an entry skips the modules that end with it, and those that it matches, as a
+//!    regular expression, from the start up to the border of a part: `model.layers.1` skips all of that layer and none
+//!    of layer 11. The list goes to `llm_int8_skip_modules` in `config.json`, so both agree.
 //!
 //! The list is what the user names and, unless he wants it quantized, the output head: `lm_head`, and those of
 //! [`HEADS`] that the model has. Norms have one dimension, convolutions and fused experts three or more; these stay as
 //! they are, as they do in transformers.
 
+use anyhow::{Result, anyhow};
+use regex::Regex;
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 
@@ -26,12 +30,16 @@ const HEADS: [&str; 4] = ["embed_out", "score", "classifier", "qa_outputs"];
 pub(crate) const TRANSPOSED: [&str; 4] = ["gpt2", "openai-gpt", "imagegpt", "decision_transformer"];
 
 /// The modules that are not quantized.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Skip(pub(crate) Vec<String>);
+#[derive(Debug)]
+pub(crate) struct Skip {
+    pub(crate) list: Vec<String>,
+    /// An expression for each entry, to be matched with whole texts.
+    expressions: Vec<Regex>,
+}
 
 impl Skip {
     /// The user's list, and the heads if `heads` is given; `names` are the model's tensors.
-    pub(crate) fn new<'a>(user: &[String], heads: bool, names: impl Iterator<Item = &'a str>) -> Self {
+    pub(crate) fn new<'a>(user: &[String], heads: bool, names: impl Iterator<Item = &'a str>) -> Result<Self> {
         let mut list = Vec::new();
         if heads {
             list.push("lm_head".to_owned());
@@ -40,7 +48,18 @@ impl Skip {
         list.extend(user.iter().cloned());
         let mut seen = std::collections::HashSet::new();
         list.retain(|name| seen.insert(name.clone()));
-        Self(list)
+        let compile = |entry: &String| {
+            Regex::new(&format!("^(?:{entry})$")).map_err(|e| anyhow!("--skip {entry}: no regular expression: {e}"))
+        };
+        let expressions = list.iter().map(compile).collect::<Result<_>>()?;
+        Ok(Self { list, expressions })
+    }
+
+    fn skips(&self, module: &str) -> bool {
+        let ends = self.list.iter().any(|entry| module.ends_with(&**entry));
+        // Before and after each dot, and at the end.
+        let dots = module.match_indices('.').flat_map(|(at, _)| [at, at + 1]);
+        ends || dots.chain([module.len()]).any(|end| self.expressions.iter().any(|e| e.is_match(&module[..end])))
     }
 
     /// The module whose `Linear` weight a tensor is, if it is one and is not skipped.
@@ -49,8 +68,7 @@ impl Skip {
         let last = module.rsplit('.').next().unwrap_or(module);
         let is_float = [Dtype::F32, Dtype::F16, Dtype::BF16].contains(&info.dtype);
         let is_embedding = last.contains("embed") || EMBEDDINGS.contains(&last);
-        let is_skipped = self.0.iter().any(|skip| module.starts_with(&**skip) || module.ends_with(&**skip));
-        (is_float && info.shape.len() == 2 && !is_embedding && !is_skipped).then_some(module)
+        (is_float && info.shape.len() == 2 && !is_embedding && !self.skips(module)).then_some(module)
     }
 }
 
@@ -70,13 +88,18 @@ mod tests {
     #[test]
     fn rule() {
         let names = ["model.embed_tokens.weight", "score.weight", "model.layers.0.mlp.up_proj.weight"];
-        let skip = Skip::new(&["gate".to_owned(), "lm_head".to_owned()], true, names.into_iter());
-        assert_eq!(skip.0, ["lm_head", "score", "gate"]);
+        let user = ["gate", "lm_head", "model.layers.1", "vision_.*"].map(str::to_owned);
+        let skip = Skip::new(&user, true, names.into_iter()).unwrap();
+        assert_eq!(skip.list, ["lm_head", "score", "gate", "model.layers.1", "vision_.*"]);
         let matrix = info(Dtype::BF16, &[8, 4]);
         for (name, expected) in [
             ("model.layers.0.mlp.up_proj.weight", true),
             ("model.layers.0.mlp.gate_proj.weight", true),
             ("model.layers.0.mlp.gate.weight", false),
+            ("model.layers.1.mlp.up_proj.weight", false),
+            ("model.layers.11.mlp.up_proj.weight", true),
+            ("vision_tower.blocks.3.fc1.weight", false),
+            ("my_vision_tower.fc1.weight", true),
             ("model.embed_tokens.weight", false),
             ("embeddings.word_embeddings.weight", false),
             ("transformer.wte.weight", false),
@@ -91,6 +114,8 @@ mod tests {
         for other in [info(Dtype::BF16, &[8]), info(Dtype::BF16, &[8, 4, 2]), info(Dtype::I32, &[8, 4])] {
             assert_eq!(skip.linear("a.up_proj.weight", &other), None, "{other:?}");
         }
-        assert_eq!(Skip::new(&[], false, names.into_iter()).linear("score.weight", &matrix), Some("score"));
+        let none = Skip::new(&[], false, names.into_iter()).unwrap();
+        assert_eq!(none.linear("score.weight", &matrix), Some("score"));
+        assert!(Skip::new(&["*".to_owned()], false, names.into_iter()).is_err());
     }
 }
