@@ -1,7 +1,7 @@
 //! `nf4` beside other products of 4-bit weights on this machine: one run, one table.
 //!
 //! ```sh
-//! cargo run --release -- [--quick] [--json PATH] [--python PYTHON] [--only TEXT] [--threads N]
+//! cargo run --release --features entrenar -- [--quick] [--json PATH] [--python PYTHON] [--only TEXT] [--threads N]
 //! ```
 //!
 //! Run it in this folder, so that `.cargo/config.toml` is used. llama.cpp needs CMake, a C++ compiler and libclang;
