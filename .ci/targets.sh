@@ -67,4 +67,8 @@ check_bare() {
         cargo build -q --locked -Zbuild-std=core,alloc -p nf4 --target "$target"
         echo "$target: nf4-kernels, nf4 without alloc, nf4"
     done
+    # Its dependencies need atomic compare-and-swap, which thumbv6m does not have.
+    target=thumbv7em-none-eabihf
+    cargo build -q --locked -Zbuild-std=core,alloc -p nf4 --features safetensors --target "$target"
+    echo "$target: nf4 with checkpoints"
 }

@@ -3,7 +3,8 @@
 //! Everything works on byte slices and needs no `std`, so a device can read a layer from flash. A [`TensorFile`] is a
 //! file in memory; whatever else has tensors by name is a [`TensorSource`]. Nothing is believed that a file says of
 //! itself: a [`CheckpointError`] names the tensor and the numbers that do not fit, and no memory is taken for a length
-//! that the file does not have.
+//! that the file does not have. The patterns of PEFT are regular expressions; their crate needs atomic
+//! compare-and-swap, which the smallest processors (Cortex-M0) do not have.
 //!
 //! ```
 //! use nf4::checkpoint::{FloatType, Linear4bit, TensorFile, to_safetensors};
