@@ -119,6 +119,19 @@ impl Hash {
     }
 }
 
+/// What a machine reports in one line: the hash of all hashes of all vectors, and how many vectors have a changed bit.
+pub(crate) fn run_all(kernels: Kernels, buffers: &mut Buffers) -> Result<(u64, usize), ShapeError> {
+    let (mut hash, mut changed) = (Hash::new(), 0);
+    for vector in &VECTORS {
+        let hashes = vector.run(kernels, buffers)?;
+        let Hashes { quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense } = hashes;
+        let all = [quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense];
+        hash = all.iter().fold(hash, |hash, part| hash.bytes(&part.to_le_bytes()));
+        changed += usize::from(hashes != vector.expected);
+    }
+    Ok((hash.0, changed))
+}
+
 /// The buffers that [`Vector::run`] works in, about 180 KB.
 pub(crate) struct Buffers {
     weights: [f32; MAX],

@@ -196,7 +196,13 @@ fn smuad(a: u32, b: u32) -> i32 {
     // SAFETY: the core has the DSP extension, or this file is not compiled; the instruction only computes a register from
     // registers. (The flag Q, which it sets if the sum overflows, stays as it is: a lane has no such sum.)
     unsafe {
-        asm!("smuad {}, {}, {}", lateout(reg) sum, in(reg) a, in(reg) b, options(pure, nomem, nostack, preserves_flags));
+        asm!(
+            "smuad {}, {}, {}",
+            lateout(reg) sum,
+            in(reg) a,
+            in(reg) b,
+            options(pure, nomem, nostack, preserves_flags),
+        );
     }
     sum
 }
