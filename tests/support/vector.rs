@@ -8,7 +8,7 @@ use nf4::{
 };
 
 /// One shape. Inputs come from [`Generator`] seeded with `seed`: first the weights, row by row, then the inputs, then a dense
-/// matrix `[rows, cols]`.
+/// matrix `[rows, cols]`, then the inputs of a batch.
 pub(crate) struct Vector {
     pub name: &'static str,
     pub rows: usize,
@@ -35,7 +35,14 @@ pub(crate) struct Hashes {
     pub gemv_f32: u64,
     /// The dense product, and it again added times 0.5.
     pub gemv_dense: u64,
+    /// The 16x4 product of [`BATCH`] vectors with plain absmax, and the f32 product with nested absmax.
+    pub gemm: u64,
+    /// The transposed product, with plain and with nested absmax.
+    pub transposed: u64,
 }
+
+/// Vectors of a batch.
+const BATCH: usize = 3;
 
 /// Room for the largest vector.
 const MAX: usize = 12 * 1024;
@@ -57,20 +64,22 @@ pub(crate) const VECTORS: [Vector; 6] = [
 ];
 
 const fn vector(name: &'static str, rows: usize, cols: usize, block_size: BlockSize, number: usize) -> Vector {
-    let [quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense] = EXPECTED[number - 1];
-    let expected = Hashes { quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense };
+    let [quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed] =
+        EXPECTED[number - 1];
+    let expected =
+        Hashes { quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed };
     Vector { name, rows, cols, block_size, seed: number as u64, expected }
 }
 
 /// A row a vector, in the order of the fields of [`Hashes`].
 #[rustfmt::skip]
-const EXPECTED: [[u64; 7]; 6] = [
-    [0x4e82e927f03cdd6, 0x391d367b7d0c7d91, 0xf163faccb486d452, 0x1237225a5ded3956, 0x86385b1615aeff2, 0x7f6cdd5aad175711, 0xe0ae902470afba8d],
-    [0x9257ab5c399e01e3, 0x6129a221fe8406c9, 0x6fb3a28dcecc75b5, 0x45739eef60974ff5, 0xffccf5ff42431400, 0x930634af1e5418a1, 0xc637afc95a06046f],
-    [0x24359dd3df5ec672, 0x2daf6b8f109af3f6, 0xa03a81c49c5c0d57, 0x63cb5fbbb7a96e2e, 0xe061306f749f3a1, 0x9dca0e4506d13f83, 0x5681b4791976a4b6],
-    [0x666738943849bcdb, 0x519f293450863532, 0xbff830b5472c7721, 0x7a6d316a71c4ca61, 0x34f1d6aa157acce, 0x52d6de64a711e0ed, 0x40707ee3433417e3],
-    [0xbfdf1e198ee99977, 0x28a622e59633bc5a, 0xf5f320d4e3a36b9a, 0xcbf29ce484222325, 0x4c402b7741a8a673, 0x4c402b7741a8a673, 0xe654157a576c0fca],
-    [0x906647254ebe7e78, 0x8abf0baf41e92379, 0x96d45d8770777c09, 0xcbf29ce484222325, 0x69d19d77c118d125, 0x69d19d77c118d125, 0xc1f1a17487be18],
+const EXPECTED: [[u64; 9]; 6] = [
+    [0x4e82e927f03cdd6, 0x391d367b7d0c7d91, 0xf163faccb486d452, 0x1237225a5ded3956, 0x86385b1615aeff2, 0x7f6cdd5aad175711, 0xe0ae902470afba8d, 0x265a801cc6a71ea3, 0xc8d01fea11a64650],
+    [0x9257ab5c399e01e3, 0x6129a221fe8406c9, 0x6fb3a28dcecc75b5, 0x45739eef60974ff5, 0xffccf5ff42431400, 0x930634af1e5418a1, 0xc637afc95a06046f, 0xa74ea65f158f7f71, 0xb97afcbc3ee073f0],
+    [0x24359dd3df5ec672, 0x2daf6b8f109af3f6, 0xa03a81c49c5c0d57, 0x63cb5fbbb7a96e2e, 0xe061306f749f3a1, 0x9dca0e4506d13f83, 0x5681b4791976a4b6, 0x6c7ee245a4fdd67a, 0x5be7a417469b90e8],
+    [0x666738943849bcdb, 0x519f293450863532, 0xbff830b5472c7721, 0x7a6d316a71c4ca61, 0x34f1d6aa157acce, 0x52d6de64a711e0ed, 0x40707ee3433417e3, 0x26b4654743f16bc9, 0xcc3e4f6e31bc0048],
+    [0xbfdf1e198ee99977, 0x28a622e59633bc5a, 0xf5f320d4e3a36b9a, 0xcbf29ce484222325, 0x4c402b7741a8a673, 0x4c402b7741a8a673, 0xe654157a576c0fca, 0x3cc334df78eed178, 0xcc8206fbafba2345],
+    [0x906647254ebe7e78, 0x8abf0baf41e92379, 0x96d45d8770777c09, 0xcbf29ce484222325, 0x69d19d77c118d125, 0x69d19d77c118d125, 0xc1f1a17487be18, 0x4d2b27e8a32e260d, 0xb3ad115f1fe05b39],
 ];
 
 /// `SplitMix64` (Steele, Lea, Flood 2014), and from it values that are exact in f32 on every machine.
@@ -124,15 +133,16 @@ pub(crate) fn run_all(kernels: Kernels, buffers: &mut Buffers) -> Result<(u64, u
     let (mut hash, mut changed) = (Hash::new(), 0);
     for vector in &VECTORS {
         let hashes = vector.run(kernels, buffers)?;
-        let Hashes { quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense } = hashes;
-        let all = [quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense];
+        let Hashes { quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed } =
+            hashes;
+        let all = [quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed];
         hash = all.iter().fold(hash, |hash, part| hash.bytes(&part.to_le_bytes()));
         changed += usize::from(hashes != vector.expected);
     }
     Ok((hash.0, changed))
 }
 
-/// The buffers that [`Vector::run`] works in, about 180 KB.
+/// The buffers that [`Vector::run`] works in, about 290 KB.
 pub(crate) struct Buffers {
     weights: [f32; MAX],
     packed: [u8; MAX / 2],
@@ -144,6 +154,9 @@ pub(crate) struct Buffers {
     inputs: [f32; MAX_COLS],
     values: [i16; MAX_COLS + 64],
     scales: [f32; MAX_COLS / 32],
+    batch_inputs: [f32; BATCH * MAX_COLS],
+    batch_values: [i16; BATCH * (MAX_COLS + 64)],
+    batch_scales: [f32; BATCH * (MAX_COLS / 32)],
 }
 
 impl Buffers {
@@ -159,6 +172,9 @@ impl Buffers {
             inputs: [0.0; MAX_COLS],
             values: [0; MAX_COLS + 64],
             scales: [0.0; MAX_COLS / 32],
+            batch_inputs: [0.0; BATCH * MAX_COLS],
+            batch_values: [0; BATCH * (MAX_COLS + 64)],
+            batch_scales: [0.0; BATCH * (MAX_COLS / 32)],
         }
     }
 }
@@ -211,6 +227,22 @@ impl Vector {
         z.copy_from_slice(y);
         kernels.gemv_dense_add(weights, inputs, 0.5, z)?;
         let gemv_dense = Hash::new().floats(y).floats(z).0;
-        Ok(Hashes { quantize, dequantize, double_quant, activations: hash.0, gemv, gemv_f32, gemv_dense })
+
+        let inputs = &mut buffers.batch_inputs[..BATCH * cols];
+        generator.fill(inputs);
+        let values = &mut buffers.batch_values[..BATCH * Activations::values_len(cols, block_size)];
+        let scales = &mut buffers.batch_scales[..BATCH * Activations::scales_len(cols, block_size)];
+        let batch = kernels.quantize_activations_batch(inputs, cols, block_size, values, scales)?;
+        let (fast, exact) = (&mut [0.0; 64][..BATCH * rows], &mut [0.0; 64][..BATCH * rows]);
+        kernels.gemm(&plain, &batch, fast)?;
+        kernels.gemm_f32(&nested, inputs, exact)?;
+        let gemm = Hash::new().floats(fast).floats(exact).0;
+
+        let columns = &mut buffers.inputs[..cols];
+        kernels.gemv_transposed_f32(&plain, y, columns)?;
+        let hash_plain = Hash::new().floats(columns);
+        kernels.gemv_transposed_f32(&nested, y, columns)?;
+        let (activations, transposed) = (hash.0, hash_plain.floats(columns).0);
+        Ok(Hashes { quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed })
     }
 }
