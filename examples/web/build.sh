@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds the page into dist/: two WebAssembly modules, for a browser compiles a module with SIMD only if it knows SIMD.
 #
-# With a toolchain that has the target's standard library (`rustup target add wasm32-unknown-unknown`) this is all:
-# `bash build.sh`. With another one name it in RUSTC and set RUSTC_BOOTSTRAP=1: then the library is built from its source.
+# This is all with a toolchain that has the target's standard library (`rustup target add wasm32-unknown-unknown`). With
+# another one, name it in RUSTC and set RUSTC_BOOTSTRAP=1: then the library is built from its source.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

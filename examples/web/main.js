@@ -48,7 +48,8 @@ function draw(counts, total) {
         node.textContent = text;
         return node;
     };
-    const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "font-size": 11, "text-anchor": "middle" });
+    const style = { role: "img", "font-size": 11, "text-anchor": "middle" };
+    const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, ...style });
     picture.append(svg("title", {}, "Histogram of the codes"));
     const most = Math.max(...counts);
     counts.forEach((count, code) => {
@@ -104,8 +105,8 @@ async function main() {
     layers.forEach((layer) => layer.set(packed.values, absmax.values, rows, cols, BLOCK));
     const bytes = packed.values.byteLength + absmax.values.byteLength;
     element("layer").textContent =
-        `all-MiniLM-L6-v2, first query projection: ${rows} × ${cols} weights in ${bytes} bytes (f32: ${rows * cols * 4}), ` +
-        `${batch} real activations, on ${layers.map((layer) => layer.isa).join(" and ")}`;
+        `all-MiniLM-L6-v2, first query projection: ${rows} × ${cols} weights in ${bytes} bytes ` +
+        `(f32: ${rows * cols * 4}), ${batch} real activations, on ${layers.map((layer) => layer.isa).join(" and ")}`;
 
     const weights = layers[0].dequantize();
     const results = { y: layers.map(() => []), plain: [] };
@@ -115,12 +116,14 @@ async function main() {
         results.plain.push(...plainProduct(weights, input, new Float32Array(rows)));
     }
     const biased = (y) => y.map((value, i) => value + bias.values[i % rows]);
-    const errors = { reference: relativeError(biased(results.y[0]), y64.values), plain: relativeError(results.y[0], results.plain) };
+    const reference = relativeError(biased(results.y[0]), y64.values);
+    const plain = relativeError(results.y[0], results.plain);
+    const percent = (error) => `largest error ${(100 * error).toFixed(3)} % of the rms`;
     const holds = [
         check("SIMD and scalar WebAssembly give the same bits", results.y.every((y) => sameBits(y, results.y[0]))),
         check("The module of the first row below has SIMD", layers[0].isa === "simd128"),
-        check("The outputs are those of bitsandbytes", errors.reference < 2e-3, `largest error ${errors.reference.toExponential(1)} of the rms`),
-        check("and of JavaScript on the restored weights", errors.plain < 2e-3, `${errors.plain.toExponential(1)}`),
+        check("The outputs are those of bitsandbytes", reference < 2e-3, percent(reference)),
+        check("They are those of JavaScript on the restored weights", plain < 2e-3, percent(plain)),
     ];
 
     const counts = histogram(packed.values);

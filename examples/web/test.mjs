@@ -13,7 +13,12 @@ import { argv, env, exit, getuid } from "node:process";
 
 const DIST = new URL("dist/", import.meta.url);
 const LIMIT_MS = 180_000;
-const TYPES = { ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm" };
+const TYPES = {
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".mjs": "text/javascript",
+    ".wasm": "application/wasm",
+};
 
 async function answer(request, response) {
     const name = new URL(request.url, "http://localhost").pathname.slice(1) || "index.html";

@@ -41,8 +41,8 @@ pub(super) fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i
     }
 }
 
-/// The nearest integers, ties to even: adding 1.5 * 2^23 leaves them in the low bits. (Converting with saturation, the only
-/// conversion to integers there is, takes several instructions on x86-64.)
+/// The nearest integers, ties to even: adding 1.5 * 2^23 leaves them in the low bits. (Converting with saturation, the
+/// only conversion to integers there is, takes several instructions on x86-64.)
 #[inline]
 fn round_i16(x: F32x8) -> v128 {
     let [a, b] = sum(x, [f32x4_splat(12_582_912.0); 2]);

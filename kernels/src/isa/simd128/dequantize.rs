@@ -36,7 +36,8 @@ pub(super) fn dequantize_f32(matrix: &Nf4Matrix<'_>, out: &mut [f32]) {
 
 macro_rules! dequantize_half {
     ($name:ident, $element:ty, $round:ident) => {
-        /// The weights rounded to 16 bits: the sixteen products of a block are rounded once, then looked up as two bytes.
+        /// The weights rounded to 16 bits: the sixteen products of a block are rounded once, then looked up as two
+        /// bytes.
         pub(super) fn $name(matrix: &Nf4Matrix<'_>, out: &mut [$element]) {
             let (book, _) = CODEBOOK.as_chunks();
             let mut rest = out;

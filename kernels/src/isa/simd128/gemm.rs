@@ -1,8 +1,9 @@
 //! The 16x4 product of a batch.
 //!
-//! Weights are decoded once into 16-bit values on the stack, in the order of the activations, for all vectors of the batch:
-//! tiles of `ROWS` rows and `COLUMNS` columns. Two rows at a time then share the loads of a vector. The lanes of a row and a
-//! vector wait on the stack from one tile of columns to the next, so that they are added to in the order of `gemv`.
+//! Weights are decoded once into 16-bit values on the stack, in the order of the activations, for all vectors of the
+//! batch: tiles of `ROWS` rows and `COLUMNS` columns. Two rows at a time then share the loads of a vector. The lanes of
+//! a row and a vector wait on the stack from one tile of columns to the next, so that they are added to in the order of
+//! `gemv`.
 
 use core::arch::wasm32::*;
 

@@ -42,7 +42,8 @@ fn gemv_groups<const GROUPS: usize, const SCALES: usize>(
             for (product, scale) in products.iter_mut().zip(scales) {
                 *product *= scale;
             }
-            // Or else the compiler keeps the products in registers, from which a lane is spread by two instructions, not one.
+            // Or else the compiler keeps the products in registers, from which a lane is spread by two instructions,
+            // not one.
             let products = core::hint::black_box(products);
             lanes = add_spans::<GROUPS>(lanes, packed, values, &products, &planes);
         }

@@ -56,8 +56,8 @@ fn arrange_span(inputs: &[f32; SPAN], panel: &mut [f32; SPAN]) {
     }
 }
 
-/// Adds the product of panel `p` of a row-aligned matrix, `cols` columns, with `GROUPS` blocks in a span of 64 columns at
-/// most; `SCALES` is `GROUPS * STRIDE`.
+/// Adds the product of panel `p` of a row-aligned matrix, `cols` columns, with `GROUPS` blocks in a span of 64 columns
+/// at most; `SCALES` is `GROUPS * STRIDE`.
 fn gemv_f32_panel<const GROUPS: usize, const SCALES: usize>(
     matrix: &Nf4Matrix<'_>,
     p: usize,

@@ -1,6 +1,6 @@
-//! WebAssembly with 128-bit SIMD. Nothing is detected: a module that holds an instruction which its engine does not know is
-//! refused as a whole, so this file is compiled only for targets that have the feature. For the same reason no function here
-//! needs `#[target_feature]`.
+//! WebAssembly with 128-bit SIMD. Nothing is detected: a module that holds an instruction which its engine does not
+//! know is refused as a whole, so this file is compiled only for targets that have the feature. For the same reason no
+//! function here needs `#[target_feature]`.
 //!
 //! The step of the 16x4 product, for 16 packed bytes (32 weights, half of the lanes); a span of 64 columns takes two:
 //!
@@ -21,8 +21,8 @@
 //! lane         0      1      2      3         4      5      6      7
 //! ```
 //!
-//! The f32 paths look up the four bytes of each f32 and zip them twice. A sum of products is two operations everywhere: the
-//! relaxed instructions, which may fuse them, give bits that depend on the machine.
+//! The f32 paths look up the four bytes of each f32 and zip them twice. A sum of products is two operations everywhere:
+//! the relaxed instructions, which may fuse them, give bits that depend on the machine.
 
 mod activations;
 mod dense;

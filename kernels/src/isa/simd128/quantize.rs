@@ -41,8 +41,9 @@ quantize!(quantize_f32, f32, load_f32);
 quantize!(quantize_f16, f16, load_f16);
 quantize!(quantize_bf16, bf16, load_bf16);
 
-/// For four scaled values the number of thresholds not below each (0 for NaN): 15 less the code, in each of the four bytes. By
-/// binary search, in which each comparison gives the next bit: its mask is -1 where it holds, so subtracting appends.
+/// For four scaled values the number of thresholds not below each (0 for NaN): 15 less the code, in each of the four
+/// bytes. By binary search, in which each comparison gives the next bit: its mask is -1 where it holds, so subtracting
+/// appends.
 #[inline]
 fn nearest_codes(x: v128) -> v128 {
     const T: [f32; 15] = THRESHOLDS;

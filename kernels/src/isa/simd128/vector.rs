@@ -134,8 +134,8 @@ pub(super) fn store_i16(out: &mut [i16; 8], x: v128) {
 
 #[inline]
 pub(super) fn store_u16<T: Half>(out: &mut [T; 8], x: v128) {
-    // SAFETY: the array has the 16 bytes that the store writes, for `Half` types have two and take any bits; it needs no
-    // alignment.
+    // SAFETY: the array has the 16 bytes that the store writes, for `Half` types have two and take any bits; it needs
+    // no alignment.
     unsafe { v128_store(out.as_mut_ptr().cast(), x) }
 }
 
