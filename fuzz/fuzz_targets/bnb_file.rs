@@ -1,0 +1,108 @@
+//! Files of 4-bit layers: an error, or layers that are consistent and are written again with the same bytes. No panic,
+//! and no memory for a number that a file only claims.
+#![no_main]
+
+use arbitrary::Arbitrary;
+use libfuzzer_sys::fuzz_target;
+use nf4::checkpoint::{
+    FloatType, Linear4bit, MergedModel, QuantState, QuantizationConfig, TensorFile, TensorSource, linear4bit_prefixes,
+    to_safetensors, write_gguf,
+};
+use nf4_fuzz::files::{LAYERS, changed, contents, measured, parts, tensors, text, with_header};
+use nf4_fuzz::{bits, others};
+
+#[derive(Debug, Arbitrary)]
+struct Input<'a> {
+    /// What the bytes are: a whole file, a header, the description of the weight, changes of a file, a `config.json`.
+    mode: u8,
+    /// Which real file the rest comes from.
+    base: u8,
+    bytes: &'a [u8],
+}
+
+fuzz_target!(|input: Input<'_>| {
+    let base = LAYERS[usize::from(input.base) % LAYERS.len()];
+    match input.mode % 5 {
+        0 => file(input.bytes),
+        1 => file(&with_header(input.bytes, parts(base).1)),
+        2 => {
+            let mut tensors = tensors(base);
+            let state = tensors.keys().find(|name| name.contains("quant_state")).cloned().expect("a 4-bit layer");
+            tensors.insert(state.clone(), text(&state, input.bytes));
+            model(&tensors, base.len() + input.bytes.len());
+        }
+        3 => file(&changed(base, input.bytes)),
+        _ => config(input.bytes),
+    }
+});
+
+fn file(bytes: &[u8]) {
+    measured(bytes.len(), || drop(TensorFile::parse(bytes)));
+    let Ok(file) = TensorFile::parse(bytes) else { return };
+    // A file with the same tensors has the same tensors.
+    let again = to_safetensors(&file).expect("what was read can be written");
+    let again = TensorFile::parse(&again).expect("what was written can be read");
+    assert_eq!(contents(&again), contents(&file));
+    model(&file, bytes.len());
+}
+
+fn model(source: &dyn TensorSource, len: usize) {
+    let layers = linear4bit_prefixes(source);
+    for prefix in layers.iter().take(8) {
+        let mut loaded = None;
+        measured(len, || loaded = Linear4bit::load(source, prefix).ok());
+        let Some(loaded) = loaded else { continue };
+        layer(&loaded);
+        assert!(
+            QuantState::load(source, prefix).is_ok_and(|state| state.matrix_shape() == loaded.state().matrix_shape())
+        );
+    }
+    for float in [FloatType::F32, FloatType::F16, FloatType::BF16] {
+        measured(len, || {
+            let Ok(merged) = MergedModel::new(source, None, float) else { return };
+            for name in merged.names() {
+                let info = merged.info(name).expect("it was named");
+                if let Ok(bytes) = merged.read(name) {
+                    assert_eq!(bytes.len() * 8, info.shape.iter().product::<usize>() * info.dtype.bitsize(), "{name}");
+                }
+            }
+            let _ = write_gguf(&merged, "fuzz", &[], &mut |_| Ok(()));
+        });
+    }
+}
+
+/// The parts of a layer fit each other, its products are the same everywhere, and it survives being written.
+fn layer(layer: &Linear4bit) {
+    let weight = layer.weight();
+    let [rows, cols] = layer.state().matrix_shape();
+    assert_eq!([weight.rows(), weight.cols()], [rows, cols]);
+    assert!(layer.bias().is_none_or(|bias| bias.len() == rows && bias.iter().all(|b| b.is_finite())));
+    let restored = weight.dequantize::<f32>();
+    assert!(restored.iter().all(|w| w.is_finite()));
+    if rows <= 1 << 16 {
+        let product = |k: nf4::Kernels| {
+            let mut y = vec![3.0; rows];
+            k.gemv_f32(&weight.view(), &vec![1.0; cols], &mut y).expect("the lengths fit");
+            bits(&y)
+        };
+        others().for_each(|k| assert_eq!(product(k), product(nf4::Kernels::scalar())));
+    }
+
+    let file = to_safetensors(&layer.tensors("x.y")).expect("a layer can be written");
+    let file = TensorFile::parse(&file).expect("what was written can be read");
+    let again = Linear4bit::load(&file, "x.y").expect("what was written can be loaded");
+    assert_eq!(bits(&again.weight().dequantize::<f32>()), bits(&restored));
+    assert_eq!(contents(&again.tensors("x.y")), contents(&file));
+    assert_eq!(again.state(), layer.state());
+}
+
+fn config(bytes: &[u8]) {
+    measured(bytes.len(), || {
+        if let Ok(Some(config)) = QuantizationConfig::from_config(bytes) {
+            let text = config.insert_into(bytes).expect("an object");
+            assert_eq!(QuantizationConfig::from_config(text.as_bytes()), Ok(Some(config)));
+            let without = QuantizationConfig::remove_from(text.as_bytes(), FloatType::BF16).expect("an object");
+            assert_eq!(QuantizationConfig::from_config(without.as_bytes()), Ok(None));
+        }
+    });
+}

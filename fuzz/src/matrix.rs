@@ -1,0 +1,138 @@
+//! Packed matrices of any bytes, and their products in f64.
+
+use arbitrary::Arbitrary;
+use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, NESTED_BLOCK, NestedAbsmax, Nf4Matrix, packed_len, spec};
+
+use crate::input::{Bytes, Floats, Shape};
+use crate::truth::{self, Row};
+
+/// How the scales of a matrix are made.
+#[derive(Debug, Clone, Copy, Arbitrary)]
+pub struct Scales {
+    /// Odd: nested; with the second bit the map is not the usual one, but made of the same floats as the scales.
+    pub nested: u8,
+    pub floats: Floats,
+}
+
+/// A matrix that owns its bytes.
+#[derive(Debug)]
+pub struct Matrix {
+    pub packed: Vec<u8>,
+    pub rows: usize,
+    pub cols: usize,
+    pub block_size: BlockSize,
+    /// One f32 a block, or for nested scales one for each 256.
+    pub absmax: Vec<f32>,
+    nested: Option<(Vec<u8>, Box<[f32; 256]>, f32)>,
+}
+
+impl Matrix {
+    /// Any scales, and then any codes.
+    pub fn new(shape: Shape, elements: usize, scales: Scales, bytes: &mut Bytes<'_>) -> Self {
+        let (rows, cols) = shape.dimensions(elements);
+        let block_size = shape.block_size();
+        let blocks = block_size.blocks(rows * cols);
+        let floats = scales.floats;
+        let (absmax, nested) = if scales.nested % 2 == 0 {
+            (floats.take(blocks, bytes), None)
+        } else {
+            let absmax = floats.take(blocks.div_ceil(NESTED_BLOCK), bytes);
+            let offset = floats.take(1, bytes)[0];
+            let mut map = Box::new(DYNAMIC_MAP);
+            if scales.nested & 2 != 0 {
+                map.copy_from_slice(&floats.take(256, bytes));
+            }
+            (absmax, Some((bytes.take(blocks), map, offset)))
+        };
+        Self { packed: bytes.take(packed_len(rows * cols)), rows, cols, block_size, absmax, nested }
+    }
+
+    pub fn scales(&self) -> Absmax<'_> {
+        match &self.nested {
+            None => Absmax::Plain(&self.absmax),
+            Some((codes, map, offset)) => {
+                Absmax::Nested(NestedAbsmax::new(codes, map, &self.absmax, *offset).expect("made to fit"))
+            }
+        }
+    }
+
+    pub fn view(&self) -> Nf4Matrix<'_> {
+        Nf4Matrix::new(&self.packed, self.scales(), self.rows, self.cols, self.block_size).expect("made to fit")
+    }
+
+    /// The scale of each block.
+    pub fn restored(&self) -> Vec<f32> {
+        let scales = self.scales();
+        (0..scales.len()).map(|block| scales.get(block)).collect()
+    }
+
+    /// The code of flat element `index`.
+    pub fn code(&self, index: usize) -> u8 {
+        if index.is_multiple_of(2) { self.packed[index / 2] >> 4 } else { self.packed[index / 2] & 15 }
+    }
+
+    fn row(&self, row: usize) -> Row {
+        let (flat, scales) = (row * self.cols..(row + 1) * self.cols, self.scales());
+        Row {
+            codes: flat.clone().map(|i| self.code(i)).collect(),
+            absmax: flat.map(|i| scales.get(i / self.block_size.get())).collect(),
+        }
+    }
+
+    /// Panics if a 16x4 product lies further from the truth than the specification allows.
+    pub fn check_gemv(&self, activations: &Activations<'_>, y: &[f32]) {
+        if is_tame(&self.restored(), activations.inputs(), self.cols) {
+            for (r, y) in y.iter().enumerate() {
+                let truth = if self.view().is_row_aligned() {
+                    self.row(r).sixteen_by_four(activations)
+                } else {
+                    self.row(r).f32(activations.inputs())
+                };
+                truth.check(*y, || format!("16x4, row {r}"));
+            }
+        }
+    }
+
+    /// The same of the f32 product.
+    pub fn check_gemv_f32(&self, x: &[f32], y: &[f32]) {
+        if is_tame(&self.restored(), x, self.cols) {
+            y.iter().enumerate().for_each(|(r, y)| self.row(r).f32(x).check(*y, || format!("f32, row {r}")));
+        }
+    }
+
+    /// The same of the transposed product.
+    pub fn check_transposed(&self, x: &[f32], y: &[f32]) {
+        if is_tame(&self.restored(), x, self.rows) {
+            let rows: Vec<Row> = (0..self.rows).map(|r| self.row(r)).collect();
+            for (c, y) in y.iter().enumerate() {
+                truth::transposed(&rows, c, x).check(*y, || format!("transposed, column {c}"));
+            }
+        }
+    }
+}
+
+/// Whether the bounds of the specification hold for sums of `terms` products of these scales and inputs: they are
+/// finite, and nothing overflows, as the largest of what is added, `32767 * absmax * x` in a lane of 16x4, is small enough.
+pub fn is_tame(scales: &[f32], x: &[f32], terms: usize) -> bool {
+    let largest = |values: &[f32]| values.iter().fold(0.0_f64, |m, v| if m.is_nan() { m } else { m.max_or_nan(*v) });
+    let sum = largest(scales) * largest(x) * terms as f64 * f64::from(spec::CODEBOOK_I16[15]) * 2.0;
+    sum < f64::from(f32::MAX)
+}
+
+trait MaxOrNan {
+    /// The larger of this and `|v|`, and NaN if `v` is not finite.
+    fn max_or_nan(self, v: f32) -> f64;
+}
+
+impl MaxOrNan for f64 {
+    fn max_or_nan(self, v: f32) -> f64 {
+        if v.is_finite() { self.max(f64::from(v.abs())) } else { f64::NAN }
+    }
+}
+
+/// The dense product of a row, checked as above.
+pub fn check_dense(a: &[f32], x: &[f32], y: f32) {
+    if is_tame(a, x, x.len()) {
+        truth::dense(a, x).check(y, || "dense".to_owned());
+    }
+}
