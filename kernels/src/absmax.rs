@@ -59,6 +59,14 @@ impl<'a> NestedAbsmax<'a> {
         self.offset
     }
 
+    /// The absmax that each code stands for in a nested block.
+    #[allow(dead_code, reason = "only instruction sets with vectors decode many at once")]
+    #[inline(always)]
+    pub(crate) fn values(&self, nested_block: usize) -> [f32; 256] {
+        let absmax = get_or(self.absmax, nested_block, f32::NAN);
+        self.map.map(|value| value * absmax + self.offset)
+    }
+
     #[inline(always)]
     fn get(&self, block: usize) -> f32 {
         self.map[usize::from(self.codes[block])] * self.absmax[block / NESTED_BLOCK] + self.offset

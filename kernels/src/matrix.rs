@@ -112,7 +112,7 @@ impl<'a> Nf4Matrix<'a> {
     #[inline(always)]
     pub(crate) fn aligned_row(&self, row: usize) -> (&'a [u8], usize) {
         let start = self.row_start(row);
-        (get_range(self.packed, start / 2..(start + self.cols) / 2), start / self.block_size.get())
+        (get_range(self.packed, start / 2..(start + self.cols) / 2), start >> self.block_size.get().trailing_zeros())
     }
 
     /// The absmax of an activation group of an aligned row, whose blocks start at `first_block`.
@@ -145,8 +145,23 @@ impl<'a> Nf4Matrix<'a> {
         }
     }
 
+    /// The rows of an aligned matrix that has columns: packed bytes and the range of their blocks.
+    #[allow(dead_code, reason = "only instruction sets with vectors take a row at once")]
     #[inline(always)]
-    fn groups_per_block_log2(&self) -> u32 {
+    pub(crate) fn aligned_rows(&self) -> impl Iterator<Item = (&'a [u8], Range<usize>)> {
+        let bytes = self.row_start(0) / 2..self.row_start(self.rows) / 2;
+        let packed = get_range(self.packed, bytes).chunks_exact((self.cols / 2).max(1));
+        let blocks = self.cols >> self.block_size.get().trailing_zeros();
+        let mut start = self.row_start(0) >> self.block_size.get().trailing_zeros();
+        packed.map(move |packed| {
+            let range = start..start + blocks;
+            start = range.end;
+            (packed, range)
+        })
+    }
+
+    #[inline(always)]
+    pub(crate) fn groups_per_block_log2(&self) -> u32 {
         self.block_size.get().trailing_zeros() - self.block_size.group().trailing_zeros()
     }
 

@@ -7,7 +7,7 @@
 
 use core::arch::x86_64::*;
 
-use super::gemv::{decode_span, i16_planes, spread_products};
+use super::gemv::{decode_span, i16_planes};
 use super::vector::*;
 use crate::activations::{Activations, SPAN};
 use crate::format::canonical;
@@ -153,7 +153,7 @@ fn add_rows<const GROUPS: usize, const SCALES: usize, const R: usize>(
             let product = |part: usize| _mm256_madd_epi16(x[part], load_i16(&w[part]));
             let exact =
                 _mm256_add_epi32(_mm256_add_epi32(product(0), product(1)), _mm256_add_epi32(product(2), product(3)));
-            let scale = spread_products::<GROUPS>(&products.as_chunks().0[s]);
+            let scale = spread::<GROUPS>(&products.as_chunks().0[s]);
             *sum = _mm256_add_ps(*sum, _mm256_mul_ps(_mm256_cvtepi32_ps(exact), scale));
         }
     }

@@ -3,7 +3,6 @@
 use core::arch::x86_64::*;
 
 use super::dequantize::{f32_planes, look_up_f32, split_codes};
-use super::gemv::spread_products;
 use super::gemv_f32::arrange_f32;
 use super::vector::*;
 use crate::activations::SPAN;
@@ -143,7 +142,7 @@ fn add_rows<const GROUPS: usize, const SCALES: usize, const R: usize>(
             let abcd = _mm256_add_ps(ab, _mm256_add_ps(product(2), product(3)));
             let ef = _mm256_add_ps(product(4), product(5));
             let sums = _mm256_add_ps(abcd, _mm256_add_ps(ef, _mm256_add_ps(product(6), product(7))));
-            let absmax = spread_products::<GROUPS>(&row.absmax.as_chunks().0[s]);
+            let absmax = spread::<GROUPS>(&row.absmax.as_chunks().0[s]);
             *total = _mm256_add_ps(*total, _mm256_mul_ps(sums, absmax));
         }
     }

@@ -4,8 +4,9 @@ use core::arch::x86_64::*;
 
 use super::dequantize::{split_codes, u16_planes};
 use super::vector::*;
+use crate::absmax::Absmax;
 use crate::activations::{ACTIVATION_MAX, Activations, SPAN};
-use crate::format::canonical;
+use crate::format::{NESTED_BLOCK, canonical};
 use crate::matrix::Nf4Matrix;
 use crate::spec;
 
@@ -15,76 +16,136 @@ const _: () = assert!(ACTIVATION_MAX == 8191, "the sums below rely on it to fit 
 #[target_feature(enable = "avx2")]
 pub(super) fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
     if activations.group() == SPAN {
-        gemv_groups::<1, STRIDE>(matrix, activations, out);
+        gemv_groups::<1>(matrix, activations, out);
     } else {
-        gemv_groups::<2, { 2 * STRIDE }>(matrix, activations, out);
+        gemv_groups::<2>(matrix, activations, out);
     }
 }
 
-/// Spans that share one look at the scales: the products of absmax and activation scale are made for all of them at once,
-/// and stored, for a broadcast from memory is free and one from a register is not. No more than eight, so that decoding
-/// nested absmax hides behind the vector work of the spans before.
-pub(super) const STRIDE: usize = 8;
-
-/// The 16x4 product with `GROUPS` activation groups in a span of 64 columns; `SCALES` is `GROUPS * STRIDE`.
+/// The 16x4 product with `GROUPS` activation groups in a span of 64 columns.
 #[target_feature(enable = "avx2")]
-fn gemv_groups<const GROUPS: usize, const SCALES: usize>(
-    matrix: &Nf4Matrix<'_>,
-    activations: &Activations<'_>,
-    out: &mut [f32],
-) {
+fn gemv_groups<const GROUPS: usize>(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    let (values, scales) = (activations.values(), activations.scales());
+    let zero = _mm256_setzero_ps();
     let planes = i16_planes();
-    let (values, values_rest) = activations.values().as_chunks::<{ STRIDE * SPAN }>();
-    let (scales, scales_rest) = activations.scales().as_chunks::<SCALES>();
-    for (row, out) in out.iter_mut().enumerate() {
-        let (packed, first_block) = matrix.aligned_row(row);
-        let (packed, packed_rest) = packed.as_chunks::<{ STRIDE * SPAN / 2 }>();
-        let mut lanes = _mm256_setzero_ps();
-        for (stride, ((packed, values), scales)) in packed.iter().zip(values).zip(scales).enumerate() {
-            let mut products = matrix.group_absmax::<SCALES>(first_block, stride * SCALES);
-            for (product, scale) in products.iter_mut().zip(scales) {
-                *product *= scale;
-            }
-            // Or else the compiler keeps the products in a register and broadcasts from there.
-            let products = core::hint::black_box(products);
-            lanes = add_spans::<GROUPS>(lanes, packed, values, &products, &planes);
-        }
-        if !scales_rest.is_empty() {
-            let mut products = [0.0; SCALES];
-            matrix.group_absmax_rest(first_block, scales.len() * SCALES, &mut products[..scales_rest.len()]);
-            for (product, scale) in products.iter_mut().zip(scales_rest) {
-                *product *= scale;
-            }
-            lanes = add_spans::<GROUPS>(lanes, packed_rest, values_rest, &products, &planes);
-            if let (half, [.., values]) = (packed_rest.as_chunks::<{ SPAN / 2 }>().1, values_rest.as_chunks::<SPAN>().0)
-                && !half.is_empty()
-            {
-                // The other half of the span has products of 0, which change no lane.
-                let mut packed = [0; SPAN / 2];
-                packed[..half.len()].copy_from_slice(half);
-                lanes = add_spans::<GROUPS>(lanes, &packed, values, &[products[scales_rest.len() - 1], 0.0], &planes);
+    let shift = matrix.groups_per_block_log2();
+    if scales.is_empty() {
+        return out.fill(0.0);
+    }
+    match matrix.absmax() {
+        Absmax::Plain(absmax) => {
+            for (out, (packed, blocks)) in out.iter_mut().zip(matrix.aligned_rows()) {
+                let absmax = &absmax[blocks];
+                let lanes =
+                    add_columns::<GROUPS>(zero, packed, values, scales, &planes, |group| absmax[group >> shift]);
+                *out = result(lanes);
             }
         }
-        *out = canonical(add_lanes(lanes) * spec::WEIGHT_STEP);
+        Absmax::Nested(nested) if scales.len().is_multiple_of(GROUPS) => {
+            // What the codes stand for, in one nested block after the other: a broadcast from memory is free.
+            let (mut decoded, mut decoded_block) = ([0.0; 256], usize::MAX);
+            for (out, (packed, blocks)) in out.iter_mut().zip(matrix.aligned_rows()) {
+                let (mut lanes, mut start) = (zero, 0);
+                while start < scales.len() {
+                    let block = blocks.start + (start >> shift);
+                    let nested_block = block / NESTED_BLOCK;
+                    if nested_block != decoded_block {
+                        (decoded, decoded_block) = (nested.values(nested_block), nested_block);
+                    }
+                    let end = scales.len().min(((nested_block + 1) * NESTED_BLOCK - blocks.start) << shift);
+                    let columns = start * (SPAN / GROUPS)..end * (SPAN / GROUPS);
+                    let codes = &nested.codes()[block..];
+                    lanes = add_columns::<GROUPS>(
+                        lanes,
+                        &packed[columns.start / 2..columns.end / 2],
+                        &values[columns],
+                        &scales[start..end],
+                        &planes,
+                        |group| decoded[usize::from(codes[group >> shift])],
+                    );
+                    start = end;
+                }
+                *out = result(lanes);
+            }
+        }
+        // A nested block may end in the middle of a span.
+        Absmax::Nested(_) => {
+            for (out, (packed, blocks)) in out.iter_mut().zip(matrix.aligned_rows()) {
+                let absmax = |group| matrix.absmax_of_group(blocks.start, group);
+                *out = result(add_columns::<GROUPS>(zero, packed, values, scales, &planes, absmax));
+            }
+        }
     }
 }
 
-/// Adds spans, as many as there are values for, to the lanes.
+/// The output of a row.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn add_spans<const GROUPS: usize>(
+pub(super) fn result(lanes: __m256) -> f32 {
+    canonical(add_lanes(lanes) * spec::WEIGHT_STEP)
+}
+
+/// Adds consecutive columns of a row to the lanes: whole groups, as many as there are scales. `absmax` gives the one of each.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn add_columns<const GROUPS: usize>(
     mut lanes: __m256,
     packed: &[u8],
     values: &[i16],
-    products: &[f32],
+    scales: &[f32],
     planes: &[__m256i; 2],
+    absmax: impl Fn(usize) -> f32,
 ) -> __m256 {
-    let spans = packed.as_chunks().0.iter().zip(values.as_chunks().0).zip(products.as_chunks::<GROUPS>().0);
-    for ((packed, values), products) in spans {
-        let sums = _mm256_cvtepi32_ps(span_sums(packed, values, planes));
-        lanes = _mm256_add_ps(lanes, _mm256_mul_ps(sums, spread_products(products)));
+    let (packed, half) = packed.as_chunks();
+    let (values, _) = values.as_chunks();
+    let (scales, scales_rest) = scales.as_chunks::<GROUPS>();
+    let mut group = 0;
+    for ((packed, values), scales) in packed.iter().zip(values).zip(scales) {
+        // The last first: its check covers the others, whose loads the compiler can then join.
+        let last = absmax(group + GROUPS - 1);
+        let absmax = core::array::from_fn(|i| if i == GROUPS - 1 { last } else { absmax(group + i) });
+        lanes = add_span::<GROUPS>(lanes, packed, values, &absmax, scales, planes);
+        group += GROUPS;
+    }
+    if let ([scale], [.., values]) = (scales_rest, values)
+        && GROUPS == 2
+    {
+        // The other half of the span has products of 0, which change no lane.
+        let mut packed = [0; SPAN / 2];
+        packed[..half.len()].copy_from_slice(half);
+        lanes = add_span::<2>(lanes, &packed, values, &[absmax(group), 0.0], &[*scale, 0.0], planes);
     }
     lanes
+}
+
+/// Adds a span to the lanes.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn add_span<const GROUPS: usize>(
+    lanes: __m256,
+    packed: &[u8; SPAN / 2],
+    values: &[i16; SPAN],
+    absmax: &[f32; GROUPS],
+    scales: &[f32; GROUPS],
+    planes: &[__m256i; 2],
+) -> __m256 {
+    let sums = _mm256_cvtepi32_ps(span_sums(packed, values, planes));
+    _mm256_add_ps(lanes, _mm256_mul_ps(sums, spread_products(absmax, scales)))
+}
+
+/// The products of absmax and activation scale for each lane: of one group, or of two for the two halves.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn spread_products<const GROUPS: usize>(absmax: &[f32; GROUPS], scales: &[f32; GROUPS]) -> __m256 {
+    if GROUPS == 1 {
+        // Two broadcasts from memory, which are free, and a product. The compiler would rather multiply the scalars and
+        // broadcast from a register, which takes one instruction more.
+        _mm256_mul_ps(opaque(_mm256_set1_ps(absmax[0])), _mm256_set1_ps(scales[0]))
+    } else {
+        let pair = |x: &[f32; GROUPS]| _mm_set_ps(0.0, 0.0, x[1], x[0]);
+        let products = _mm256_castps128_ps256(_mm_mul_ps(pair(absmax), pair(scales)));
+        _mm256_permutevar8x32_ps(products, _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0))
+    }
 }
 
 /// The eight exact lane sums of a span; see the top of the module.
@@ -110,17 +171,6 @@ pub(super) fn decode_span(packed: &[u8; SPAN / 2], [low, high]: &[__m256i; 2]) -
         _mm256_unpacklo_epi8(odd_lo, odd_hi),
         _mm256_unpackhi_epi8(odd_lo, odd_hi),
     ]
-}
-
-/// The product of absmax and activation scale for each lane: of one group, or of two for the two halves.
-#[target_feature(enable = "avx2")]
-#[inline]
-pub(super) fn spread_products<const GROUPS: usize>(products: &[f32; GROUPS]) -> __m256 {
-    if GROUPS == 1 {
-        _mm256_set1_ps(products[0])
-    } else {
-        _mm256_set_m128(_mm_set1_ps(products[1]), _mm_set1_ps(products[0]))
-    }
 }
 
 /// The two bytes of each entry of the 16x4 codebook, in both halves.

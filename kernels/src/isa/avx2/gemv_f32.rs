@@ -3,13 +3,16 @@
 use core::arch::x86_64::*;
 
 use super::dequantize::{f32_planes, look_up_f32, split_codes};
-use super::gemv::{STRIDE, spread_products};
 use super::vector::*;
 use crate::activations::SPAN;
 use crate::format::canonical;
 use crate::isa::scalar;
 use crate::matrix::Nf4Matrix;
 use crate::spec;
+
+/// Spans that share one look at the scales. No more than eight, so that decoding nested absmax hides behind the vector work
+/// of the spans before.
+const STRIDE: usize = 8;
 
 /// The f32 product.
 #[target_feature(enable = "avx2")]
@@ -115,7 +118,7 @@ fn add_spans_f32<const GROUPS: usize>(
     for ((packed, x), absmax) in spans {
         let ([even, odd], (x, _)) = (split_codes(packed), x.as_chunks());
         let sums = _mm256_add_ps(dot_32(even, &x[0], planes), dot_32(odd, &x[1], planes));
-        lanes = _mm256_add_ps(lanes, _mm256_mul_ps(sums, spread_products(absmax)));
+        lanes = _mm256_add_ps(lanes, _mm256_mul_ps(sums, spread(absmax)));
     }
     lanes
 }

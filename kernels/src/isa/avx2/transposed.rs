@@ -6,7 +6,6 @@
 use core::arch::x86_64::*;
 
 use super::dequantize::{f32_planes, look_up_f32, split_codes};
-use super::gemv::spread_products;
 use super::vector::*;
 use crate::activations::SPAN;
 use crate::format::canonical;
@@ -81,7 +80,7 @@ fn add_rows<const GROUPS: usize, const SCALES: usize>(
     planes: &[__m256i; 4],
 ) {
     for (s, sums) in sums.iter_mut().enumerate() {
-        let factor = |row: usize| spread_products::<GROUPS>(&factors[row].as_chunks().0[s]);
+        let factor = |row: usize| spread::<GROUPS>(&factors[row].as_chunks().0[s]);
         let codes = packed.map(|packed| {
             let packed = &packed[s * SPAN / 2..];
             match packed.first_chunk() {

@@ -1,5 +1,6 @@
 //! Loads, stores and small steps that several files share.
 
+use core::arch::asm;
 use core::arch::x86_64::*;
 
 use half::{bf16, f16};
@@ -11,6 +12,22 @@ pub(super) fn add_lanes(lanes: __m256) -> f32 {
     let four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
     let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
+/// One value in all lanes, or one in each half.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn spread<const GROUPS: usize>(x: &[f32; GROUPS]) -> __m256 {
+    if GROUPS == 1 { _mm256_set1_ps(x[0]) } else { _mm256_set_m128(_mm_set1_ps(x[1]), _mm_set1_ps(x[0])) }
+}
+
+/// The same vector, of which the compiler knows nothing more. No instruction.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn opaque(mut x: __m256) -> __m256 {
+    // SAFETY: the assembly is empty.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) x, options(pure, nomem, nostack, preserves_flags)) };
+    x
 }
 
 /// Bits of the absolute values.
