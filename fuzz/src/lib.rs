@@ -1,7 +1,7 @@
 //! What the fuzz targets share: inputs made from any bytes, and the truth in f64.
 //!
 //! An input is a header of plain integers, little endian, and then bytes without a structure. So a seed is written down
-//! field by field (`src/bin/seeds.rs`), and a byte that the fuzzer changes changes one thing.
+//! field by field (`examples/seeds.rs`), and a byte that the fuzzer changes changes one thing.
 
 pub mod files;
 mod input;
