@@ -1,8 +1,8 @@
-//! Every case where there are few enough: all 16-bit weights, all packed bytes, all f32 beside a decision threshold, all short
-//! rows with all block sizes, on every instruction set.
+//! Every case where there are few enough: all 16-bit weights, all packed bytes, all f32 beside a decision threshold, all
+//! short rows with all block sizes, on every instruction set.
 //!
-//! What is expected is written here a second time, from the texts that define it: the constants of `bitsandbytes` in decimal,
-//! and the formulas of `kernels/SPEC.md`, one operation at a time. Nothing of the library's own tables is used.
+//! What is expected is written here a second time, from the texts that define it: the constants of `bitsandbytes`, and the
+//! formulas of `kernels/SPEC.md`, one operation at a time. Nothing of the library's own tables is used.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "tests panic, and their numbers are small")]
 
@@ -75,10 +75,8 @@ fn packed(codes: &[u8]) -> Vec<u8> {
     codes.chunks(2).map(|pair| pair[0] << 4 | pair.get(1).unwrap_or(&7)).collect()
 }
 
-fn isas() -> Vec<Kernels> {
-    let kernels: Vec<_> = Kernels::available().collect();
-    println!("instruction sets: {}", kernels.iter().map(|k| k.isa().name()).collect::<Vec<_>>().join(", "));
-    kernels
+fn print_isas() {
+    println!("instruction sets: {}", Kernels::available().map(|k| k.isa().name()).collect::<Vec<_>>().join(", "));
 }
 
 /// The bits of floats, for exact comparison.
@@ -109,7 +107,7 @@ fn check_blocks<T: Float>(weights: &[T], exact: &[f32], len: usize, block_size: 
 
 /// All 65,536 values of a type, in blocks whose first element is at least as large as each of `absmax`.
 fn check_all_values<T: Float>(of_bits: impl Fn(u16) -> T, exact: impl Fn(u16) -> f32, absmax: &[u16]) {
-    isas();
+    print_isas();
     for first in absmax {
         for (len, block_size) in [(32, BlockSize::B32), (64, BlockSize::B64), (30, BlockSize::B32)] {
             let values: Vec<u16> = (0..=u16::MAX).collect();
@@ -153,7 +151,7 @@ fn all_bf16_weights() {
 
 #[test]
 fn every_f32_beside_a_threshold() {
-    isas();
+    print_isas();
     let mut g = Generator(1);
     let mut absmax: Vec<f32> = (0..4000).map(|_| f32::from_bits(g.next() as u32 & 0x7fff_ffff)).collect();
     absmax.retain(|a| a.is_finite());
@@ -288,88 +286,92 @@ impl Matrix {
 }
 
 /// The weights in every type.
-fn check_dequantized(k: Kernels, m: &Matrix, what: &str) {
+fn check_dequantized(m: &Matrix, what: &str) {
     fn restored<T: Float>(k: Kernels, m: &Matrix) -> Vec<u32> {
         let mut out = vec![T::from_f32(3.0); m.codes.len()];
         k.dequantize(&m.view(), &mut out).unwrap();
         bits(&out)
     }
     let weights = m.weights();
-    assert_eq!(restored::<f32>(k, m), bits(&weights), "to f32, {what}");
     let half: Vec<_> = weights.iter().map(|w| f16::from_f32(*w)).collect();
-    assert_eq!(restored::<f16>(k, m), bits(&half), "to f16, {what}");
     let brain: Vec<_> = weights.iter().map(|w| bf16::from_f32(*w)).collect();
-    assert_eq!(restored::<bf16>(k, m), bits(&brain), "to bf16, {what}");
-}
-
-/// The products with a batch of vectors, alone and together.
-fn check_products(k: Kernels, m: &Matrix, x: &[f32], what: &str) {
-    let Matrix { rows, cols, block_size, .. } = *m;
-    let (view, batch) = (m.view(), x.len() / cols);
-    let mut values = vec![0x5555; batch * Activations::values_len(cols, block_size)];
-    let mut scales = vec![9.0; batch * Activations::scales_len(cols, block_size)];
-    let activations = k.quantize_activations_batch(x, cols, block_size, &mut values, &mut scales).unwrap();
-    let (mut fast, mut exact) = (vec![3.0; rows * batch], vec![3.0; rows * batch]);
-    k.gemm(&view, &activations, &mut fast).unwrap();
-    k.gemm_f32(&view, x, &mut exact).unwrap();
-    let aligned = cols.is_multiple_of(block_size.get());
-    for (n, x) in x.chunks(cols).enumerate() {
-        let expected_exact: Vec<f32> = (0..rows).map(|r| m.f32(r, x)).collect();
-        let expected_fast: Vec<f32> =
-            if aligned { (0..rows).map(|r| m.sixteen_by_four(r, x)).collect() } else { expected_exact.clone() };
-        let column = |y: &[f32]| bits(&(0..rows).map(|r| y[r * batch + n]).collect::<Vec<_>>());
-        assert_eq!(column(&fast), bits(&expected_fast), "16x4 batch, vector {n}, {what}");
-        assert_eq!(column(&exact), bits(&expected_exact), "f32 batch, vector {n}, {what}");
-        let mut y = vec![3.0; rows];
-        k.gemv(&view, &activations.vector(n), &mut y).unwrap();
-        assert_eq!(bits(&y), bits(&expected_fast), "16x4, vector {n}, {what}");
-        k.gemv_f32(&view, x, &mut y).unwrap();
-        assert_eq!(bits(&y), bits(&expected_exact), "f32, vector {n}, {what}");
+    for k in Kernels::available() {
+        assert_eq!(restored::<f32>(k, m), bits(&weights), "to f32, {what}, {}", k.isa());
+        assert_eq!(restored::<f16>(k, m), bits(&half), "to f16, {what}, {}", k.isa());
+        assert_eq!(restored::<bf16>(k, m), bits(&brain), "to bf16, {what}, {}", k.isa());
     }
 }
 
-fn check_transposed(k: Kernels, m: &Matrix, x: &[f32], what: &str) {
-    let mut y = vec![3.0; m.cols];
-    k.gemv_transposed_f32(&m.view(), x, &mut y).unwrap();
+/// The products with a batch of vectors, alone and together.
+fn check_products(m: &Matrix, x: &[f32], what: &str) {
+    let Matrix { rows, cols, block_size, .. } = *m;
+    let (view, batch) = (m.view(), x.len() / cols);
+    // [rows, batch].
+    let product = |of: &dyn Fn(usize, &[f32]) -> f32| -> Vec<f32> {
+        (0..rows).flat_map(|r| x.chunks(cols).map(move |x| of(r, x))).collect()
+    };
+    let exact = product(&|r, x| m.f32(r, x));
+    let aligned = cols.is_multiple_of(block_size.get());
+    let fast = if aligned { product(&|r, x| m.sixteen_by_four(r, x)) } else { exact.clone() };
+    for k in Kernels::available() {
+        let what = format!("{what}, {}", k.isa());
+        let mut values = vec![0x5555; batch * Activations::values_len(cols, block_size)];
+        let mut scales = vec![9.0; batch * Activations::scales_len(cols, block_size)];
+        let activations = k.quantize_activations_batch(x, cols, block_size, &mut values, &mut scales).unwrap();
+        let mut y = vec![3.0; rows * batch];
+        k.gemm(&view, &activations, &mut y).unwrap();
+        assert_eq!(bits(&y), bits(&fast), "16x4 batch, {what}");
+        k.gemm_f32(&view, x, &mut y).unwrap();
+        assert_eq!(bits(&y), bits(&exact), "f32 batch, {what}");
+        for (n, x) in x.chunks(cols).enumerate() {
+            let vector = |y: &[f32]| bits(&(0..rows).map(|r| y[r * batch + n]).collect::<Vec<_>>());
+            let mut y = vec![3.0; rows];
+            k.gemv(&view, &activations.vector(n), &mut y).unwrap();
+            assert_eq!(bits(&y), vector(&fast), "16x4, vector {n}, {what}");
+            k.gemv_f32(&view, x, &mut y).unwrap();
+            assert_eq!(bits(&y), vector(&exact), "f32, vector {n}, {what}");
+        }
+    }
+}
+
+fn check_transposed(m: &Matrix, x: &[f32], what: &str) {
     let expected: Vec<f32> = (0..m.cols).map(|c| m.transposed(c, x)).collect();
-    assert_eq!(bits(&y), bits(&expected), "transposed, {what}");
+    for k in Kernels::available() {
+        let mut y = vec![3.0; m.cols];
+        k.gemv_transposed_f32(&m.view(), x, &mut y).unwrap();
+        assert_eq!(bits(&y), bits(&expected), "transposed, {what}, {}", k.isa());
+    }
 }
 
 /// Every byte at every place of a span; with unit vectors as inputs, so that each weight is an output.
 #[test]
 fn all_bytes_through_every_decoder() {
-    for k in isas() {
-        // Half a span, a span, a stride of eight spans with a span and a half and with a span, rows with straddling blocks.
-        for (cols, block_size) in [
-            (32, BlockSize::B32),
-            (64, BlockSize::B64),
-            (608, BlockSize::B32),
-            (576, BlockSize::B64),
-            (512, BlockSize::B256),
-            (66, BlockSize::B64),
-        ] {
-            let bytes = (0..256 * cols / 2).map(|i| (i / (cols / 2) + i % (cols / 2) * 7) as u8);
-            let m = Matrix::new(256, cols, block_size, bytes.flat_map(|b| [b >> 4, b & 15]).collect());
-            let what = format!("{cols} columns, {block_size:?}, {}", k.isa());
-            for place in 0..cols / 2 {
-                let mut there: Vec<u8> = (0..256).map(|row| m.packed[row * (cols / 2) + place]).collect();
-                there.sort_unstable();
-                assert!(there.into_iter().eq(0..=u8::MAX), "the test has every byte at every place");
-            }
-            check_dequantized(k, &m, &what);
-            let units = |n: usize| (0..n * n).map(|i| f32::from(i / n == i % n)).collect::<Vec<f32>>();
-            // A column of every byte half of a span, the stride's among them, and of what comes after the stride.
-            let unit_vectors = units(cols);
-            let chosen: Vec<f32> = unit_vectors
-                .chunks(cols)
-                .enumerate()
-                .filter(|(c, _)| *c < 66 || *c >= 448)
-                .flat_map(|(_, x)| x.to_vec())
-                .collect();
-            check_products(k, &m, &chosen, &what);
-            for x in units(256).chunks(256).step_by(if cols > 66 { 15 } else { 1 }) {
-                check_transposed(k, &m, x, &what);
-            }
+    print_isas();
+    // Half a span, a span, a stride of eight spans with a span and a half and with a span, rows with straddling blocks.
+    for (cols, block_size) in [
+        (32, BlockSize::B32),
+        (64, BlockSize::B64),
+        (608, BlockSize::B32),
+        (576, BlockSize::B64),
+        (512, BlockSize::B256),
+        (66, BlockSize::B64),
+    ] {
+        let bytes = (0..256 * cols / 2).map(|i| (i / (cols / 2) + i % (cols / 2) * 7) as u8);
+        let m = Matrix::new(256, cols, block_size, bytes.flat_map(|b| [b >> 4, b & 15]).collect());
+        let what = format!("{cols} columns, {block_size:?}");
+        for place in 0..cols / 2 {
+            let mut there: Vec<u8> = (0..256).map(|row| m.packed[row * (cols / 2) + place]).collect();
+            there.sort_unstable();
+            assert!(there.into_iter().eq(0..=u8::MAX), "the test has every byte at every place");
+        }
+        check_dequantized(&m, &what);
+        let units = |n: usize| (0..n * n).map(|i| f32::from(i / n == i % n)).collect::<Vec<f32>>();
+        // The first span of the stride, the last, and what comes after the stride.
+        let columns = units(cols);
+        let columns = columns.chunks(cols).enumerate().filter(|(c, _)| *c < 66 || *c >= 448);
+        check_products(&m, &columns.flat_map(|(_, x)| x.to_vec()).collect::<Vec<_>>(), &what);
+        for x in units(256).chunks(256).step_by(if cols > 66 { 15 } else { 1 }) {
+            check_transposed(&m, x, &what);
         }
     }
 }
@@ -377,31 +379,30 @@ fn all_bytes_through_every_decoder() {
 #[test]
 fn all_short_rows_with_all_block_sizes() {
     const ROWS: usize = 3;
-    for k in isas() {
-        let mut g = Generator(2);
-        for (cols, block_size) in (1..=260).flat_map(|cols| BlockSize::ALL.map(|block_size| (cols, block_size))) {
-            let what = format!("{cols} columns, {block_size:?}, {}", k.isa());
-            let codes = (0..ROWS * cols).map(|_| (g.next() >> 60) as u8).collect();
-            let m = Matrix::new(ROWS, cols, block_size, codes);
-            let (bytes, blocks) = (m.packed.len(), m.absmax.len());
-            assert_eq!(m.view().is_row_aligned(), cols % block_size.get() == 0);
-            // A byte or a block less or more is refused.
-            let view = |bytes: usize, blocks: usize| {
-                let (packed, absmax) = (vec![0; bytes], vec![0.0; blocks]);
-                Nf4Matrix::new(&packed, Absmax::Plain(&absmax), ROWS, cols, block_size).map(|_| ())
-            };
-            for got in [bytes - 1, bytes + 1] {
-                let error = ShapeError::Length { what: "packed codes", expected: bytes, got };
-                assert_eq!(view(got, blocks), Err(error), "{what}");
-            }
-            for got in [blocks - 1, blocks + 1] {
-                let error = ShapeError::Length { what: "absmax", expected: blocks, got };
-                assert_eq!(view(bytes, got), Err(error), "{what}");
-            }
-            check_dequantized(k, &m, &what);
-            let x: Vec<f32> = (0..2 * cols).map(|_| g.value()).collect();
-            check_products(k, &m, &x, &what);
-            check_transposed(k, &m, &[x[0], -x[1], 0.75], &what);
+    print_isas();
+    let mut g = Generator(2);
+    for (cols, block_size) in (1..=260).flat_map(|cols| BlockSize::ALL.map(|block_size| (cols, block_size))) {
+        let what = format!("{cols} columns, {block_size:?}");
+        let codes = (0..ROWS * cols).map(|_| (g.next() >> 60) as u8).collect();
+        let m = Matrix::new(ROWS, cols, block_size, codes);
+        let (bytes, blocks) = (m.packed.len(), m.absmax.len());
+        assert_eq!(m.view().is_row_aligned(), cols % block_size.get() == 0);
+        // A byte or a block less or more is refused.
+        let view = |bytes: usize, blocks: usize| {
+            let (packed, absmax) = (vec![0; bytes], vec![0.0; blocks]);
+            Nf4Matrix::new(&packed, Absmax::Plain(&absmax), ROWS, cols, block_size).map(|_| ())
+        };
+        for got in [bytes - 1, bytes + 1] {
+            let error = ShapeError::Length { what: "packed codes", expected: bytes, got };
+            assert_eq!(view(got, blocks), Err(error), "{what}");
         }
+        for got in [blocks - 1, blocks + 1] {
+            let error = ShapeError::Length { what: "absmax", expected: blocks, got };
+            assert_eq!(view(bytes, got), Err(error), "{what}");
+        }
+        check_dequantized(&m, &what);
+        let x: Vec<f32> = (0..2 * cols).map(|_| g.value()).collect();
+        check_products(&m, &x, &what);
+        check_transposed(&m, &[x[0], -x[1], 0.75], &what);
     }
 }

@@ -1,5 +1,5 @@
-//! Nothing is read or written beyond a slice: every slice of every operation stands flush against a page that nobody may
-//! touch, first with its start, then with its end. An access of one byte too many ends the process.
+//! Nothing is read or written beyond a slice: every slice of every operation stands flush against a page that nobody
+//! may touch, first with its start, then with its end. An access of one byte too many ends the process.
 //!
 //! Slices also stand a few elements from such a page, at odd addresses, between bytes that must not change.
 
