@@ -341,7 +341,7 @@ impl Kernels {
     /// whatever the batch.
     ///
     /// `out` is `[rows, batch]`: the outputs of a row of the matrix stand together, so that it is split as the matrix is. Up
-    /// to 64 KB of stack hold decoded weights and sums.
+    /// to 64 KB of stack hold what a tile needs.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if the activations do not have `cols` inputs or `out` not `rows * batch` elements;

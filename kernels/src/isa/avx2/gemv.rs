@@ -129,7 +129,7 @@ fn add_span<const GROUPS: usize>(
     scales: &[f32; GROUPS],
     planes: &[__m256i; 2],
 ) -> __m256 {
-    let sums = _mm256_cvtepi32_ps(span_sums(packed, values, planes));
+    let sums = _mm256_cvtepi32_ps(sums_of_span(decode_span(packed, planes), values));
     _mm256_add_ps(lanes, _mm256_mul_ps(sums, spread_products(absmax, scales)))
 }
 
@@ -148,12 +148,11 @@ fn spread_products<const GROUPS: usize>(absmax: &[f32; GROUPS], scales: &[f32; G
     }
 }
 
-/// The eight exact lane sums of a span; see the top of the module.
+/// The eight exact lane sums of the products of a span; see the top of the module.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn span_sums(packed: &[u8; SPAN / 2], values: &[i16; SPAN], planes: &[__m256i; 2]) -> __m256i {
-    let (values, _) = values.as_chunks::<16>();
-    let [a, b, c, d] = decode_span(packed, planes);
+pub(super) fn sums_of_span([a, b, c, d]: [__m256i; 4], values: &[i16; SPAN]) -> __m256i {
+    let (values, _) = values.as_chunks();
     let even = _mm256_add_epi32(_mm256_madd_epi16(a, load_i16(&values[0])), _mm256_madd_epi16(b, load_i16(&values[1])));
     let odd = _mm256_add_epi32(_mm256_madd_epi16(c, load_i16(&values[2])), _mm256_madd_epi16(d, load_i16(&values[3])));
     _mm256_add_epi32(even, odd)

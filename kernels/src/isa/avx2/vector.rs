@@ -21,6 +21,33 @@ pub(super) fn spread<const GROUPS: usize>(x: &[f32; GROUPS]) -> __m256 {
     if GROUPS == 1 { _mm256_set1_ps(x[0]) } else { _mm256_set_m128(_mm_set1_ps(x[1]), _mm_set1_ps(x[0])) }
 }
 
+/// As [`spread`], always from memory: the compiler would rather load several at once and spread them from a register.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn broadcast<const GROUPS: usize>(x: &[f32; GROUPS]) -> __m256 {
+    let one = |x: &f32| {
+        let mut y: __m256;
+        // SAFETY: reads the four bytes of `x`.
+        unsafe {
+            asm!("vbroadcastss {}, dword ptr [{}]", out(ymm_reg) y, in(reg) x, options(pure, readonly, nostack, preserves_flags))
+        };
+        y
+    };
+    if GROUPS == 1 { one(&x[0]) } else { _mm256_blend_ps::<0xf0>(one(&x[0]), one(&x[1])) }
+}
+
+/// A load that stays where it is, for loops that need every register.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load_again(x: &__m256i) -> __m256i {
+    let y: __m256i;
+    // SAFETY: reads the 32 bytes of `x`.
+    unsafe {
+        asm!("vmovdqa {}, ymmword ptr [{}]", out(ymm_reg) y, in(reg) x, options(readonly, nostack, preserves_flags))
+    };
+    y
+}
+
 /// The same vector, of which the compiler knows nothing more. No instruction.
 #[target_feature(enable = "avx2")]
 #[inline]
