@@ -288,8 +288,8 @@ proptest! {
         prop_assert_eq!(bits(&again.dequantize::<f32>()), bits(&restored));
     }
 
-    /// A merged weight, multiplied exactly, lies as near to the exact output as the rounding of each weight to f32 allows,
-    /// and so as near to the forward as that does.
+    /// A merged weight, multiplied exactly, lies as near to the exact output as the rounding of each weight to f32
+    /// allows, and so as near to the forward as that does.
     #[test]
     fn a_merge_is_the_layer(case in case(), rank in 1..20_usize, fast: bool) {
         let layer = case.layer(rank, if fast { Arithmetic::SixteenByFour } else { Arithmetic::F32 });

@@ -1,8 +1,8 @@
-//! Every case where there are few enough: all 16-bit weights, all packed bytes, all f32 beside a decision threshold, all
-//! short rows with all block sizes, on every instruction set.
+//! Every case where there are few enough: all 16-bit weights, all packed bytes, all f32 beside a decision threshold,
+//! all short rows with all block sizes, on every instruction set.
 //!
-//! What is expected is written here a second time, from the texts that define it: the constants of `bitsandbytes`, and the
-//! formulas of `kernels/SPEC.md`, one operation at a time. Nothing of the library's own tables is used.
+//! What is expected is written here a second time, from the texts that define it: the constants of `bitsandbytes`, and
+//! the formulas of `kernels/SPEC.md`, one operation at a time. Nothing of the library's own tables is used.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "tests panic, and their numbers are small")]
 
