@@ -2,11 +2,12 @@
 //!
 //! There is nothing here for a model checker such as `loom` to explore: neither library has locks, cells, atomics or
 //! statics that change, every forward takes `&self` and works in buffers that its caller lends or that it makes for
-//! itself, and what changes a layer takes `&mut self`. `nf4` has no unsafe code, and what is unsafe in `nf4-kernels` calls
-//! pure functions, so the compiler sees to the rest: the assertions below hold because of what the types are made of. The
-//! one value that threads may write at the same time is the answer of the CPU to which instructions it has (in
-//! `cpufeatures`: one atomic byte; whoever asks first, and whoever asks meanwhile, stores the same). With the feature
-//! `rayon`, threads get disjoint slices of the result from `rayon::join`; `tests/threads.rs` compares those bits.
+//! itself, and what changes a layer takes `&mut self`. `nf4` has no unsafe code, and what is unsafe in `nf4-kernels`
+//! calls pure functions, so the compiler sees to the rest: the assertions below hold because of what the types are
+//! made of. The one value that threads may write at the same time is the answer of the CPU to which instructions it
+//! has (in `cpufeatures`: one atomic byte; whoever asks first, and whoever asks meanwhile, stores the same). With the
+//! feature `rayon`, threads get disjoint slices of the result from `rayon::join`; `tests/threads.rs` compares those
+//! bits.
 
 #![cfg(feature = "alloc")]
 #![allow(clippy::unwrap_used, clippy::std_instead_of_alloc, reason = "tests panic, and have std")]
