@@ -143,6 +143,21 @@ fn buffers_of_unquantized_activations_are_empty() {
     }
 }
 
+/// The last multiple of a group has no multiple of a span above it.
+#[test]
+fn lengths_of_activations_do_not_overflow() {
+    let cols = usize::MAX - 31;
+    assert_eq!(Activations::values_len(cols, BlockSize::B32), usize::MAX);
+    assert_eq!(Activations::values_len(usize::MAX - 63, BlockSize::B64), usize::MAX - 63);
+    for k in Kernels::available() {
+        let none = k.quantize_activations_batch(&[], cols, BlockSize::B32, &mut [], &mut []).unwrap();
+        assert_eq!((none.cols(), none.batch()), (cols, 0));
+        let (mut values, mut scales) = ([0; 64], [0.0; 2]);
+        let few = k.quantize_activations_batch(&[0.0; 64], cols, BlockSize::B32, &mut values, &mut scales);
+        assert_eq!(few.unwrap_err(), ShapeError::Length { what: "inputs", expected: 0, got: 64 });
+    }
+}
+
 #[test]
 fn errors_carry_the_numbers() {
     for (error, text) in [

@@ -29,10 +29,10 @@ pub struct Activations<'a> {
 
 impl<'a> Activations<'a> {
     /// `i16` values that a vector of `cols` inputs needs: `cols` rounded up to a multiple of 64, or 0 if it is not a multiple
-    /// of the group. A batch needs so many for each vector.
+    /// of the group; `usize::MAX`, which no slice has, if there is no such multiple. A batch needs so many for each vector.
     #[must_use]
     pub const fn values_len(cols: usize, block_size: BlockSize) -> usize {
-        if cols.is_multiple_of(block_size.group()) { cols.next_multiple_of(SPAN) } else { 0 }
+        if cols.is_multiple_of(block_size.group()) { cols.div_ceil(SPAN).saturating_mul(SPAN) } else { 0 }
     }
 
     /// f32 scales that a vector of `cols` inputs needs: one a group, or 0 if `cols` is not a multiple of the group. A batch
