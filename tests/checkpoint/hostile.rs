@@ -4,8 +4,8 @@
 use std::path::PathBuf;
 
 use nf4::checkpoint::{
-    CheckpointError, FloatType, Header, Linear4bit, MergedModel, PeftAdapter, QuantState, QuantizationConfig,
-    TensorData, TensorFile, TensorMap, linear4bit_prefixes, to_safetensors,
+    CheckpointError, FloatType, Header, Linear4bit, MergedModel, PeftAdapter, PeftConfig, QuantState,
+    QuantizationConfig, TensorData, TensorFile, TensorMap, linear4bit_prefixes, to_safetensors,
 };
 use nf4::{BlockSize, Quantized4Bit};
 use safetensors::Dtype;
@@ -252,6 +252,25 @@ fn configurations_that_are_not_json() {
     check(&with(r#""bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": "x""#), &["llm_int8_skip_modules"]);
     check(&error_of(|| QuantizationConfig::default().insert_into(b"nonsense")), &["config.json"]);
     check(&error_of(|| PeftAdapter::load(b"\xff\xfe", &TensorMap::new())), &["adapter_config.json"]);
+}
+
+/// A few bytes of a regular expression can ask for much memory, and many such for as many times that.
+#[test]
+fn expressions_that_compile_to_much() {
+    let config = |count: usize, expression: &str| {
+        let entries: Vec<String> = (0..count).map(|i| format!(r#""{expression}{i}":4"#)).collect();
+        format!(r#"{{"peft_type":"LORA","r":8,"rank_pattern":{{{}}}}}"#, entries.join(","))
+    };
+    for (count, expression) in [(1, r"\\w{1000}"), (400, r"\\w{20}"), (1, "((a{100}){100}){100}")] {
+        let mut error = None;
+        let config = config(count, expression);
+        let used = allocation_counter::measure(|| error = PeftConfig::parse(config.as_bytes()).err());
+        check(&error.expect("an error"), &["rank_pattern", "size limit"]);
+        assert!(used.bytes_max < 4 << 20, "{} bytes for {count} times {expression}", used.bytes_max);
+    }
+    for (count, expression) in [(1, r"\\w{20}"), (300, "model.layers.3.mlp.experts.")] {
+        PeftConfig::parse(config(count, expression).as_bytes()).unwrap();
+    }
 }
 
 /// Real files with bytes changed: whatever comes of it, no panic, and not more memory than the file has a use for.

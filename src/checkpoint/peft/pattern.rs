@@ -13,8 +13,11 @@ use serde_json::Value;
 
 use super::super::CheckpointError;
 
-/// Bytes that a compiled expression may take, so that a file cannot make it large.
+/// Bytes that a compiled expression may take, and all of a field together, so that a file cannot make them large. Where
+/// there are so many that their shares are less than a name with a few wildcards takes, each may take that.
 const SIZE_LIMIT: usize = 1 << 20;
+const TOTAL_LIMIT: usize = 1 << 26;
+const SIZE_OF_A_NAME: usize = 1 << 14;
 
 /// A JSON object whose order is kept: the first expression that matches counts.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -76,8 +79,9 @@ impl<T: Copy> Patterns<T> {
             expected,
             got,
         };
+        let limit = (TOTAL_LIMIT / entries.0.len().max(1)).clamp(SIZE_OF_A_NAME, SIZE_LIMIT);
         let compiled = entries.0.iter().map(|(key, value)| {
-            let regex = RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$")).size_limit(SIZE_LIMIT).build();
+            let regex = RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$")).size_limit(limit).build();
             let regex = regex.map_err(|e| error(key, "a regular expression", format!("not one: {e}")))?;
             let value = convert(value).ok_or_else(|| error(key, expected, super::super::json::shown(value)))?;
             Ok((regex, value))
