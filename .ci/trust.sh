@@ -39,7 +39,7 @@ check_valgrind() {
     valgrind --version
     require_avx2
     export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=9"
-    cargo test --locked --workspace --test vectors --test views --test guard_pages
+    cargo test --locked --workspace --test exactness --test guard_pages --test vectors --test views
 }
 
 # Licences that go with that of this project. One expression a line, as the packages write them.
