@@ -1,6 +1,7 @@
 # The steps that look for what tests alone do not see: memory errors, overflows, and what the dependencies bring.
 
-# The tests that run kernels, layers and checkpoints. Not `allocation`, which forgets what it counts: leaks are errors here.
+# The tests that run kernels, layers and checkpoints. Not `allocation`, which forgets what it counts: leaks are errors
+# here.
 memory_tests=(--lib)
 for test in algebra checkpoint concurrency exactness exhaustive guard_pages layer reference threads vectors views; do
     memory_tests+=(--test "$test")
@@ -76,8 +77,8 @@ check_supply() {
     echo "$(wc -l <<<"$tree") with default features; $(crates -p nf4 --all-features | wc -l) with all, tests included"
 
     # Every feature, on every system, of what is built and what tests and build scripts need.
-    tree=$(cargo tree --locked --workspace --all-features --target all --edges normal,build,dev --prefix none --no-dedupe \
-        --format '{l}: {p}' | grep . | sort -u)
+    tree=$(cargo tree --locked --workspace --all-features --target all --edges normal,build,dev --prefix none \
+        --no-dedupe --format '{l}: {p}' | grep . | sort -u)
     unknown=$(grep -vE "^($(grep . <<<"$licences" | sed 's/[().+]/\\&/g' | paste -sd '|')): " <<<"$tree" || true)
     [[ -z $unknown ]] || { printf 'licences that are not in the list:\n%s\n' "$unknown"; return 1; }
     echo "$(wc -l <<<"$tree") packages under licences of the list"
@@ -85,5 +86,6 @@ check_supply() {
     # Every package comes from the registry, with its checksum.
     unknown=$(grep -h '^source = ' Cargo.lock | grep -v '"registry+' || true)
     [[ -z $unknown ]] || { printf 'not from the registry:\n%s\n' "$unknown"; return 1; }
-    [[ $(grep -c '^source = ' Cargo.lock) == $(grep -c '^checksum = ' Cargo.lock) ]] || { echo "no checksum"; return 1; }
+    [[ $(grep -c '^source = ' Cargo.lock) == $(grep -c '^checksum = ' Cargo.lock) ]] ||
+        { echo "no checksum"; return 1; }
 }
