@@ -75,7 +75,9 @@ fn gemv_f32_panel<const GROUPS: usize, const SCALES: usize>(
 ) {
     let planes = f32_planes();
     let first_group = p * (spec::PANEL / SPAN * GROUPS);
-    let (inputs, inputs_rest) = inputs.as_chunks::<{ STRIDE * SPAN }>();
+    // Cut where the packed bytes are: a last half span is padded here, and may fill a stride that those do not.
+    let (inputs, inputs_rest) = inputs.split_at(cols - cols % (STRIDE * SPAN));
+    let (inputs, _) = inputs.as_chunks::<{ STRIDE * SPAN }>();
     for (row, out) in out.iter_mut().enumerate() {
         let (packed, first_block) = matrix.aligned_row(row);
         let (packed, packed_rest) = packed[p * spec::PANEL / 2..][..cols / 2].as_chunks::<{ STRIDE * SPAN / 2 }>();

@@ -3,7 +3,6 @@
 use core::arch::aarch64::*;
 
 use super::dequantize::{f32_planes, look_up_f32, split_codes};
-use super::gemv::{STRIDE, spread_products};
 use super::vector::*;
 use crate::activations::SPAN;
 use crate::format::canonical;
@@ -13,6 +12,10 @@ use crate::spec;
 
 /// Columns of half a span: 16 packed bytes, and half of the lanes.
 pub(super) const HALF: usize = SPAN / 2;
+
+/// Spans that share one look at the scales. No more than eight, so that decoding nested absmax hides behind the vector
+/// work of the spans before.
+const STRIDE: usize = 8;
 
 /// The f32 product.
 #[target_feature(enable = "neon")]
@@ -65,7 +68,9 @@ fn gemv_f32_panel<const GROUPS: usize, const SCALES: usize>(
 ) {
     let planes = f32_planes();
     let first_group = p * (spec::PANEL / SPAN * GROUPS);
-    let (inputs, inputs_rest) = inputs.as_chunks::<{ STRIDE * SPAN }>();
+    // Cut where the packed bytes are: a last half span is padded here, and may fill a stride that those do not.
+    let (inputs, inputs_rest) = inputs.split_at(cols - cols % (STRIDE * SPAN));
+    let (inputs, _) = inputs.as_chunks::<{ STRIDE * SPAN }>();
     for (row, out) in out.iter_mut().enumerate() {
         let (packed, first_block) = matrix.aligned_row(row);
         let (packed, packed_rest) = packed[p * spec::PANEL / 2..][..cols / 2].as_chunks::<{ STRIDE * SPAN / 2 }>();
@@ -110,7 +115,7 @@ fn add_spans_f32<const GROUPS: usize>(
         for ((sums, bytes), x) in sums.iter_mut().zip(packed.as_chunks().0).zip(x.as_chunks().0) {
             *sums = add_products_f32(decode_half_f32(bytes, planes), load_half_f32(x));
         }
-        lanes = sum(lanes, product(sums, spread_products(absmax)));
+        lanes = sum(lanes, product(sums, spread(absmax)));
     }
     lanes
 }

@@ -3,13 +3,16 @@
 use core::arch::wasm32::*;
 
 use super::dequantize::{f32_planes, look_up_f32, split_codes};
-use super::gemv::{STRIDE, spread_products};
 use super::vector::*;
 use crate::activations::SPAN;
 use crate::format::canonical;
 use crate::isa::scalar;
 use crate::matrix::Nf4Matrix;
 use crate::spec;
+
+/// Spans that share one look at the scales. No more than eight, so that decoding nested absmax hides behind the vector
+/// work of the spans before.
+const STRIDE: usize = 8;
 
 /// The f32 product.
 pub(super) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
@@ -67,7 +70,9 @@ fn gemv_f32_panel<const GROUPS: usize, const SCALES: usize>(
 ) {
     let planes = f32_planes();
     let first_group = p * (spec::PANEL / SPAN * GROUPS);
-    let (inputs, inputs_rest) = inputs.as_chunks::<{ STRIDE * SPAN }>();
+    // Cut where the packed bytes are: a last half span is padded here, and may fill a stride that those do not.
+    let (inputs, inputs_rest) = inputs.split_at(cols - cols % (STRIDE * SPAN));
+    let (inputs, _) = inputs.as_chunks::<{ STRIDE * SPAN }>();
     for (row, out) in out.iter_mut().enumerate() {
         let (packed, first_block) = matrix.aligned_row(row);
         let (packed, packed_rest) = packed[p * spec::PANEL / 2..][..cols / 2].as_chunks::<{ STRIDE * SPAN / 2 }>();
@@ -110,7 +115,7 @@ fn add_spans_f32<const GROUPS: usize>(
         let ((halves, _), (x, _)) = (packed.as_chunks(), x.as_chunks());
         let ([even_0, odd_0], [even_1, odd_1]) = (split_codes(&halves[0]), split_codes(&halves[1]));
         let sums = sum(dot_32([even_0, even_1], &x[0], planes), dot_32([odd_0, odd_1], &x[1], planes));
-        lanes = sum(lanes, product(sums, spread_products(absmax)));
+        lanes = sum(lanes, product(sums, spread(absmax)));
     }
     lanes
 }

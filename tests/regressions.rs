@@ -1,0 +1,38 @@
+//! What fuzzing found, as the smallest case of each.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+use nf4::{Absmax, BlockSize, Kernels, Nf4Matrix};
+
+/// Found by the targets `gemv` and `gemm`: with blocks of 32 a row may end with seven and a half of the eight spans of a
+/// stride. The padded inputs then filled the stride, the packed bytes did not, and the last 480 columns were left out.
+#[test]
+fn f32_products_of_rows_that_end_half_a_span_before_a_stride() {
+    let mut tested = Vec::new();
+    for k in Kernels::available() {
+        for cols in [480, 992, 4064, 4096 + 480] {
+            let (rows, blocks) = (2, 2 * cols / 32);
+            let packed: Vec<u8> = (0..rows * cols / 2).map(|i| (i * 73 % 251) as u8).collect();
+            let absmax: Vec<f32> = (0..blocks).map(|b| 0.5 + (b % 7) as f32).collect();
+            let matrix = Nf4Matrix::new(&packed, Absmax::Plain(&absmax), rows, cols, BlockSize::B32).unwrap();
+            let x: Vec<f32> = (0..cols).map(|c| (c as f32 * 0.37).sin()).collect();
+            let product = |k: Kernels| {
+                let mut y = vec![3.0; rows];
+                k.gemv_f32(&matrix, &x, &mut y).unwrap();
+                y
+            };
+            let (y, expected) = (product(k), product(Kernels::scalar()));
+            let mut weights = vec![0.0_f32; rows * cols];
+            k.dequantize(&matrix, &mut weights).unwrap();
+            for (r, y) in y.iter().enumerate() {
+                assert_eq!(y.to_bits(), expected[r].to_bits(), "row {r} of {cols} columns, {}", k.isa());
+                let terms = || weights[r * cols..][..cols].iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x));
+                // Fewer than 512 roundings of a term.
+                let bound = 512.0 / f64::from(1 << 24) * terms().map(f64::abs).sum::<f64>();
+                let off = (f64::from(*y) - terms().sum::<f64>()).abs();
+                assert!(off <= bound, "row {r} of {cols} columns, {}: off by {off}", k.isa());
+            }
+        }
+        tested.push(k.isa().name());
+    }
+    println!("instruction sets: {}", tested.join(", "));
+}
