@@ -16,7 +16,7 @@ use vector::Generator;
 
 /// Rows x columns: empty, one element, shorter than a block, odd, straddling, partial, aligned for some or for all block
 /// sizes, a stride of eight spans and one more, more than a panel of the f32 product.
-const SHAPES: [(usize, usize); 18] = [
+const SHAPES: [(usize, usize); 20] = [
     (0, 64),
     (3, 0),
     (1, 1),
@@ -25,9 +25,12 @@ const SHAPES: [(usize, usize); 18] = [
     (2, 65),
     (4, 32),
     (9, 96),
+    // With blocks of 32, the first nested block ends in the middle of a span.
+    (86, 96),
     (3, 128),
     (1, 160),
     (7, 320),
+    (3, 480),
     (4, 1000),
     (3, 1056),
     (2, 4096),

@@ -142,7 +142,11 @@ pub(crate) fn pair(values: &[i16; SPAN], byte: usize) -> [i16; 2] {
 /// Where each column of a span of 64 stands in the buffer of quantized values: the order in which kernels decode 32 packed
 /// bytes. First come the even columns (high nibbles), then the odd ones (low nibbles); within each, bytes 0-7, 16-23, 8-15,
 /// 24-31. That is what two `vpunpck` of the two byte planes leave in 256-bit registers, so AVX2 multiplies without a
-/// shuffle; every 128-bit piece holds eight consecutive bytes, which suits NEON and WebAssembly.
+/// shuffle; every 128-bit piece holds eight consecutive bytes, which suits WebAssembly.
+///
+/// On 64-bit Arm each half of the span stands by itself, first every fourth column from the first on, then from the second on,
+/// and so on. That is what `trn` of the two byte planes leave. The columns of elements `i` and `i + 4` of such a piece belong to
+/// the same lane, so the widening multiplications of both its halves add to the same sums.
 ///
 /// On Arm cores with the DSP extension the columns stay in order: a byte's two weights meet two adjacent activations there.
 pub(crate) const SLOTS: [u8; SPAN] = {
@@ -156,7 +160,13 @@ pub(crate) const SLOTS: [u8; SPAN] = {
             2 => 1,
             _ => 3,
         };
-        let slot = if cfg!(nf4_dsp) { column } else { odd * 32 + piece * 8 + byte % 8 };
+        let slot = if cfg!(nf4_dsp) {
+            column
+        } else if cfg!(target_arch = "aarch64") {
+            column / 32 * 32 + column % 4 * 8 + column % 32 / 4
+        } else {
+            odd * 32 + piece * 8 + byte % 8
+        };
         assert!(slot < SPAN);
         #[allow(clippy::cast_possible_truncation, reason = "slot < 64, asserted above")]
         {

@@ -35,11 +35,20 @@ pub(super) fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i
             }
         }
         let (out, _) = values.as_chunks_mut();
-        // Columns 16i..16i+16 are bytes 8i..8i+8, which stand in the pieces 0, 2, 1, 3.
-        for (i, piece) in [0, 2, 1, 3].into_iter().enumerate() {
-            let (first, second) = (q[2 * i], q[2 * i + 1]);
-            store_i16(&mut out[piece], vuzp1q_s16(first, second));
-            store_i16(&mut out[piece + 4], vuzp2q_s16(first, second));
+        // Of each half of the span every second column, twice.
+        for (q, out) in q.as_chunks::<4>().0.iter().zip(out.as_chunks_mut::<4>().0) {
+            let [a, c] = split(split(q[0], q[1])[0], split(q[2], q[3])[0]);
+            let [b, d] = split(split(q[0], q[1])[1], split(q[2], q[3])[1]);
+            for (out, q) in out.iter_mut().zip([a, b, c, d]) {
+                store_i16(out, q);
+            }
         }
     }
+}
+
+/// The even and the odd elements.
+#[target_feature(enable = "neon")]
+#[inline]
+fn split(a: int16x8_t, b: int16x8_t) -> [int16x8_t; 2] {
+    [vuzp1q_s16(a, b), vuzp2q_s16(a, b)]
 }

@@ -3,7 +3,6 @@
 use core::arch::aarch64::*;
 
 use super::dequantize::f32_planes;
-use super::gemv::spread_products;
 use super::gemv_f32::{HALF, add_products_f32, arrange_f32, decode_half_f32, load_half_f32};
 use super::vector::*;
 use crate::activations::SPAN;
@@ -131,7 +130,7 @@ fn add_rows<const GROUPS: usize, const SCALES: usize, const R: usize>(
             let x = load_half_f32(&x.as_chunks().0[half]);
             for (total, row) in totals.iter_mut().zip(rows) {
                 let w = load_half_f32(&row.weights[s].as_chunks().0[half]);
-                let absmax = spread_products::<GROUPS>(&row.absmax.as_chunks().0[s])[half];
+                let absmax = spread::<GROUPS>(&row.absmax.as_chunks().0[s])[half];
                 *total = vaddq_f32(*total, vmulq_f32(add_products_f32(w, x), absmax));
             }
         }

@@ -2,10 +2,11 @@
 
 use core::arch::aarch64::*;
 
-use super::dequantize::{look_up_u16, split_codes, u16_planes};
+use super::dequantize::{split_codes, u16_planes};
 use super::vector::*;
+use crate::absmax::Absmax;
 use crate::activations::{ACTIVATION_MAX, Activations, SPAN};
-use crate::format::canonical;
+use crate::format::{NESTED_BLOCK, canonical};
 use crate::matrix::Nf4Matrix;
 use crate::spec;
 
@@ -15,93 +16,156 @@ const _: () = assert!(ACTIVATION_MAX == 8191, "the sums below rely on it to fit 
 #[target_feature(enable = "neon")]
 pub(super) fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
     if activations.group() == SPAN {
-        gemv_groups::<1, STRIDE>(matrix, activations, out);
+        gemv_groups::<1>(matrix, activations, out);
     } else {
-        gemv_groups::<2, { 2 * STRIDE }>(matrix, activations, out);
+        gemv_groups::<2>(matrix, activations, out);
     }
 }
 
-/// Spans that share one look at the scales. No more than eight, so that decoding nested absmax hides behind the vector
-/// work of the spans before.
-pub(super) const STRIDE: usize = 8;
-
-/// The 16x4 product with `GROUPS` activation groups in a span of 64 columns; `SCALES` is `GROUPS * STRIDE`.
+/// The 16x4 product with `GROUPS` activation groups in a span of 64 columns.
 #[target_feature(enable = "neon")]
-fn gemv_groups<const GROUPS: usize, const SCALES: usize>(
-    matrix: &Nf4Matrix<'_>,
-    activations: &Activations<'_>,
-    out: &mut [f32],
-) {
+fn gemv_groups<const GROUPS: usize>(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    let (values, scales) = (activations.values(), activations.scales());
+    let zero = [vdupq_n_f32(0.0); 2];
     let planes = i16_planes();
-    let (values, values_rest) = activations.values().as_chunks::<{ STRIDE * SPAN }>();
-    let (scales, scales_rest) = activations.scales().as_chunks::<SCALES>();
-    for (row, out) in out.iter_mut().enumerate() {
-        let (packed, first_block) = matrix.aligned_row(row);
-        let (packed, packed_rest) = packed.as_chunks::<{ STRIDE * SPAN / 2 }>();
-        let mut lanes = [vdupq_n_f32(0.0); 2];
-        for (stride, ((packed, values), scales)) in packed.iter().zip(values).zip(scales).enumerate() {
-            let mut products = matrix.group_absmax::<SCALES>(first_block, stride * SCALES);
-            for (product, scale) in products.iter_mut().zip(scales) {
-                *product *= scale;
-            }
-            lanes = add_spans::<GROUPS>(lanes, packed, values, &products, &planes);
-        }
-        if !scales_rest.is_empty() {
-            let mut products = [0.0; SCALES];
-            matrix.group_absmax_rest(first_block, scales.len() * SCALES, &mut products[..scales_rest.len()]);
-            for (product, scale) in products.iter_mut().zip(scales_rest) {
-                *product *= scale;
-            }
-            lanes = add_spans::<GROUPS>(lanes, packed_rest, values_rest, &products, &planes);
-            if let (half, [.., values]) = (packed_rest.as_chunks::<{ SPAN / 2 }>().1, values_rest.as_chunks::<SPAN>().0)
-                && !half.is_empty()
-            {
-                // The other half of the span has products of 0, which change no lane.
-                let mut packed = [0; SPAN / 2];
-                packed[..half.len()].copy_from_slice(half);
-                lanes = add_spans::<GROUPS>(lanes, &packed, values, &[products[scales_rest.len() - 1], 0.0], &planes);
+    let shift = matrix.groups_per_block_log2();
+    if scales.is_empty() {
+        return out.fill(0.0);
+    }
+    match matrix.absmax() {
+        Absmax::Plain(absmax) => {
+            for (out, (packed, blocks)) in out.iter_mut().zip(matrix.aligned_rows()) {
+                let absmax = &absmax[blocks];
+                let lanes =
+                    add_columns::<GROUPS>(zero, packed, values, scales, &planes, |group| absmax[group >> shift]);
+                *out = result(lanes);
             }
         }
-        *out = canonical(add_lanes(lanes) * spec::WEIGHT_STEP);
+        Absmax::Nested(nested) if scales.len().is_multiple_of(GROUPS) => {
+            // What the codes stand for, in one nested block after the other.
+            let (mut decoded, mut decoded_block) = ([0.0; 256], usize::MAX);
+            for (out, (packed, blocks)) in out.iter_mut().zip(matrix.aligned_rows()) {
+                let (mut lanes, mut start) = (zero, 0);
+                while start < scales.len() {
+                    let block = blocks.start + (start >> shift);
+                    let nested_block = block / NESTED_BLOCK;
+                    if nested_block != decoded_block {
+                        (decoded, decoded_block) = (nested.values(nested_block), nested_block);
+                    }
+                    let end = scales.len().min(((nested_block + 1) * NESTED_BLOCK - blocks.start) << shift);
+                    let columns = start * (SPAN / GROUPS)..end * (SPAN / GROUPS);
+                    let codes = &nested.codes()[block..];
+                    lanes = add_columns::<GROUPS>(
+                        lanes,
+                        &packed[columns.start / 2..columns.end / 2],
+                        &values[columns],
+                        &scales[start..end],
+                        &planes,
+                        |group| decoded[usize::from(codes[group >> shift])],
+                    );
+                    start = end;
+                }
+                *out = result(lanes);
+            }
+        }
+        // A nested block may end in the middle of a span.
+        Absmax::Nested(_) => {
+            for (out, (packed, blocks)) in out.iter_mut().zip(matrix.aligned_rows()) {
+                let absmax = |group| matrix.absmax_of_group(blocks.start, group);
+                *out = result(add_columns::<GROUPS>(zero, packed, values, scales, &planes, absmax));
+            }
+        }
     }
 }
 
-/// Adds spans, as many as there are values for, to the lanes.
+/// The output of a row.
 #[target_feature(enable = "neon")]
 #[inline]
-fn add_spans<const GROUPS: usize>(
+pub(super) fn result(lanes: F32x8) -> f32 {
+    canonical(add_lanes(lanes) * spec::WEIGHT_STEP)
+}
+
+/// Adds consecutive columns of a row to the lanes: whole groups, as many as there are scales. `absmax` gives the one of
+/// each.
+#[target_feature(enable = "neon")]
+#[inline]
+fn add_columns<const GROUPS: usize>(
     mut lanes: F32x8,
     packed: &[u8],
     values: &[i16],
-    products: &[f32],
+    scales: &[f32],
     planes: &[uint8x16_t; 2],
+    absmax: impl Fn(usize) -> f32,
 ) -> F32x8 {
-    let spans = packed.as_chunks().0.iter().zip(values.as_chunks().0).zip(products.as_chunks::<GROUPS>().0);
-    for ((packed, values), products) in spans {
-        let [low, high] = span_sums(packed, values, planes);
-        let sums = [vcvtq_f32_s32(low), vcvtq_f32_s32(high)];
-        lanes = sum(lanes, product(sums, spread_products(products)));
+    let (packed, half) = packed.as_chunks();
+    let (values, _) = values.as_chunks();
+    let (scales, scales_rest) = scales.as_chunks::<GROUPS>();
+    let mut group = 0;
+    for ((packed, values), scales) in packed.iter().zip(values).zip(scales) {
+        // The last first: its check covers the others, whose loads the compiler can then join.
+        let last = absmax(group + GROUPS - 1);
+        let absmax = core::array::from_fn(|i| if i == GROUPS - 1 { last } else { absmax(group + i) });
+        lanes = add_span::<GROUPS>(lanes, packed, values, &absmax, scales, planes);
+        group += GROUPS;
+    }
+    if let ([scale], [.., values]) = (scales_rest, values)
+        && GROUPS == 2
+    {
+        // The other half of the span has products of 0, which change no lane.
+        let mut packed = [0; SPAN / 2];
+        packed[..half.len()].copy_from_slice(half);
+        lanes = add_span::<2>(lanes, &packed, values, &[absmax(group), 0.0], &[*scale, 0.0], planes);
     }
     lanes
 }
 
-/// The eight exact lane sums of a span; see the top of the module.
+/// Adds a span to the lanes.
 #[target_feature(enable = "neon")]
 #[inline]
-fn span_sums(packed: &[u8; SPAN / 2], values: &[i16; SPAN], planes: &[uint8x16_t; 2]) -> [int32x4_t; 2] {
-    add_products(decode_span(packed, planes), load_span(values))
+fn add_span<const GROUPS: usize>(
+    lanes: F32x8,
+    packed: &[u8; SPAN / 2],
+    values: &[i16; SPAN],
+    absmax: &[f32; GROUPS],
+    scales: &[f32; GROUPS],
+    planes: &[uint8x16_t; 2],
+) -> F32x8 {
+    let [low, high] = sums_of_span(decode_span(packed, planes), load_span(values));
+    let sums = [vcvtq_f32_s32(low), vcvtq_f32_s32(high)];
+    sum(lanes, product(sums, spread_products(absmax, scales)))
+}
+
+/// The products of absmax and activation scale for each lane: of one group, or of two for the two halves.
+#[target_feature(enable = "neon")]
+#[inline]
+fn spread_products<const GROUPS: usize>(absmax: &[f32; GROUPS], scales: &[f32; GROUPS]) -> F32x8 {
+    // Products of scalars: `fmul` takes one element of a register as its factor, so nothing is spread.
+    spread::<GROUPS>(&core::array::from_fn(|i| absmax[i] * scales[i]))
+}
+
+/// The eight exact lane sums of the products of a span; see the top of the module.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn sums_of_span(w: [int16x8_t; 8], q: [int16x8_t; 8]) -> [int32x4_t; 2] {
+    let mut sums = [vdupq_n_s32(0); 2];
+    for (i, (w, q)) in w.into_iter().zip(q).enumerate() {
+        let sum = &mut sums[i / 4];
+        *sum = vmlal_s16(*sum, vget_low_s16(w), vget_low_s16(q));
+        *sum = vmlal_high_s16(*sum, w, q);
+    }
+    sums
 }
 
 /// The 64 weights of a span, as 16-bit integers in the order of the activations.
 #[target_feature(enable = "neon")]
 #[inline]
-pub(super) fn decode_span(packed: &[u8; SPAN / 2], planes: &[uint8x16_t; 2]) -> [int16x8_t; 8] {
+pub(super) fn decode_span(packed: &[u8; SPAN / 2], [low, high]: &[uint8x16_t; 2]) -> [int16x8_t; 8] {
     let mut weights = [vdupq_n_s16(0); 8];
     for (half, bytes) in packed.as_chunks().0.iter().enumerate() {
         for (odd, codes) in split_codes(bytes).into_iter().enumerate() {
-            let [first, second] = look_up_u16(codes, planes);
-            weights[4 * odd + half] = vreinterpretq_s16_u16(first);
-            weights[4 * odd + half + 2] = vreinterpretq_s16_u16(second);
+            let (low, high) = (vqtbl1q_u8(*low, codes), vqtbl1q_u8(*high, codes));
+            weights[4 * half + odd] = vreinterpretq_s16_u8(vtrn1q_u8(low, high));
+            weights[4 * half + odd + 2] = vreinterpretq_s16_u8(vtrn2q_u8(low, high));
         }
     }
     weights
@@ -116,29 +180,6 @@ pub(super) fn load_span(values: &[i16; SPAN]) -> [int16x8_t; 8] {
         *out = load_i16(values);
     }
     out
-}
-
-/// The eight exact lane sums of the products of weights and activations; see the top of the module.
-#[target_feature(enable = "neon")]
-#[inline]
-pub(super) fn add_products(w: [int16x8_t; 8], q: [int16x8_t; 8]) -> [int32x4_t; 2] {
-    let mut sums = [vdupq_n_s32(0); 2];
-    for (half, sums) in sums.iter_mut().enumerate() {
-        let (mut a, mut b) = (*sums, *sums);
-        for i in [half, half + 2, half + 4, half + 6] {
-            a = vmlal_s16(a, vget_low_s16(w[i]), vget_low_s16(q[i]));
-            b = vmlal_high_s16(b, w[i], q[i]);
-        }
-        *sums = vpaddq_s32(a, b);
-    }
-    sums
-}
-
-/// The product of absmax and activation scale for each lane: of one group, or of two for the two halves.
-#[target_feature(enable = "neon")]
-#[inline]
-pub(super) fn spread_products<const GROUPS: usize>(products: &[f32; GROUPS]) -> F32x8 {
-    [products[0], products[GROUPS - 1]].map(|p| vdupq_n_f32(p))
 }
 
 /// The two bytes of each entry of the 16x4 codebook.

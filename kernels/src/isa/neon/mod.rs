@@ -7,22 +7,28 @@
 //! odd  = bytes & 15                         codes of columns 1, 3, .. 31
 //! for codes in [even, odd]:
 //!     lo, hi = LOW[codes], HIGH[codes]      tbl: the two bytes of each 16-bit weight
-//!     w0, w1 = zip(lo, hi)                  8 weights each: w0 bytes 0-7, w1 bytes 8-15
-//!     a += w0[0..4] * q0[0..4] + w1[0..4] * q1[0..4]
-//!     b += w0[4..8] * q0[4..8] + w1[4..8] * q1[4..8]
-//! sums = addp(a, b)                         a0 + a1, a2 + a3, b0 + b1, b2 + b3
+//!     w0, w1 = trn(lo, hi)                  8 weights each: w0 bytes 0, 2, .. 14, w1 bytes 1, 3, .. 15
+//!     sums += w0[0..4] * q0[0..4] + w0[4..8] * q0[4..8]
+//!     sums += w1[0..4] * q1[0..4] + w1[4..8] * q1[4..8]
 //! lanes += f32(sums) * (absmax * scale)
 //! ```
 //!
 //! ```text
-//!                 first 16 bytes                second 16 bytes
-//!            a0 a1  a2 a3  b0 b1  b2 b3     a0 a1  a2 a3  b0 b1  b2 b3
-//! w0 (even)   0  2 | 4  6 | 8 10 |12 14     32 34 |36 38 |40 42 |44 46
-//! w1 (even)  16 18 |20 22 |24 26 |28 30     48 50 |52 54 |56 58 |60 62
-//! lane         0      1      2      3         4      5      6      7
+//!              first 16 bytes             second 16 bytes
+//! w0 (even)    0  4  8 12 16 20 24 28     32 36 40 44 48 52 56 60
+//! w0 (odd)     1  5  9 13 17 21 25 29     33 37 41 45 49 53 57 61
+//! w1 (even)    2  6 10 14 18 22 26 30     34 38 42 46 50 54 58 62
+//! w1 (odd)     3  7 11 15 19 23 27 31     35 39 43 47 51 55 59 63
+//! lane         0  1  2  3  0  1  2  3      4  5  6  7  4  5  6  7
 //! ```
 //!
-//! Integer sums are exact in any order, so neighbours are added once, at the end.
+//! So a span takes 42 vector instructions, and a scalar one for the product of absmax and scale: 4 for the nibbles, 8 `tbl`, 8
+//! `trn`, 16 widening multiplications, and 6 that scale and add the two registers of lanes. None can be spared. A multiplication
+//! gives four products of 32 bits. Each of the eight registers of weights takes one instruction that brings two bytes of a weight
+//! together and one for what that is given: planes looked up, or, for a `tbl` of two registers, pairs of indices. Each of the four
+//! registers of codes takes one instruction, for `tbl` needs the other nibble out of the way. Dot products of bytes (`dotprod`,
+//! `i8mm`) do not help: four products of bytes make one of 16 bits by 14, which takes as many instructions, and six more to join
+//! them, for the eight `trn` that they save.
 //!
 //! The f32 paths look up the four bytes of each f32 and zip them twice: looking up whole f32 would take a `tbl` of four
 //! registers, slow on many cores, for every four weights.

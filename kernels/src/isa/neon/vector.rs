@@ -15,6 +15,13 @@ pub(super) fn add_lanes([low, high]: F32x8) -> f32 {
     vpadds_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)))
 }
 
+/// One value in all lanes, or one in each half.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn spread<const GROUPS: usize>(x: &[f32; GROUPS]) -> F32x8 {
+    [vdupq_n_f32(x[0]), vdupq_n_f32(x[GROUPS - 1])]
+}
+
 #[target_feature(enable = "neon")]
 #[inline]
 pub(super) fn sum(a: F32x8, b: F32x8) -> F32x8 {

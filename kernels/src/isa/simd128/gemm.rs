@@ -7,7 +7,7 @@
 
 use core::arch::wasm32::*;
 
-use super::gemv::{add_products, decode_span, i16_planes, load_span, spread_products};
+use super::gemv::{decode_span, i16_planes, load_span, sums_of_span};
 use super::vector::*;
 use crate::activations::{Activations, SPAN};
 use crate::format::canonical;
@@ -143,9 +143,9 @@ fn add_rows<const GROUPS: usize, const SCALES: usize, const R: usize>(
     for (s, x) in x.iter().enumerate().take(SPANS) {
         let x = load_span(x);
         for ((total, row), products) in sums.iter_mut().zip(rows).zip(&products) {
-            let [low, high] = add_products(load_span(&row.weights[s]), x);
+            let [low, high] = sums_of_span(load_span(&row.weights[s]), x);
             let exact = [f32x4_convert_i32x4(low), f32x4_convert_i32x4(high)];
-            let scale = spread_products::<GROUPS>(&products.as_chunks().0[s]);
+            let scale = spread::<GROUPS>(&products.as_chunks().0[s]);
             *total = sum(*total, product(exact, scale));
         }
     }

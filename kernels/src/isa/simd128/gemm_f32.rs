@@ -3,7 +3,6 @@
 use core::arch::wasm32::*;
 
 use super::dequantize::{f32_planes, look_up_f32, split_codes};
-use super::gemv::spread_products;
 use super::gemv_f32::arrange_f32;
 use super::vector::*;
 use crate::activations::SPAN;
@@ -137,7 +136,7 @@ fn add_rows<const GROUPS: usize, const SCALES: usize, const R: usize>(
             let place = |j: usize| product(vectors[j], load_f32(&w[j]));
             let first = sum(sum(place(0), place(1)), sum(place(2), place(3)));
             let second = sum(sum(place(4), place(5)), sum(place(6), place(7)));
-            let absmax = spread_products::<GROUPS>(&row.absmax.as_chunks().0[s]);
+            let absmax = spread::<GROUPS>(&row.absmax.as_chunks().0[s]);
             *total = sum(*total, product(sum(first, second), absmax));
         }
     }

@@ -6,7 +6,6 @@
 use core::arch::wasm32::*;
 
 use super::dequantize::{f32_planes, look_up_f32, split_codes};
-use super::gemv::spread_products;
 use super::vector::*;
 use crate::activations::SPAN;
 use crate::format::canonical;
@@ -96,7 +95,7 @@ fn add_rows<const GROUPS: usize, const SCALES: usize>(
         for i in 0..4 {
             let mut scaled = [[f32x4_splat(0.0); 4]; 4];
             for ((scaled, codes), factors) in scaled.iter_mut().zip(&codes).zip(factors) {
-                let factor = spread_products::<GROUPS>(&factors.as_chunks().0[s])[i % 2];
+                let factor = spread::<GROUPS>(&factors.as_chunks().0[s])[i % 2];
                 *scaled = look_up_f32(codes[i], planes);
                 for w in scaled {
                     *w = f32x4_mul(*w, factor);

@@ -15,6 +15,12 @@ pub(super) fn add_lanes([low, high]: F32x8) -> f32 {
     f32x4_extract_lane::<0>(two) + f32x4_extract_lane::<1>(two)
 }
 
+/// One value in all lanes, or one in each half.
+#[inline]
+pub(super) fn spread<const GROUPS: usize>(x: &[f32; GROUPS]) -> F32x8 {
+    [f32x4_splat(x[0]), f32x4_splat(x[GROUPS - 1])]
+}
+
 #[inline]
 pub(super) fn sum(a: F32x8, b: F32x8) -> F32x8 {
     [f32x4_add(a[0], b[0]), f32x4_add(a[1], b[1])]
