@@ -37,7 +37,7 @@ fuzz_target!(|input: Input<'_>| {
 });
 
 fn file(bytes: &[u8]) {
-    measured(bytes.len(), || drop(TensorFile::parse(bytes)));
+    measured(bytes.len(), 0, || drop(TensorFile::parse(bytes)));
     let Ok(file) = TensorFile::parse(bytes) else { return };
     // A file with the same tensors has the same tensors.
     let again = to_safetensors(&file).expect("what was read can be written");
@@ -50,7 +50,7 @@ fn model(source: &dyn TensorSource, len: usize) {
     let layers = linear4bit_prefixes(source);
     for prefix in layers.iter().take(8) {
         let mut loaded = None;
-        measured(len, || loaded = Linear4bit::load(source, prefix).ok());
+        measured(len, 0, || loaded = Linear4bit::load(source, prefix).ok());
         let Some(loaded) = loaded else { continue };
         layer(&loaded);
         assert!(
@@ -58,7 +58,7 @@ fn model(source: &dyn TensorSource, len: usize) {
         );
     }
     for float in [FloatType::F32, FloatType::F16, FloatType::BF16] {
-        measured(len, || {
+        measured(len, 0, || {
             let Ok(merged) = MergedModel::new(source, None, float) else { return };
             for name in merged.names() {
                 let info = merged.info(name).expect("it was named");
@@ -97,7 +97,7 @@ fn layer(layer: &Linear4bit) {
 }
 
 fn config(bytes: &[u8]) {
-    measured(bytes.len(), || {
+    measured(bytes.len(), 0, || {
         if let Ok(Some(config)) = QuantizationConfig::from_config(bytes) {
             let text = config.insert_into(bytes).expect("an object");
             assert_eq!(QuantizationConfig::from_config(text.as_bytes()), Ok(Some(config)));

@@ -33,11 +33,14 @@ fuzz_target!(|input: Input<'_>| {
     }
 });
 
+/// What the expressions of the two patterns may take when they are compiled: each field at most 64 MiB.
+const PATTERNS: u64 = 2 << 26;
+
 fn adapter(config: &[u8], file: &[u8]) {
     let Ok(file) = TensorFile::parse(file) else { return };
     let len = config.len() + file.header().data_len() + 200 * file.header().iter().count();
     let mut loaded = None;
-    measured(len, || loaded = PeftAdapter::load(config, &file).ok());
+    measured(len, PATTERNS, || loaded = PeftAdapter::load(config, &file).ok());
     let Some(adapter) = loaded else { return };
 
     let (text, tensors) = adapter.to_files(FloatType::F32).expect("an adapter from a file can be written");

@@ -87,12 +87,12 @@ pub fn contents(source: &dyn TensorSource) -> Vec<(String, Dtype, Vec<usize>, Ve
     all
 }
 
-/// Panics if `run` holds more memory at a time than an input of this length can have a use for.
+/// Panics if `run` holds more memory at a time than an input of this length can have a use for, and `fixed` besides.
 ///
 /// The most that a byte of a file may cost: JSON takes 32 bytes for a value of two characters, in a vector that is
 /// copied to one twice as large when it is full; 4-bit codes are restored to 8 times their size, and written.
-pub fn measured(input: usize, run: impl FnOnce()) {
+pub fn measured(input: usize, fixed: u64, run: impl FnOnce()) {
     let used = allocation_counter::measure(run);
-    let limit = 128 * input as u64 + (1 << 16);
+    let limit = 128 * input as u64 + (1 << 16) + fixed;
     assert!(used.bytes_max <= limit, "{} bytes for an input of {input}", used.bytes_max);
 }
