@@ -1,5 +1,6 @@
 //! What fuzzing found, as the smallest case of each.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+#![allow(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "generated values are small")]
 
 use nf4::{Absmax, BlockSize, Kernels, Nf4Matrix};
 
