@@ -25,7 +25,7 @@ struct Length {
 impl Length {
     fn of(self, fitting: Option<usize>) -> usize {
         let any = usize::from(self.any) % (MOST + 1);
-        if self.kind % 4 == 0 { any } else { fitting.filter(|len| *len <= MOST).unwrap_or(any) }
+        if self.kind.is_multiple_of(4) { any } else { fitting.filter(|len| *len <= MOST).unwrap_or(any) }
     }
 }
 
@@ -45,7 +45,7 @@ struct Input<'a> {
 }
 
 fuzz_target!(|input: Input<'_>| {
-    let limit = |size: u64| if input.kind % 2 == 0 { size % 150 } else { size };
+    let limit = |size: u64| if input.kind.is_multiple_of(2) { size % 150 } else { size };
     let [rows, cols, start, end] =
         [input.rows, input.cols, input.range.0, input.range.1].map(|n| usize::try_from(limit(n)).unwrap_or(usize::MAX));
     let sizes = BlockSize::ALL.map(BlockSize::get);
@@ -59,12 +59,13 @@ fuzz_target!(|input: Input<'_>| {
     let mut bytes = Bytes::new(input.bytes);
     let elements = rows.checked_mul(cols);
     let blocks = input.lengths[0].of(elements.map(|n| block_size.blocks(n)));
-    let scales = input.lengths[1].of(Some(if input.nested % 2 == 0 { blocks } else { blocks.div_ceil(NESTED_BLOCK) }));
+    let scales =
+        input.lengths[1].of(Some(if input.nested.is_multiple_of(2) { blocks } else { blocks.div_ceil(NESTED_BLOCK) }));
     let scales = input.floats.take(scales, &mut bytes);
     let codes = bytes.take(blocks);
     let packed = bytes.take(input.lengths[2].of(elements.map(packed_len)));
 
-    let absmax = if input.nested % 2 == 0 {
+    let absmax = if input.nested.is_multiple_of(2) {
         Absmax::Plain(&scales)
     } else {
         let nested = NestedAbsmax::new(&codes, &DYNAMIC_MAP, &scales, 0.25);

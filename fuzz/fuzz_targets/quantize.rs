@@ -28,7 +28,7 @@ fuzz_target!(|input: Input<'_>| {
 /// As many bytes a value as the type has if they are any bits, and otherwise four, rounded to the type.
 fn values<T: Float>(input: &Input<'_>, from_bits: fn(u32) -> T) -> Vec<T> {
     let (elements, mut bytes) = (usize::from(input.elements) % (1 << 14), Bytes::new(input.bytes));
-    if size_of::<T>() == 2 && input.floats.kind % 8 == 0 {
+    if size_of::<T>() == 2 && input.floats.kind.is_multiple_of(8) {
         (0..elements).map(|_| from_bits(u32::from_le_bytes([bytes.byte(), bytes.byte(), 0, 0]))).collect()
     } else {
         let values = input.floats.take(elements, &mut bytes);

@@ -6,7 +6,11 @@
 pub mod files;
 mod input;
 mod matrix;
+pub mod model;
 
+#[allow(unreachable_pub, dead_code, reason = "it is for tests")]
+#[path = "../../tests/layer/truth.rs"]
+mod layer_truth;
 #[allow(dead_code, reason = "the tests use more of it")]
 #[path = "../../tests/support/truth.rs"]
 mod truth;

@@ -33,7 +33,7 @@ impl Matrix {
         let block_size = shape.block_size();
         let blocks = block_size.blocks(rows * cols);
         let floats = scales.floats;
-        let (absmax, nested) = if scales.nested % 2 == 0 {
+        let (absmax, nested) = if scales.nested.is_multiple_of(2) {
             (floats.take(blocks, bytes), None)
         } else {
             let absmax = floats.take(blocks.div_ceil(NESTED_BLOCK), bytes);
