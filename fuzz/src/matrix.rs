@@ -112,11 +112,13 @@ impl Matrix {
 }
 
 /// Whether the bounds of the specification hold for sums of `terms` products of these scales and inputs: they are
-/// finite, and nothing overflows, as the largest of what is added, `32767 * absmax * x` in a lane of 16x4, is small enough.
+/// finite, and nothing overflows, as the largest of what is added is small enough: `32767 * absmax * x` in a lane of
+/// 16x4, and `x` itself in one of the f32 product, which multiplies by the scale last.
 pub fn is_tame(scales: &[f32], x: &[f32], terms: usize) -> bool {
     let largest = |values: &[f32]| values.iter().fold(0.0_f64, |m, v| if m.is_nan() { m } else { m.max_or_nan(*v) });
-    let sum = largest(scales) * largest(x) * terms as f64 * f64::from(spec::CODEBOOK_I16[15]) * 2.0;
-    sum < f64::from(f32::MAX)
+    let inputs = largest(x) * terms as f64 * 2.0;
+    let products = largest(scales) * f64::from(spec::CODEBOOK_I16[15]) * inputs;
+    inputs < f64::from(f32::MAX) && products < f64::from(f32::MAX)
 }
 
 trait MaxOrNan {
