@@ -1,0 +1,144 @@
+#!/usr/bin/env python3
+"""Counts the instructions of the inner loop of the 16x4 product on NEON, read off the disassembly.
+
+No emulator tells the speed of a CPU, so this is what is checked instead. The loop is found by what it does, not by a name:
+a span of 64 weights takes 8 table lookups and 16 widening multiplies. Vector instructions are those with vector registers,
+but loads, which are printed apart; an access to the stack would be a spill.
+
+    .ci/neon_instructions.py [--target-dir DIR]     builds nf4-kernels with the setup of .ci/targets.sh
+    .ci/neon_instructions.py --disassembly FILE     reads what `objdump -d --no-show-raw-insn` printed
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+# 16 multiplies, 8 lookups, 8 to join low and high bytes, 4 to split codes; conversion, product with the scales and
+# addition, two each.
+VECTOR_LIMIT = 42
+
+# absmax times activation scale, for each group.
+SCALAR_LIMIT = 1
+
+LOOKUPS, MULTIPLIES = 8, 16
+
+# With plain and with nested absmax.
+LOOPS = 2
+
+BUILD = """
+set -euo pipefail
+. .ci/targets.sh
+use_aarch64
+export CARGO_TARGET_DIR="${1:-$CARGO_TARGET_DIR}"
+cargo build -q --locked --release -p nf4-kernels --target "$target"
+aarch64-linux-gnu-objdump -d -C --no-show-raw-insn "$CARGO_TARGET_DIR/$target/release/libnf4_kernels.rlib"
+"""
+
+
+def functions(disassembly):
+    """Names of functions, with (address, mnemonic, operands) of their instructions."""
+    name, body = None, []
+    for line in disassembly.splitlines():
+        if start := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            if name:
+                yield name, body
+            name, body = start[1], []
+        elif name and (found := re.match(r"\s+([0-9a-f]+):\s+(\S+)\s*(.*)", line)):
+            body.append((int(found[1], 16), found[2], found[3]))
+    if name:
+        yield name, body
+
+
+def inner_loops(body):
+    """The instructions of each loop without another loop in it: from the target of a branch back to the branch."""
+    index = {address: i for i, (address, _, _) in enumerate(body)}
+    ranges = set()
+    for end, (address, mnemonic, operands) in enumerate(body):
+        target = re.search(r"\b([0-9a-f]+) <", operands)
+        if re.match(r"(b|b\.\w+|cbn?z|tbn?z)$", mnemonic) and target and int(target[1], 16) <= address:
+            if int(target[1], 16) in index:
+                ranges.add((index[int(target[1], 16)], end))
+    for start, end in sorted(ranges):
+        if not any((a, b) != (start, end) and start <= a and b <= end for a, b in ranges):
+            yield body[start:end + 1]
+
+
+class Loop:
+    def __init__(self, function, body):
+        self.function = function
+        self.vector, self.scalar, self.loads, self.other = Counter(), Counter(), Counter(), Counter()
+        self.scales = set()
+        for _, mnemonic, operands in body:
+            if re.match(r"(ld|st|prf)", mnemonic):
+                kind = self.loads
+            elif re.search(r"\b[vqd]\d+\b", operands):
+                kind = self.vector
+            elif re.search(r"\bs\d+\b", operands):
+                kind = self.scalar
+            else:
+                kind = self.other
+            kind[mnemonic] += 1
+            if mnemonic == "fmul" and (scale := re.search(r"(v\d+)\.s\[", operands)):
+                self.scales.add(scale[1])
+        multiplies = sum(self.vector[m] for m in ["smull", "smull2", "smlal", "smlal2"])
+        self.spans = max(1, self.vector["tbl"] // LOOKUPS)
+        self.is_product = self.vector["tbl"] > 0 and multiplies > 0
+        self.is_known = self.vector["tbl"] == self.spans * LOOKUPS and multiplies == self.spans * MULTIPLIES
+        self.stack = sum(bool(re.search(r"\[(sp|x29)\b", operands)) for _, _, operands in body)
+
+    def groups(self):
+        """Activation groups of a span: each has a scale of its own."""
+        return max(1, len(self.scales) // self.spans)
+
+    def problems(self):
+        if not self.is_known:
+            yield f"not {LOOKUPS} lookups and {MULTIPLIES} multiplies for 64 weights"
+        vector, scalar = (sum(c.values()) / self.spans for c in (self.vector, self.scalar))
+        if vector > VECTOR_LIMIT:
+            yield f"{vector:g} vector instructions for 64 weights, more than {VECTOR_LIMIT}"
+        if self.groups() == 1 and scalar > SCALAR_LIMIT:
+            yield f"{scalar:g} scalar floating-point instructions for 64 weights, more than {SCALAR_LIMIT}"
+        if self.stack:
+            yield f"accesses to the stack: {self.stack}"
+
+    def print(self):
+        spans = f", {self.spans} spans at once" if self.spans > 1 else ""
+        print(f"{self.function}: blocks of {'64 or more' if self.groups() == 1 else '32'}{spans}")
+        kinds = [("vector", self.vector), ("scalar", self.scalar), ("loads", self.loads), ("other", self.other)]
+        for name, counts in kinds:
+            total = sum(counts.values()) / self.spans
+            details = ", ".join(f"{count} {mnemonic}" for mnemonic, count in counts.most_common())
+            print(f"  {name} {total:g}: {details}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target-dir", default="", help="where to build")
+    parser.add_argument("--disassembly", help="a file to read instead of building")
+    args = parser.parse_args()
+    if args.disassembly:
+        disassembly = Path(args.disassembly).read_text(encoding="utf-8")
+    else:
+        command = ["bash", "-c", BUILD, "bash", args.target_dir]
+        root = Path(__file__).resolve().parent.parent
+        disassembly = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout
+    loops = [Loop(name, body) for name, code in functions(disassembly) for body in inner_loops(code)]
+    loops = [loop for loop in loops if loop.is_product]
+    failed = False
+    for loop in loops:
+        loop.print()
+        for problem in loop.problems():
+            print(f"  FAILED: {problem}")
+            failed = True
+    found = sum(loop.groups() == 1 for loop in loops)
+    if found < LOOPS:
+        print(f"FAILED: {found} inner loops of the product with one activation group for 64 weights, not {LOOPS} or more")
+        failed = True
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
