@@ -1,8 +1,9 @@
 //! One module an instruction set. They have the same functions in the same files; `scalar.rs` is the plainest to read,
-//! and what the others must equal to the bit.
+//! and what the others must equal to the bit. What those with vectors share of the 16x4 products is in `products.rs`.
 //!
 //! Every function takes arguments whose shapes the callers in `kernels.rs` have checked.
 
+mod products;
 pub(crate) mod scalar;
 
 #[cfg(target_arch = "x86_64")]

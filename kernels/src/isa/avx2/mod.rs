@@ -25,7 +25,6 @@
 mod activations;
 mod dense;
 mod dequantize;
-mod gemm;
 mod gemm_f32;
 mod gemv;
 mod gemv_f32;
@@ -55,7 +54,7 @@ pub(crate) static TABLE: Table = Table {
     quantize_activations: activations::quantize_activations,
     gemv: gemv::gemv,
     gemv_f32: gemv_f32::gemv_f32,
-    gemm: gemm::gemm,
+    gemm: gemv::gemm,
     gemm_f32: gemm_f32::gemm_f32,
     gemv_transposed_f32: transposed::gemv_transposed_f32,
     gemv_dense: dense::gemv_dense,

@@ -1,6 +1,7 @@
 //! Loads, stores and small steps that several files share.
 
 use core::arch::aarch64::*;
+use core::arch::asm;
 
 use half::{bf16, f16};
 
@@ -20,6 +21,14 @@ pub(super) fn add_lanes([low, high]: F32x8) -> f32 {
 #[inline]
 pub(super) fn spread<const GROUPS: usize>(x: &[f32; GROUPS]) -> F32x8 {
     [vdupq_n_f32(x[0]), vdupq_n_f32(x[GROUPS - 1])]
+}
+
+/// Keeps the loads after it from being done before, for loops that need every register. No instruction.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn one_after_the_other([low, high]: &mut F32x8) {
+    // SAFETY: the assembly is empty.
+    unsafe { asm!("/* {0:v} {1:v} */", inout(vreg) * low, inout(vreg) * high, options(nostack, preserves_flags)) };
 }
 
 #[target_feature(enable = "neon")]

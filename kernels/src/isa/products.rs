@@ -1,0 +1,291 @@
+//! The way of the 16x4 products over rows, columns and vectors, which is the same for all instruction sets with vectors.
+//!
+//! They give the [`Steps`]. All is inlined into one function of the instruction set, so nothing here has features of its own.
+
+#![allow(dead_code, reason = "only instruction sets with vectors take a span at once")]
+
+use crate::absmax::Absmax;
+use crate::activations::{ACTIVATION_MAX, Activations, SPAN};
+use crate::format::{NESTED_BLOCK, canonical};
+use crate::matrix::Nf4Matrix;
+use crate::spec;
+
+const _: () = assert!(ACTIVATION_MAX == 8191, "the sums of a span rely on it to fit in 32 bits");
+
+/// What an instruction set does itself.
+pub(super) trait Steps {
+    /// The eight lanes of a row.
+    type Lanes: Copy;
+    /// Vectors of a batch that share the weights of a decoded span: eight, or four where there are no registers for more.
+    const VECTORS: usize;
+
+    fn load(&self, lanes: &[f32; 8]) -> Self::Lanes;
+
+    fn store(&self, out: &mut [f32; 8], lanes: Self::Lanes);
+
+    /// [`spec::add_lanes`].
+    fn add_lanes(&self, lanes: Self::Lanes) -> f32;
+
+    /// Adds the products of the weights of a span, which has `GROUPS` activation groups, and `N` vectors to their lanes.
+    fn add_span<const GROUPS: usize, const N: usize>(
+        &self,
+        lanes: [Self::Lanes; N],
+        packed: &[u8; SPAN / 2],
+        values: &[[i16; SPAN]; N],
+        absmax: &[f32; GROUPS],
+        scales: &[[f32; GROUPS]; N],
+    ) -> [Self::Lanes; N];
+
+    /// [`gemm_vectors`], in a function of its own: so the stack holds the tile of one `N` at a time.
+    fn gemm_vectors<const GROUPS: usize, const N: usize>(
+        &self,
+        matrix: &Nf4Matrix<'_>,
+        activations: &Activations<'_>,
+        first: usize,
+        out: &mut [f32],
+    );
+}
+
+/// The 16x4 product of a row-aligned matrix.
+#[inline(always)]
+pub(super) fn gemv<S: Steps>(steps: &S, matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    if activations.group() == SPAN {
+        gemv_groups::<S, 1>(steps, matrix, activations, out);
+    } else {
+        gemv_groups::<S, 2>(steps, matrix, activations, out);
+    }
+}
+
+#[inline(always)]
+fn gemv_groups<S: Steps, const GROUPS: usize>(
+    steps: &S,
+    matrix: &Nf4Matrix<'_>,
+    activations: &Activations<'_>,
+    out: &mut [f32],
+) {
+    let (values, scales) = (activations.values(), activations.scales());
+    let zero = steps.load(&[0.0; 8]);
+    let shift = matrix.groups_per_block_log2();
+    if scales.is_empty() {
+        return out.fill(0.0);
+    }
+    match matrix.absmax() {
+        Absmax::Plain(absmax) => {
+            for (out, (packed, blocks)) in out.iter_mut().zip(matrix.aligned_rows()) {
+                let absmax = &absmax[blocks];
+                let absmax = |group| absmax[group >> shift];
+                *out = result(steps, add_columns::<S, GROUPS>(steps, zero, packed, values, scales, absmax));
+            }
+        }
+        Absmax::Nested(nested) if scales.len().is_multiple_of(GROUPS) => {
+            // What the codes stand for, in one nested block after the other: a look-up in place of a calculation.
+            let (mut decoded, mut decoded_block) = ([0.0; 256], usize::MAX);
+            for (out, (packed, blocks)) in out.iter_mut().zip(matrix.aligned_rows()) {
+                let (mut lanes, mut start) = (zero, 0);
+                while start < scales.len() {
+                    let block = blocks.start + (start >> shift);
+                    let nested_block = block / NESTED_BLOCK;
+                    if nested_block != decoded_block {
+                        (decoded, decoded_block) = (nested.values(nested_block), nested_block);
+                    }
+                    let end = scales.len().min(((nested_block + 1) * NESTED_BLOCK - blocks.start) << shift);
+                    let columns = start * (SPAN / GROUPS)..end * (SPAN / GROUPS);
+                    let (packed, values) = (&packed[columns.start / 2..columns.end / 2], &values[columns]);
+                    let codes = &nested.codes()[block..];
+                    let absmax = |group| decoded[usize::from(codes[group >> shift])];
+                    lanes = add_columns::<S, GROUPS>(steps, lanes, packed, values, &scales[start..end], absmax);
+                    start = end;
+                }
+                *out = result(steps, lanes);
+            }
+        }
+        // A nested block may end in the middle of a span.
+        Absmax::Nested(_) => {
+            for (out, (packed, blocks)) in out.iter_mut().zip(matrix.aligned_rows()) {
+                let absmax = |group| matrix.absmax_of_group(blocks.start, group);
+                *out = result(steps, add_columns::<S, GROUPS>(steps, zero, packed, values, scales, absmax));
+            }
+        }
+    }
+}
+
+/// The output of a row.
+#[inline(always)]
+fn result<S: Steps>(steps: &S, lanes: S::Lanes) -> f32 {
+    canonical(steps.add_lanes(lanes) * spec::WEIGHT_STEP)
+}
+
+/// Adds consecutive columns of a row to the lanes: whole groups, as many as there are scales. `absmax` gives that of a group.
+#[inline(always)]
+fn add_columns<S: Steps, const GROUPS: usize>(
+    steps: &S,
+    lanes: S::Lanes,
+    packed: &[u8],
+    values: &[i16],
+    scales: &[f32],
+    absmax: impl Fn(usize) -> f32,
+) -> S::Lanes {
+    let mut lanes = [lanes];
+    let (packed, half) = packed.as_chunks();
+    let (values, _) = values.as_chunks();
+    let (scales, scales_rest) = scales.as_chunks::<GROUPS>();
+    let mut group = 0;
+    for ((packed, values), scales) in packed.iter().zip(values).zip(scales) {
+        // The last first: its check covers the others, whose loads the compiler can then join.
+        let last = absmax(group + GROUPS - 1);
+        let absmax = core::array::from_fn(|i| if i == GROUPS - 1 { last } else { absmax(group + i) });
+        lanes = steps.add_span::<GROUPS, 1>(lanes, packed, one(values), &absmax, one(scales));
+        group += GROUPS;
+    }
+    if let ([scale], [.., values]) = (scales_rest, values)
+        && GROUPS == 2
+    {
+        // The other half of the span has products of 0, which change no lane.
+        let packed = &padded(half);
+        lanes = steps.add_span::<2, 1>(lanes, packed, one(values), &[absmax(group), 0.0], &[[*scale, 0.0]]);
+    }
+    lanes[0]
+}
+
+#[inline(always)]
+fn one<T>(x: &T) -> &[T; 1] {
+    core::array::from_ref(x)
+}
+
+/// The packed bytes of half a span, with zeros after them.
+#[inline(always)]
+fn padded(half: &[u8]) -> [u8; SPAN / 2] {
+    let mut packed = [0; SPAN / 2];
+    packed[..half.len()].copy_from_slice(half);
+    packed
+}
+
+/// Spans of a tile: 16 KB of activations of eight vectors.
+const SPANS: usize = 16;
+/// Rows of a tile: 32 KB of lanes of eight vectors.
+const ROWS: usize = 128;
+
+/// The activations and their scales of `N` vectors in a tile, span by span.
+#[repr(align(64))]
+struct Panel<const GROUPS: usize, const N: usize> {
+    values: [[[i16; SPAN]; N]; SPANS],
+    scales: [[[f32; GROUPS]; N]; SPANS],
+}
+
+/// The 16x4 product of a row-aligned matrix and a batch.
+///
+/// Up to eight vectors at a time: the 64 weights of a span are decoded into registers, once for all eight, and the lanes of the
+/// vectors stay in registers too. The activations of a tile of columns are brought together on the stack, in the order of
+/// use, aligned, and small enough for the nearest cache; so a tile of rows shares them. The lanes of a row wait on the stack
+/// from one tile of columns to the next, so that they are added to in the order of [`gemv`].
+#[inline(always)]
+pub(super) fn gemm<S: Steps>(steps: &S, matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    if activations.group() == SPAN {
+        gemm_groups::<S, 1>(steps, matrix, activations, out);
+    } else {
+        gemm_groups::<S, 2>(steps, matrix, activations, out);
+    }
+}
+
+#[inline(always)]
+fn gemm_groups<S: Steps, const GROUPS: usize>(
+    steps: &S,
+    matrix: &Nf4Matrix<'_>,
+    activations: &Activations<'_>,
+    out: &mut [f32],
+) {
+    let mut first = 0;
+    while first < activations.batch() {
+        let left = S::VECTORS.min(activations.batch() - first);
+        match left {
+            8.. => steps.gemm_vectors::<GROUPS, 8>(matrix, activations, first, out),
+            4.. => steps.gemm_vectors::<GROUPS, 4>(matrix, activations, first, out),
+            3 => steps.gemm_vectors::<GROUPS, 3>(matrix, activations, first, out),
+            2 => steps.gemm_vectors::<GROUPS, 2>(matrix, activations, first, out),
+            _ => steps.gemm_vectors::<GROUPS, 1>(matrix, activations, first, out),
+        }
+        first += if (5..8).contains(&left) { 4 } else { left };
+    }
+}
+
+/// The products with the `N` vectors from `first` on.
+#[inline(always)]
+pub(super) fn gemm_vectors<S: Steps, const GROUPS: usize, const N: usize>(
+    steps: &S,
+    matrix: &Nf4Matrix<'_>,
+    activations: &Activations<'_>,
+    first: usize,
+    out: &mut [f32],
+) {
+    let vectors: [Activations<'_>; N] = core::array::from_fn(|n| activations.vector(first + n));
+    let mut panel = Panel { values: [[[0; SPAN]; N]; SPANS], scales: [[[0.0; GROUPS]; N]; SPANS] };
+    let mut lanes = [[[0.0; 8]; N]; ROWS];
+    for (tile, out) in out.chunks_mut(ROWS * activations.batch()).enumerate() {
+        let lanes = &mut lanes[..out.len() / activations.batch()];
+        lanes.fill([[0.0; 8]; N]);
+        for column in (0..matrix.cols()).step_by(SPANS * SPAN) {
+            let columns = (matrix.cols() - column).min(SPANS * SPAN);
+            fill_panel(&mut panel, &vectors, column);
+            for (row, lanes) in (tile * ROWS..).zip(&mut *lanes) {
+                let (packed, first_block) = matrix.aligned_row(row);
+                let first_group = column / (SPAN / GROUPS);
+                let mut absmax = [[0.0; GROUPS]; SPANS];
+                let groups = columns / (SPAN / GROUPS);
+                matrix.group_absmax_rest(first_block, first_group, &mut absmax.as_flattened_mut()[..groups]);
+                add_tile(steps, lanes, &packed[column / 2..][..columns / 2], &panel, &absmax);
+            }
+        }
+        for (out, lanes) in out.chunks_mut(activations.batch()).zip(lanes) {
+            for (out, lanes) in out[first..].iter_mut().zip(lanes) {
+                *out = result(steps, steps.load(lanes));
+            }
+        }
+    }
+}
+
+/// Brings together what a tile needs of each vector, from `column` on.
+#[inline(always)]
+fn fill_panel<const GROUPS: usize, const N: usize>(
+    panel: &mut Panel<GROUPS, N>,
+    vectors: &[Activations<'_>; N],
+    column: usize,
+) {
+    for (n, vector) in vectors.iter().enumerate() {
+        let values = vector.values()[column..].as_chunks::<SPAN>().0;
+        for (panel, values) in panel.values.iter_mut().zip(values) {
+            panel[n] = *values;
+        }
+        let scales = vector.scales()[column / (SPAN / GROUPS)..].chunks(GROUPS);
+        for (panel, scales) in panel.scales.iter_mut().zip(scales) {
+            // A group that is not there has a scale of 0.
+            panel[n] = core::array::from_fn(|g| scales.get(g).copied().unwrap_or(0.0));
+        }
+    }
+}
+
+/// Adds the products of the columns of a row in a tile and `N` vectors to their lanes.
+#[inline(always)]
+fn add_tile<S: Steps, const GROUPS: usize, const N: usize>(
+    steps: &S,
+    lanes: &mut [[f32; 8]; N],
+    packed: &[u8],
+    panel: &Panel<GROUPS, N>,
+    absmax: &[[f32; GROUPS]; SPANS],
+) {
+    let mut sums = [steps.load(&[0.0; 8]); N];
+    for (sum, lanes) in sums.iter_mut().zip(&*lanes) {
+        *sum = steps.load(lanes);
+    }
+    let (packed, half) = packed.as_chunks();
+    let mut panels = panel.values.iter().zip(&panel.scales).zip(absmax);
+    for (packed, ((values, scales), absmax)) in packed.iter().zip(&mut panels) {
+        sums = steps.add_span(sums, packed, values, absmax, scales);
+    }
+    if let (false, Some(((values, scales), absmax))) = (half.is_empty(), panels.next()) {
+        // The other half of the span has a product of 0, which changes no lane.
+        sums = steps.add_span(sums, &padded(half), values, absmax, scales);
+    }
+    for (lanes, sum) in lanes.iter_mut().zip(sums) {
+        steps.store(lanes, sum);
+    }
+}
