@@ -24,7 +24,7 @@
 
 use core::arch::asm;
 
-use super::scalar::{self, add_half_span, add_scaled};
+use super::scalar::{self, PAIRS, add_half_span, add_scaled};
 use crate::activations::{ACTIVATION_MAX, Activations, SPAN, pair};
 use crate::format::{canonical, get_or};
 use crate::kernels::Table;
@@ -37,17 +37,6 @@ pub(crate) static TABLE: Table = Table { isa: Isa::CortexMDsp, gemv, gemm, ..sca
 
 /// Rows that share the loads of activations.
 const ROWS: usize = 2;
-
-/// The two weights of a byte: the high nibble's, which is the column before, in the low half. It takes 1 KB of flash.
-static PAIRS: [u32; 256] = {
-    let mut pairs = [0; 256];
-    let mut byte = 0;
-    while byte < 256 {
-        pairs[byte] = join([spec::CODEBOOK_I16[byte >> 4], spec::CODEBOOK_I16[byte & 15]]);
-        byte += 1;
-    }
-    pairs
-};
 
 /// The 16x4 product.
 fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
@@ -180,13 +169,13 @@ fn lane_sums<const R: usize>(lane: usize, bytes: [&[u8; SPAN / 2]; R], values: &
 /// The two weights of a byte of a span.
 #[inline(always)]
 fn weights(bytes: &[u8; SPAN / 2], i: usize) -> u32 {
-    PAIRS[usize::from(bytes[i % bytes.len()])]
+    join(PAIRS.0[usize::from(bytes[i % bytes.len()])])
 }
 
 /// Two 16-bit numbers in a register; from memory that is one load.
 #[inline(always)]
-const fn join([low, high]: [i16; 2]) -> u32 {
-    low.cast_unsigned() as u32 | (high.cast_unsigned() as u32) << 16
+fn join([low, high]: [i16; 2]) -> u32 {
+    u32::from(low.cast_unsigned()) | u32::from(high.cast_unsigned()) << 16
 }
 
 /// The sum of the products of the two low and of the two high halves, as signed numbers.

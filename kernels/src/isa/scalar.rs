@@ -207,18 +207,32 @@ pub(crate) fn add_scaled(lane: f32, sum: i32, factor: f32) -> f32 {
     lane + sum * factor
 }
 
+/// The weights of the two columns of each packed byte, so that one look-up gives both; 1 KB.
+pub(crate) static PAIRS: Pairs = Pairs({
+    let mut pairs = [[0; 2]; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        pairs[byte] = [spec::CODEBOOK_I16[byte >> 4], spec::CODEBOOK_I16[byte & 15]];
+        byte += 1;
+    }
+    pairs
+});
+
+/// Aligned, so that one load takes both weights.
+#[repr(align(4))]
+pub(crate) struct Pairs(pub(crate) [[i16; 2]; 256]);
+
 /// The eight exact lane sums of a span.
 #[inline(always)]
 fn span_sums(bytes: &[u8; SPAN / 2], values: &[i16; SPAN]) -> [i32; 8] {
-    let mut sums = [0; 8];
-    for (i, byte) in bytes.iter().enumerate() {
-        let lane = i / 16 * 4 + i % 8 / 2;
-        let (high, low) = (usize::from(byte >> 4), usize::from(byte & 15));
-        let [even, odd] = pair(values, i);
-        sums[lane] += i32::from(spec::CODEBOOK_I16[high]) * i32::from(even);
-        sums[lane] += i32::from(spec::CODEBOOK_I16[low]) * i32::from(odd);
-    }
-    sums
+    core::array::from_fn(|lane| {
+        let first = lane / 4 * 16 + lane % 4 * 2;
+        let products = [first, first + 1, first + 8, first + 9].map(|i| {
+            let ([high, low], [even, odd]) = (PAIRS.0[usize::from(bytes[i % (SPAN / 2)])], pair(values, i));
+            i32::from(high) * i32::from(even) + i32::from(low) * i32::from(odd)
+        });
+        products.iter().sum()
+    })
 }
 
 /// The f32 product of a matrix of any shape.
