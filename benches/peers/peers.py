@@ -1,18 +1,15 @@
 #!/usr/bin/env python3
-"""Measures peers that are Python packages, as src/measure.rs measures those that are crates.
+"""Measures peers that are Python packages, as src/measure.rs measures those that are crates; README.md says how.
 
-    cargo run --release -- --python .venv/bin/python    both, in one run and one table
-    .venv/bin/python peers.py --json run.json           these alone, added to an earlier run
-
-Each peer is optional; a missing package is noted as such. Calls through Python cost some microseconds a product.
+The other program starts this one and tells it when to take a round (src/workers.rs). Each peer is optional; a missing
+package is noted as such. Calls through Python cost some microseconds a product.
 """
 
 import argparse
+import ctypes
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -25,6 +22,7 @@ SAMPLE = 4e6  # ns
 SLOW = 400e6  # ns
 SLOW_ROUNDS = 3
 WRONG = 0.03
+CONVERTED_ROWS = 256
 
 
 class Problem:
@@ -64,12 +62,42 @@ def pack(codes, first_high):
 
 class Peer:
     """`product(batch)` gives [batch, rows] of the first matrix; `cold(i)` multiplies one vector with matrices that are
-    not in the cache, `cold_count` of them."""
+    not in the cache, `cold_count` of them. `quantize()` and `dequantize()` convert the first rows, if it has them."""
 
+    batches = BATCHES
     cold_count = 1
+    converts = False
 
     def __init__(self, library, name, weights):
         self.library, self.name, self.weights = library, name, weights
+
+    @property
+    def version(self):
+        return version(self.library)
+
+
+class Read(Peer):
+    """The pure read of the other program, in this one: what both have in common. It has no product to check."""
+
+    batches, version = [1], ""
+
+    def __init__(self, p, library):
+        import numpy as np
+
+        super().__init__("read", "the same read, called from Python", None)
+        self.function = ctypes.CDLL(library).yardstick_read
+        self.function.argtypes, self.function.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t], None
+        self.matrices = [np.full(p.bytes, i + 1, np.uint8) for i in range(p.copies)]
+        self.threads = p.threads
+
+    def read(self, matrix):
+        self.function(matrix.ctypes.data, matrix.size, self.threads)
+
+    def product(self, _):
+        self.read(self.matrices[0])
+
+    def cold(self, i):
+        self.read(self.matrices[i % len(self.matrices)])
 
 
 class Onnx(Peer):
@@ -184,6 +212,8 @@ class OpenVino(Peer):
 
 
 class BitsAndBytes(Peer):
+    converts = True
+
     def __init__(self, p):
         import bitsandbytes
         import torch
@@ -201,6 +231,7 @@ class BitsAndBytes(Peer):
             return made.to("cpu")
 
         self.torch, self.layers = torch, [layer() for _ in range(p.copies)]
+        self.functional, self.converted = bitsandbytes.functional, weight[:CONVERTED_ROWS].contiguous()
         w = self.layers[0].weight
         assert w.dtype == torch.uint8, "the weight was not quantized"
         weights = bitsandbytes.functional.dequantize_4bit(w.data, w.quant_state)
@@ -216,6 +247,14 @@ class BitsAndBytes(Peer):
 
     def cold(self, i):
         self.run(self.layers[i % len(self.layers)], 1)
+
+    def quantize(self):
+        self.quantized = self.functional.quantize_4bit(
+            self.converted, blocksize=BLOCK, compress_statistics=False, quant_type="nf4"
+        )
+
+    def dequantize(self):
+        self.functional.dequantize_4bit(*self.quantized)
 
 
 def check(peer, p):
@@ -237,8 +276,10 @@ def check(peer, p):
 
 
 class Cell:
-    def __init__(self, run, products):
-        self.run, self.products, self.times, self.count = run, products, [], 0
+    """One time to measure: `count` multiply-adds, or converted weights, in one call of `run`."""
+
+    def __init__(self, run, count):
+        self.run, self.count, self.times, self.calls = run, count, [], 0
         run(0)
         start = time.perf_counter_ns()
         run(1)
@@ -248,109 +289,90 @@ class Cell:
 
     def sample(self):
         if not self.slow:
-            self.run(self.count)
+            self.run(self.calls)
         start = time.perf_counter_ns()
         for i in range(self.repetitions):
-            self.run(self.count + 1 + i)
+            self.run(self.calls + 1 + i)
         self.times.append((time.perf_counter_ns() - start) / self.repetitions)
-        self.count += 1 + self.repetitions
+        self.calls += 1 + self.repetitions
+
+    def speed(self):
+        return self.count / statistics.median(self.times)
 
 
-def work(threads, quick, only):
-    """Measures with one number of threads, in this process."""
-    rows, cols, rounds = (1024, 1024, 3) if quick else (4096, 4096, 15)
-    run = {"cpu": platform.machine(), "rows": rows, "cols": cols, "rounds": rounds, "records": [], "missing": []}
-    try:
-        p = Problem(rows, cols, threads)
-    except ImportError as error:
-        run["missing"].append({"name": "peers.py", "why": str(error)})
-        return run
-    makes = {
-        "onnxruntime MatMulBnb4": lambda: Onnx(p, "nf4"),
-        "onnxruntime MatMulNBits, int8 inputs": lambda: Onnx(p, "int8"),
-        "onnxruntime MatMulNBits, f32 inputs": lambda: Onnx(p, "f32"),
-        "openvino int4, f32 inputs": lambda: OpenVino(p, "f32"),
-        "openvino int4, int8 inputs": lambda: OpenVino(p, "int8"),
-        "openvino NF4": lambda: OpenVino(p, "nf4"),
-        "bitsandbytes": lambda: BitsAndBytes(p),
-    }
-    measured = []
-    for name, make in makes.items():
-        if only not in name:
-            continue
-        try:
-            peer = make()
-            largest, rms = check(peer, p)
-        except Exception as error:
-            run["missing"].append({"name": name, "why": str(error).strip() or type(error).__name__})
-            continue
-        record = {
+class Measured:
+    """A peer with its times."""
+
+    def __init__(self, peer, p):
+        self.record = {
             "library": peer.library,
-            "version": version(peer.library),
+            "version": peer.version,
             "name": peer.name,
-            "threads": threads,
+            "process": "python",
+            "threads": p.threads,
             "bits": 4.5,
-            "error_max": largest,
-            "error_rms": rms,
         }
-        cells = {
-            "cache": (Cell(lambda i, q=peer: q.product(1), 1), 1),
-            "dram": (Cell(peer.cold, peer.cold_count), 1),
-            "batch8": (Cell(lambda i, q=peer: q.product(8), 1), 8),
-            "batch128": (Cell(lambda i, q=peer: q.product(128), 1), 128),
-        }
-        measured.append((record, cells))
-        run["records"].append(record)
-    for round in range(rounds):
-        for _, cells in measured:
-            for cell, _ in cells.values():
-                if not cell.slow or round < SLOW_ROUNDS:
-                    cell.sample()
-            # Waiting threads of a pool spin for a while before they sleep.
-            time.sleep(0.02)
-    for record, cells in measured:
-        for key, (cell, batch) in cells.items():
-            record[key] = rows * cols * batch * cell.products / statistics.median(cell.times)
-    return run
+        if peer.weights is not None:
+            self.record["error_max"], self.record["error_rms"] = check(peer, p)
+        count = p.rows * p.cols
+        names = {1: "cache", 8: "batch8", 128: "batch128"}
+        self.cells = {names[n]: Cell(lambda _, n=n: peer.product(n), count * n) for n in peer.batches}
+        self.cells["dram"] = Cell(peer.cold, count * peer.cold_count)
+        if peer.converts and p.threads == 1:
+            count = min(p.rows, CONVERTED_ROWS) * p.cols
+            self.cells["quantize"] = Cell(lambda _: peer.quantize(), count)
+            self.cells["dequantize"] = Cell(lambda _: peer.dequantize(), count)
+
+    def round(self, index):
+        for cell in self.cells.values():
+            if not cell.slow or index < SLOW_ROUNDS:
+                cell.sample()
+
+    def result(self):
+        return self.record | {name: cell.speed() for name, cell in self.cells.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="the run to add to")
-    parser.add_argument("--threads", type=int, help="1 and 2 if not given")
+    parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--quick", action="store_true", help="small matrices, to see that everything works")
     parser.add_argument("--only", default="", help="only peers whose name has this text")
-    parser.add_argument("--worker", action="store_true", help="measure here and print JSON")
+    parser.add_argument("--yardstick", required=True, help="the library with the pure read")
+    parser.add_argument("--worker", action="store_true", required=True)
     args = parser.parse_args()
-    if args.worker:
-        result = work(args.threads, args.quick, args.only)
-        print("\n" + json.dumps(result))
-        return
-    run = {}
-    if args.json and os.path.exists(args.json):
-        with open(args.json) as file:
-            run = json.load(file)
-    for threads in [args.threads] if args.threads else [1, 2]:
-        command = [sys.executable, __file__, "--worker", "--threads", str(threads), "--only", args.only]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        output = subprocess.run(
-            command + ["--quick"] * args.quick, env=environment, stdout=subprocess.PIPE, text=True, check=True
-        ).stdout
-        part = json.loads(output.strip().splitlines()[-1])
-        for record in part["records"]:
-            speeds = ", ".join(f"{key} {record[key]:.2f}" for key in ["cache", "dram", "batch8", "batch128"])
-            print(f"{record['name']}, threads {threads}: {speeds}, error {record['error_rms']:.0e}")
-        for missing in part["missing"]:
-            print(f"not measured: {missing['name']}: {missing['why']}")
-        new = {(r["name"], r["threads"]) for r in part["records"]}
-        old = [r for r in run.get("records", []) if (r["name"], r["threads"]) not in new]
-        missing = run.get("missing", [])
-        run = part | run | {"records": old + part["records"]}
-        run["missing"] = missing + [m for m in part["missing"] if m not in missing]
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(run, file, indent=2)
-            file.write("\n")
+    run = {"tools": [f"Python {platform.python_version()}"], "missing": []}
+    measured, index = [], 0
+    try:
+        p = Problem(*((1024, 1024) if args.quick else (4096, 4096)), args.threads)
+        makes = {
+            "a pure read": lambda: Read(p, args.yardstick),
+            "onnxruntime MatMulBnb4": lambda: Onnx(p, "nf4"),
+            "onnxruntime MatMulNBits, int8 inputs": lambda: Onnx(p, "int8"),
+            "onnxruntime MatMulNBits, f32 inputs": lambda: Onnx(p, "f32"),
+            "openvino int4, f32 inputs": lambda: OpenVino(p, "f32"),
+            "openvino int4, int8 inputs": lambda: OpenVino(p, "int8"),
+            "openvino NF4": lambda: OpenVino(p, "nf4"),
+            "bitsandbytes": lambda: BitsAndBytes(p),
+        }
+    except ImportError as error:
+        makes = {}
+        run["missing"].append({"name": "peers.py", "why": str(error)})
+    for name, make in makes.items():
+        if args.only in name:
+            try:
+                measured.append(Measured(make(), p))
+            except Exception as error:
+                run["missing"].append({"name": name, "why": str(error).strip() or type(error).__name__})
+    print("\n@ready", flush=True)
+    for _ in sys.stdin:
+        for peer in measured:
+            peer.round(index)
+            # Waiting threads of a pool spin for a while before they sleep.
+            time.sleep(0.02)
+        index += 1
+        print("\n@done", flush=True)
+    run["records"] = [peer.result() for peer in measured]
+    print("\n@result", json.dumps(run), flush=True)
 
 
 if __name__ == "__main__":

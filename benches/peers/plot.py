@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws a run: speed against error, one point for each library, kind of arithmetic and of weights, as SVG.
 
-    ./plot.py run.json plot.svg [--threads 1] [--memory cache|dram] [--all]
+    ./plot.py run.json > plot.svg [--threads 1] [--memory cache|dram] [--all]
 
 Of records of one library with errors of the same kind (that of 8-bit inputs, of 16-bit ones, of f32) and weights of the
 same kind (int4 or NF4), the fastest is drawn; all of them with --all. Only weights of at most 6 bits are.
@@ -10,12 +10,32 @@ same kind (int4 or NF4), the fastest is drawn; all of them with --all. Only weig
 import argparse
 import json
 import math
+import sys
 from html import escape
 
 WIDTH, HEIGHT = 820, 520
 LEFT, RIGHT, TOP, BOTTOM = 76, 30, 64, 64
 FONT = "font-family='system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif'"
-INK, FAINT, GRID, OURS, OTHER = "#1f2328", "#59636e", "#d8dee4", "#c2410c", "#3b6ea5"
+# Colors on a light and on a dark page, as the reader's system prefers.
+COLORS = {
+    "paper": ("#ffffff", "#0d1117"),
+    "ink": ("#1f2328", "#e6edf3"),
+    "faint": ("#59636e", "#9198a1"),
+    "grid": ("#d8dee4", "#2d333b"),
+    "ours": ("#c2410c", "#ff9259"),
+    "other": ("#2f6299", "#79b8ff"),
+}
+
+
+def style():
+    """Each color as a class for text and dots, and as one for lines, whose name starts with `line-`."""
+
+    def rules(index):
+        colors = {name: pair[index] for name, pair in COLORS.items()}
+        fills = [f".{name} {{ fill: {color} }} .line-{name} {{ stroke: {color} }}" for name, color in colors.items()]
+        return " ".join(fills + [f".halo {{ stroke: {colors['paper']} }}"])
+
+    return f"<style>{rules(0)} @media (prefers-color-scheme: dark) {{ {rules(1)} }}</style>"
 
 
 def kind(error):
@@ -100,49 +120,50 @@ def draw(run, threads, memory, everything):
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' width='{WIDTH}' height='{HEIGHT}' "
         f"role='img' {FONT} font-size='12'>",
         f"<title>{escape(title)}</title>",
-        f"<rect width='{WIDTH}' height='{HEIGHT}' fill='white'/>",
-        f"<text x='{LEFT}' y='26' font-size='16' font-weight='600' fill='{INK}'>{escape(title)}</text>",
-        f"<text x='{LEFT}' y='46' fill='{FAINT}'>{escape(subtitle)}</text>",
+        style(),
+        f"<rect width='{WIDTH}' height='{HEIGHT}' class='paper'/>",
+        f"<text x='{LEFT}' y='26' font-size='16' font-weight='600' class='ink'>{escape(title)}</text>",
+        f"<text x='{LEFT}' y='46' class='faint'>{escape(subtitle)}</text>",
     ]
     for value in ticks(left, right, [1]):
         x = x_axis(value)
         exponent = round(math.log10(value))
-        out.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{TOP}' y2='{HEIGHT - BOTTOM}' stroke='{GRID}'/>")
+        out.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{TOP}' y2='{HEIGHT - BOTTOM}' class='line-grid'/>")
         out.append(
-            f"<text x='{x:.1f}' y='{HEIGHT - BOTTOM + 20}' text-anchor='middle' fill='{FAINT}'>10"
+            f"<text x='{x:.1f}' y='{HEIGHT - BOTTOM + 20}' text-anchor='middle' class='faint'>10"
             f"<tspan dy='-5' font-size='9'>{exponent}</tspan></text>"
         )
     for value in ticks(low, high, [1, 2, 5]):
         y = y_axis(value)
-        out.append(f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y:.1f}' y2='{y:.1f}' stroke='{GRID}'/>")
-        out.append(f"<text x='{LEFT - 8}' y='{y + 4:.1f}' text-anchor='end' fill='{FAINT}'>{value:g}</text>")
+        out.append(f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y:.1f}' y2='{y:.1f}' class='line-grid'/>")
+        out.append(f"<text x='{LEFT - 8}' y='{y + 4:.1f}' text-anchor='end' class='faint'>{value:g}</text>")
     if limit and low < limit < high:
         y = y_axis(limit)
-        out.append(f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y:.1f}' y2='{y:.1f}' stroke='{FAINT}' "
+        out.append(f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y:.1f}' y2='{y:.1f}' class='line-faint' "
                    "stroke-dasharray='5 4'/>")
-        out.append(f"<text x='{LEFT + 6}' y='{y - 5:.1f}' fill='{FAINT}'>a pure read of 4.5 bits a weight</text>")
+        out.append(f"<text x='{LEFT + 6}' y='{y - 5:.1f}' class='faint'>a pure read of 4.5 bits a weight</text>")
     out.append(
-        f"<text x='{(LEFT + WIDTH - RIGHT) / 2}' y='{HEIGHT - 16}' text-anchor='middle' fill='{INK}'>"
+        f"<text x='{(LEFT + WIDTH - RIGHT) / 2}' y='{HEIGHT - 16}' text-anchor='middle' class='ink'>"
         "root mean square error, relative to that of the outputs (left is more exact)</text>"
     )
     middle = (TOP + HEIGHT - BOTTOM) / 2
     out.append(
-        f"<text x='20' y='{middle}' text-anchor='middle' fill='{INK}' transform='rotate(-90 20 {middle})'>"
+        f"<text x='20' y='{middle}' text-anchor='middle' class='ink' transform='rotate(-90 20 {middle})'>"
         "weights/ns (up is faster)</text>"
     )
     points = [(x_axis(r["error_rms"]), y_axis(r[memory]), f"{r['name']}  {r[memory]:.3g}") for r in records]
     for record, (x, y, text), box in zip(records, points, place(points)):
-        color, weight = (OURS, 600) if record["library"] == "nf4" else (OTHER, 400)
+        color, weight = ("ours", 600) if record["library"] == "nf4" else ("other", 400)
         middle_x, middle_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
         if math.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3])) > 16:
             edge_x = min(max(x, box[0]), box[2])
             edge_y = min(max(y, box[1] + 3), box[3] - 3)
-            out.append(f"<line x1='{x:.1f}' y1='{y:.1f}' x2='{edge_x:.1f}' y2='{edge_y:.1f}' stroke='{color}' "
+            out.append(f"<line x1='{x:.1f}' y1='{y:.1f}' x2='{edge_x:.1f}' y2='{edge_y:.1f}' class='line-{color}' "
                        "stroke-opacity='0.5'/>")
-        out.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='5.5' fill='{color}' fill-opacity='0.85'/>")
+        out.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='5.5' class='{color}' fill-opacity='0.85'/>")
         out.append(
-            f"<text x='{middle_x:.1f}' y='{middle_y + 4:.1f}' text-anchor='middle' fill='{color}' "
-            f"font-weight='{weight}' paint-order='stroke' stroke='white' stroke-width='3'>{escape(text)}</text>"
+            f"<text x='{middle_x:.1f}' y='{middle_y + 4:.1f}' text-anchor='middle' class='{color} halo' "
+            f"font-weight='{weight}' paint-order='stroke' stroke-width='3'>{escape(text)}</text>"
         )
     out.append("</svg>")
     return "\n".join(out) + "\n"
@@ -151,15 +172,13 @@ def draw(run, threads, memory, everything):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="what --json wrote")
-    parser.add_argument("svg", help="the file to write")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", choices=["cache", "dram"], default="cache")
     parser.add_argument("--all", action="store_true", help="draw all records")
     args = parser.parse_args()
     with open(args.run) as file:
         run = json.load(file)
-    with open(args.svg, "w", encoding="utf-8") as file:
-        file.write(draw(run, args.threads, args.memory, args.all))
+    sys.stdout.write(draw(run, args.threads, args.memory, args.all))
 
 
 if __name__ == "__main__":

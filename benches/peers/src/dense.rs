@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use crate::foreign::dense_product;
 use crate::measure::{BATCHES, Entry, Peer, Problem};
+use crate::run::locked_version;
 
 struct Dense {
     matrices: Vec<Vec<f32>>,
@@ -34,6 +35,7 @@ pub fn entries(problem: &Problem) -> Vec<Result<Entry>> {
         threads: problem.threads,
         outputs: vec![0.0; BATCHES[2] * problem.rows],
     };
-    let entry = Entry::new("gemm", "0.19.0", "gemm, dense f32", bytes, problem, Box::new(peer));
+    let version = locked_version("gemm");
+    let entry = Entry::new("gemm", &version, "gemm, dense f32", bytes, problem, Box::new(peer));
     vec![entry.check(problem, &problem.weights)]
 }

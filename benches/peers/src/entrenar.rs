@@ -4,13 +4,17 @@
 use anyhow::Result;
 use entrenar::Tensor;
 use entrenar::lora::QLoRALayer;
+use entrenar::quant::{Quantized4Bit, dequantize_4bit, quantize_4bit};
 
 use crate::measure::{BATCHES, Entry, Peer, Problem};
+use crate::run::locked_version;
 
 struct Layers {
     layers: Vec<QLoRALayer>,
     input: Tensor,
     output: Option<Tensor>,
+    converted: Option<Quantized4Bit>,
+    restored: Vec<f32>,
 }
 
 impl Peer for Layers {
@@ -21,6 +25,15 @@ impl Peer for Layers {
     fn output(&self, _: usize) -> Vec<f32> {
         self.output.as_ref().expect("there was a product").data().to_vec()
     }
+
+    fn quantize(&mut self, weights: &[f32]) -> bool {
+        self.converted = Some(quantize_4bit(weights));
+        true
+    }
+
+    fn dequantize(&mut self) {
+        self.restored = dequantize_4bit(self.converted.as_ref().expect("something was quantized"));
+    }
 }
 
 pub fn entries(problem: &Problem) -> Vec<Result<Entry>> {
@@ -30,9 +43,10 @@ pub fn entries(problem: &Problem) -> Vec<Result<Entry>> {
     let (bytes, weights) = (first.base_weight_quantized().memory_bytes(), first.merge_to_f32());
     // It writes the whole f32 matrix in each product, so one copy more or less in memory does not matter.
     let (copies, input) = (2, Tensor::from_vec(problem.inputs(1).to_vec(), false));
-    let peer = Layers { layers: vec![first, layer()], input, output: None };
+    let peer = Layers { layers: vec![first, layer()], input, output: None, converted: None, restored: Vec::new() };
     let name = "entrenar QLoRALayer (int4)";
-    let mut entry = Entry::new("entrenar", "0.7.13", name, bytes, problem, Box::new(peer));
+    let version = locked_version("entrenar");
+    let mut entry = Entry::new("entrenar", &version, name, bytes, problem, Box::new(peer));
     (entry.batches, entry.copies) = (&BATCHES[..1], copies);
     vec![entry.check(problem, &weights)]
 }

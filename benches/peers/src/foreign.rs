@@ -5,7 +5,7 @@
 #[cfg(feature = "gemm")]
 pub use dense::dense_product;
 #[cfg(feature = "llama")]
-pub use ggml::{Format, Ggml};
+pub use ggml::{Format, Ggml, ggml_version};
 
 #[cfg(feature = "gemm")]
 mod dense {
@@ -72,30 +72,39 @@ mod ggml {
             }
         }
 
+        /// Bytes for so many weights, in whole rows.
+        pub fn buffer(self, len: usize) -> Vec<u8> {
+            // SAFETY: it takes any type and length.
+            vec![0; unsafe { sys::ggml_row_size(self.id(), len as i64) }]
+        }
+
         /// Quantizes weights `[rows, cols]` as llama.cpp does without an importance matrix.
-        pub fn quantize(self, weights: &[f32], rows: usize, cols: usize) -> Vec<u8> {
+        pub fn quantize(self, weights: &[f32], cols: usize, bytes: &mut [u8]) {
+            let rows = weights.len() / cols;
             assert!(weights.len() == rows * cols && cols.is_multiple_of(256));
             // SAFETY: it takes any type and length.
-            let row = unsafe { sys::ggml_row_size(self.id(), cols as i64) };
-            let mut bytes = vec![0_u8; rows * row];
+            assert_eq!(rows * unsafe { sys::ggml_row_size(self.id(), cols as i64) }, bytes.len());
             let (from, to) = (weights.as_ptr(), bytes.as_mut_ptr().cast());
             // SAFETY: it reads `rows * cols` weights and writes `rows` rows of the size that it told.
             unsafe { sys::ggml_quantize_chunk(self.id(), from, to, 0, rows as i64, cols as i64, null()) };
-            bytes
         }
 
-        /// Restores `len` weights.
-        pub fn dequantize(self, bytes: &[u8], len: usize) -> Vec<f32> {
+        /// Restores weights.
+        pub fn dequantize(self, bytes: &[u8], weights: &mut [f32]) {
             // SAFETY: it takes any type and length.
-            assert_eq!(unsafe { sys::ggml_row_size(self.id(), len as i64) }, bytes.len());
-            let mut weights = vec![0.0; len];
+            assert_eq!(unsafe { sys::ggml_row_size(self.id(), weights.len() as i64) }, bytes.len());
             // SAFETY: the table of a valid type is static.
             let traits = unsafe { *sys::ggml_get_type_traits(self.id()) };
             let to_float = traits.to_float.expect("a quantized type");
             // SAFETY: both lengths were checked.
-            unsafe { to_float(bytes.as_ptr().cast(), weights.as_mut_ptr(), len as i64) };
-            weights
+            unsafe { to_float(bytes.as_ptr().cast(), weights.as_mut_ptr(), weights.len() as i64) };
         }
+    }
+
+    /// The version of the library.
+    pub fn ggml_version() -> String {
+        // SAFETY: it returns a static C string.
+        unsafe { CStr::from_ptr(sys::ggml_version()) }.to_string_lossy().into_owned()
     }
 
     /// Matrices, inputs, and graphs with one product: of each matrix with one vector, of the first with each batch.

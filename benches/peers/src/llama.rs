@@ -2,34 +2,60 @@
 
 use anyhow::Result;
 
-use crate::foreign::{Format, Ggml};
+use crate::foreign::{self, Format, Ggml};
 use crate::measure::{Entry, Peer, Problem};
+use crate::run::locked_version;
 
-impl Peer for Ggml {
+struct Llama {
+    ggml: Ggml,
+    format: Format,
+    cols: usize,
+    /// Whether this one also times conversions: to and from what files hold.
+    converts: bool,
+    converted: Vec<u8>,
+    restored: Vec<f32>,
+}
+
+impl Peer for Llama {
     fn product(&mut self, matrix: usize, batch: usize) {
-        self.compute(matrix, batch);
+        self.ggml.compute(matrix, batch);
     }
 
     fn output(&self, batch: usize) -> Vec<f32> {
-        self.read_output(batch)
+        self.ggml.read_output(batch)
+    }
+
+    fn quantize(&mut self, weights: &[f32]) -> bool {
+        if self.converts {
+            self.format.quantize(weights, self.cols, &mut self.converted);
+        }
+        self.converts
+    }
+
+    fn dequantize(&mut self) {
+        self.format.dequantize(&self.converted, &mut self.restored);
     }
 
     fn rest(&mut self) {
-        self.pause();
+        self.ggml.pause();
     }
 }
 
 pub fn entries(problem: &Problem) -> Vec<Result<Entry>> {
     let mut entries = Vec::new();
+    let version = format!("{}, ggml {}", locked_version("llama-cpp-sys-2"), foreign::ggml_version());
     for (format, name) in [(Format::Iq4Nl, "IQ4_NL"), (Format::Q4_0, "Q4_0"), (Format::Q4K, "Q4_K")] {
-        let quantized = format.quantize(&problem.weights, problem.rows, problem.cols);
-        let weights = format.dequantize(&quantized, problem.weights.len());
+        let mut quantized = format.buffer(problem.weights.len());
+        format.quantize(&problem.weights, problem.cols, &mut quantized);
+        let mut weights = vec![0.0; problem.weights.len()];
+        format.dequantize(&quantized, &mut weights);
         for (repack, suffix) in [(false, ""), (true, ", repacked")] {
             let name = format!("llama.cpp {name}{suffix}");
-            let (bytes, version) = (quantized.len(), "llama-cpp-sys-2 0.1.161");
-            let peer = Ggml::new(problem, format, &quantized, problem.copies(bytes), repack);
-            let entry = peer.and_then(|peer| {
-                Entry::new("llama.cpp", version, &name, bytes, problem, Box::new(peer)).check(problem, &weights)
+            let (bytes, len) = (quantized.len(), problem.converted().len());
+            let entry = Ggml::new(problem, format, &quantized, problem.copies(bytes), repack).and_then(|ggml| {
+                let (converted, restored) = (format.buffer(len), vec![0.0; len]);
+                let peer = Llama { ggml, format, cols: problem.cols, converts: !repack, converted, restored };
+                Entry::new("llama.cpp", &version, &name, bytes, problem, Box::new(peer)).check(problem, &weights)
             });
             entries.push(entry.map_err(|e| e.context(name)));
         }

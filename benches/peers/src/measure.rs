@@ -15,9 +15,12 @@ const COLD_BYTES: usize = 150_000_000;
 /// A sample of a time takes about so long.
 const SAMPLE: Duration = Duration::from_millis(4);
 
-/// A product that takes longer is slow: it gets few rounds and no warming up.
+/// What takes longer is slow: it gets few rounds and no warming up.
 const SLOW: Duration = Duration::from_millis(400);
 const SLOW_ROUNDS: usize = 3;
+
+/// Rows that are quantized and restored to time these: 4 MB of f32, which a cache holds.
+const CONVERTED_ROWS: usize = 256;
 
 /// More than any 4-bit product loses by rounding its inputs to 8 bits.
 const WRONG: f64 = 0.03;
@@ -48,6 +51,11 @@ impl Problem {
     /// The first vectors, `[batch, cols]`.
     pub fn inputs(&self, batch: usize) -> &[f32] {
         &self.inputs[..batch * self.cols]
+    }
+
+    /// The weights that are quantized and restored to time these.
+    pub fn converted(&self) -> &[f32] {
+        &self.weights[..self.rows.min(CONVERTED_ROWS) * self.cols]
     }
 
     /// How many matrices of so many bytes do not fit in a cache.
@@ -86,6 +94,14 @@ pub trait Peer {
     /// The last product, `[batch, rows]`.
     fn output(&self, batch: usize) -> Vec<f32>;
 
+    /// Quantizes [`Problem::converted`], given here, and keeps it to be restored. False if there is no such operation.
+    fn quantize(&mut self, _weights: &[f32]) -> bool {
+        false
+    }
+
+    /// Restores what was quantized last, as f32.
+    fn dequantize(&mut self) {}
+
     /// Lets its threads sleep, so that they do not disturb the next one.
     fn rest(&mut self) {}
 }
@@ -98,19 +114,23 @@ pub struct Entry {
     pub peer: Box<dyn Peer>,
 }
 
-/// A line of the table. Speeds are multiply-adds/ns, which for one vector are weights/ns.
+/// A line of the table. Speeds are multiply-adds/ns, for one vector that is weights/ns, and weights/ns of conversions.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Record {
     pub library: String,
     pub version: String,
     pub name: String,
+    /// The process that measured it, which has a pure read of its own to compare with.
+    pub process: String,
     pub threads: usize,
     pub bits: f64,
     pub cache: Option<f64>,
     pub dram: Option<f64>,
     pub batch8: Option<f64>,
     pub batch128: Option<f64>,
+    pub quantize: Option<f64>,
+    pub dequantize: Option<f64>,
     pub error_max: Option<f64>,
     pub error_rms: Option<f64>,
 }
@@ -121,6 +141,7 @@ impl Entry {
             library: library.into(),
             version: version.into(),
             name: name.into(),
+            process: "rust".into(),
             threads: problem.threads,
             bits: bytes as f64 * 8.0 / (problem.rows * problem.cols) as f64,
             ..Record::default()
@@ -146,10 +167,20 @@ impl Entry {
     }
 }
 
+/// Something to time.
+#[derive(Debug, Clone, Copy)]
+enum Work {
+    /// The product of one matrix with a batch.
+    Hot(usize),
+    /// Products of one vector with one matrix after the other.
+    Cold,
+    Quantize,
+    Dequantize,
+}
+
 /// One time to measure, of a peer.
 struct Cell {
-    batch: usize,
-    cold: bool,
+    work: Work,
     next: usize,
     repetitions: usize,
     slow: bool,
@@ -157,26 +188,45 @@ struct Cell {
 }
 
 impl Cell {
-    fn new(entry: &mut Entry, batch: usize, cold: bool) -> Self {
-        entry.peer.product(0, 1);
-        let start = Instant::now();
-        entry.peer.product(0, batch);
-        let time = start.elapsed();
-        entry.peer.rest();
-        let repetitions = SAMPLE.as_nanos().div_ceil(time.as_nanos().max(1)).clamp(1, COPIES as u128) as usize;
-        Self { batch, cold, next: 0, repetitions, slow: time > SLOW, times: Vec::new() }
-    }
-
-    fn sample(&mut self, entry: &mut Entry) {
-        let mut product = |batch| {
-            entry.peer.product(self.next, batch);
-            self.next = (self.next + usize::from(self.cold)) % entry.copies;
-        };
-        if !self.slow {
-            product(if self.batch > 8 { 1 } else { self.batch });
+    /// Runs the work once, for its time.
+    fn new(entry: &mut Entry, problem: &Problem, work: Work) -> Self {
+        let mut cell = Self { work, next: 0, repetitions: 1, slow: false, times: Vec::new() };
+        if let Work::Hot(_) | Work::Cold = work {
+            entry.peer.product(0, 1);
         }
         let start = Instant::now();
-        (0..self.repetitions).for_each(|_| product(self.batch));
+        cell.run(entry, problem);
+        let time = start.elapsed();
+        entry.peer.rest();
+        cell.repetitions = SAMPLE.as_nanos().div_ceil(time.as_nanos().max(1)).clamp(1, COPIES as u128) as usize;
+        cell.slow = time > SLOW;
+        cell
+    }
+
+    fn run(&mut self, entry: &mut Entry, problem: &Problem) {
+        match self.work {
+            Work::Hot(batch) => entry.peer.product(0, batch),
+            Work::Cold => {
+                entry.peer.product(self.next, 1);
+                self.next = (self.next + 1) % entry.copies;
+            }
+            Work::Quantize => {
+                entry.peer.quantize(problem.converted());
+            }
+            Work::Dequantize => entry.peer.dequantize(),
+        }
+    }
+
+    fn sample(&mut self, entry: &mut Entry, problem: &Problem) {
+        if !self.slow {
+            match self.work {
+                // Long enough to warm up by itself.
+                Work::Hot(batch) if batch > 8 => entry.peer.product(0, 1),
+                _ => self.run(entry, problem),
+            }
+        }
+        let start = Instant::now();
+        (0..self.repetitions).for_each(|_| self.run(entry, problem));
         self.times.push(start.elapsed().as_nanos() as f64 / self.repetitions as f64);
     }
 
@@ -186,36 +236,58 @@ impl Cell {
     }
 }
 
-/// Times all peers in turn, round by round, so that what disturbs the machine disturbs all alike, and notes medians.
-pub fn measure(entries: &mut [Entry], problem: &Problem, rounds: usize) {
-    let mut cells: Vec<Vec<Cell>> = entries
-        .iter_mut()
-        .map(|entry| {
-            let kinds = [(1, false), (1, true), (8, false), (128, false)];
-            let kinds = kinds.into_iter().filter(|(batch, _)| entry.batches.contains(batch));
-            kinds.collect::<Vec<_>>().into_iter().map(|(batch, cold)| Cell::new(entry, batch, cold)).collect()
-        })
-        .collect();
-    for round in 0..rounds {
-        for (entry, cells) in entries.iter_mut().zip(&mut cells) {
-            for cell in cells.iter_mut().filter(|c| !c.slow || round < SLOW_ROUNDS) {
-                cell.sample(entry);
+/// All times to measure. A round takes a sample of each in turn, so that what disturbs the machine disturbs all alike.
+pub struct Measurement<'a> {
+    problem: &'a Problem,
+    entries: Vec<(Entry, Vec<Cell>)>,
+    rounds: usize,
+}
+
+impl<'a> Measurement<'a> {
+    /// Conversions are timed with one thread only: hardly a peer has them on more.
+    pub fn new(entries: Vec<Entry>, problem: &'a Problem) -> Self {
+        let cells = |mut entry: Entry| {
+            let mut works: Vec<_> = entry.batches.iter().map(|batch| Work::Hot(*batch)).collect();
+            works.insert(1, Work::Cold);
+            if problem.threads == 1 && entry.peer.quantize(problem.converted()) {
+                works.extend([Work::Quantize, Work::Dequantize]);
+            }
+            let cells = works.into_iter().map(|work| Cell::new(&mut entry, problem, work)).collect();
+            (entry, cells)
+        };
+        Self { problem, entries: entries.into_iter().map(cells).collect(), rounds: 0 }
+    }
+
+    pub fn round(&mut self) {
+        for (entry, cells) in &mut self.entries {
+            for cell in cells.iter_mut().filter(|c| !c.slow || self.rounds < SLOW_ROUNDS) {
+                cell.sample(entry, self.problem);
             }
             entry.peer.rest();
             // Waiting threads of a pool spin for a while before they sleep.
             std::thread::sleep(Duration::from_millis(2));
         }
+        self.rounds += 1;
     }
-    for (entry, cells) in entries.iter_mut().zip(&mut cells) {
-        for cell in cells {
-            let speed = Some((problem.rows * problem.cols * cell.batch) as f64 / cell.median());
-            let record = &mut entry.record;
-            match (cell.batch, cell.cold) {
-                (1, false) => record.cache = speed,
-                (1, true) => record.dram = speed,
-                (8, _) => record.batch8 = speed,
-                _ => record.batch128 = speed,
+
+    /// The medians.
+    pub fn finish(self) -> Vec<Record> {
+        let Problem { rows, cols, .. } = *self.problem;
+        let record = |(mut entry, cells): (Entry, Vec<Cell>)| {
+            for mut cell in cells {
+                let record = &mut entry.record;
+                let (count, field) = match cell.work {
+                    Work::Hot(1) => (rows * cols, &mut record.cache),
+                    Work::Hot(8) => (rows * cols * 8, &mut record.batch8),
+                    Work::Hot(batch) => (rows * cols * batch, &mut record.batch128),
+                    Work::Cold => (rows * cols, &mut record.dram),
+                    Work::Quantize => (self.problem.converted().len(), &mut record.quantize),
+                    Work::Dequantize => (self.problem.converted().len(), &mut record.dequantize),
+                };
+                *field = Some(count as f64 / cell.median());
             }
-        }
+            entry.record
+        };
+        self.entries.into_iter().map(record).collect()
     }
 }

@@ -1,14 +1,22 @@
 //! `nf4`: a layer without adapters, which is the product alone, and a pure read of its bytes.
 
 use core::hint::black_box;
+use std::process::Command;
 
 use anyhow::Result;
 use nf4::{Arithmetic, BlockSize, MultiAdapterLayer, Quantized4Bit, Scratch};
 
 use crate::measure::{BATCHES, Entry, Peer, Problem};
+use crate::run::locked_version;
 
 struct Layers {
     layers: Vec<MultiAdapterLayer>,
+    /// Of the scales.
+    double_quant: bool,
+    /// Whether this one also times conversions, which do not depend on the arithmetic.
+    converts: bool,
+    converted: Option<Quantized4Bit>,
+    restored: Vec<f32>,
     inputs: Vec<f32>,
     cols: usize,
     scratch: Scratch,
@@ -26,6 +34,28 @@ impl Peer for Layers {
     fn output(&self, batch: usize) -> Vec<f32> {
         self.outputs[..batch * self.layers[0].d_out()].to_vec()
     }
+
+    fn quantize(&mut self, weights: &[f32]) -> bool {
+        if self.converts {
+            let rows = weights.len() / self.cols;
+            let quantized = Quantized4Bit::quantize(weights, rows, self.cols, BlockSize::B64, self.double_quant);
+            self.converted = Some(quantized.expect("the shape fits and the weights are finite"));
+        }
+        self.converts
+    }
+
+    fn dequantize(&mut self) {
+        let quantized = self.converted.as_ref().expect("something was quantized");
+        quantized.dequantize_rows(0..quantized.rows(), black_box(&mut self.restored)).expect("the shapes fit");
+    }
+}
+
+/// The commit, as there may be many of one version.
+fn version() -> String {
+    let describe = ["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty"];
+    let commit = Command::new("git").args(describe).output().ok().filter(|o| o.status.success());
+    let commit = commit.and_then(|o| String::from_utf8(o.stdout).ok());
+    format!("{} ({})", locked_version("nf4"), commit.as_deref().map_or("commit unknown", str::trim))
 }
 
 /// The 16x4 product, with plain and nested absmax, and the f32 product.
@@ -42,18 +72,21 @@ pub fn entries(problem: &Problem) -> Vec<Result<Entry>> {
         let layer = MultiAdapterLayer::new(weight).with_arithmetic(arithmetic);
         let largest = BATCHES[2];
         let peer = Layers {
+            double_quant: nested,
+            converts: arithmetic == Arithmetic::SixteenByFour,
+            converted: None,
+            restored: vec![0.0; problem.converted().len()],
             inputs: problem.inputs(largest).to_vec(),
             cols,
             scratch: layer.scratch(largest),
             outputs: vec![0.0; largest * rows],
             layers: vec![layer; problem.copies(bytes)],
         };
-        Entry::new("nf4", "this version", name, bytes, problem, Box::new(peer)).check(problem, &weights)
+        Entry::new("nf4", &version(), name, bytes, problem, Box::new(peer)).check(problem, &weights)
     };
     arithmetics.into_iter().map(entry).collect()
 }
 
-/// Reads bytes, and does nothing else.
 struct Read {
     matrices: Vec<Vec<u8>>,
     threads: usize,
@@ -61,13 +94,7 @@ struct Read {
 
 impl Peer for Read {
     fn product(&mut self, matrix: usize, _: usize) {
-        let bytes = &self.matrices[matrix];
-        black_box(if self.threads == 1 {
-            xor(bytes)
-        } else {
-            let (a, b) = bytes.split_at(bytes.len() / 256 * 128);
-            rayon::join(|| black_box(xor(a)), || xor(b)).1
-        });
+        yardstick::read(black_box(&self.matrices[matrix]), self.threads);
     }
 
     fn output(&self, _: usize) -> Vec<f32> {
@@ -75,21 +102,12 @@ impl Peer for Read {
     }
 }
 
-fn xor(bytes: &[u8]) -> [u64; 16] {
-    bytes.as_chunks::<128>().0.iter().fold([0; 16], |mut sums, chunk| {
-        for (sum, word) in sums.iter_mut().zip(chunk.as_chunks().0) {
-            *sum ^= u64::from_le_bytes(*word);
-        }
-        sums
-    })
-}
-
 /// The limit: a pure read of 4.5 bits a weight.
-pub fn read(problem: &Problem) -> Entry {
+pub fn read(problem: &Problem) -> Vec<Result<Entry>> {
     let bytes = problem.rows * problem.cols / 16 * 9;
     let matrices = (0..problem.copies(bytes)).map(|i| vec![i as u8 + 1; bytes]).collect();
     let peer = Read { matrices, threads: problem.threads };
     let mut entry = Entry::new("read", "", "a pure read of 4.5 bits a weight", bytes, problem, Box::new(peer));
     entry.batches = &BATCHES[..1];
-    entry
+    vec![Ok(entry)]
 }
