@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Counts the instructions of the inner loop of the 16x4 product on NEON, read off the disassembly.
 
-No emulator tells the speed of a CPU, so this is what is checked instead. The loop is found by what it does, not by a name:
-a span of 64 weights takes 8 table lookups and 16 widening multiplies. Vector instructions are those with vector registers,
-but loads, which are printed apart; an access to the stack would be a spill.
+No emulator tells the speed of a CPU, so this is what is checked instead. The loop is found by what it does, not by a
+name: a span of 64 weights takes 8 table lookups and 16 widening multiplies. Vector instructions are those with vector
+registers, but loads, which are printed apart; an access to the stack would be a spill.
 
     .ci/neon_instructions.py [--target-dir DIR]     builds nf4-kernels with the setup of .ci/targets.sh
     .ci/neon_instructions.py --disassembly FILE     reads what `objdump -d --no-show-raw-insn` printed
@@ -135,7 +135,7 @@ def main():
             failed = True
     found = sum(loop.groups() == 1 for loop in loops)
     if found < LOOPS:
-        print(f"FAILED: {found} inner loops of the product with one activation group for 64 weights, not {LOOPS} or more")
+        print(f"FAILED: {found} inner loops with one activation group for 64 weights, not {LOOPS} or more")
         failed = True
     sys.exit(failed)
 
