@@ -83,10 +83,11 @@ def overlap(a, b):
 
 
 def place(points):
-    """A box for the label of each point: of some places around it, the one that covers least of what is there."""
+    """A box and an anchor for the label of each point: of some places around it, the one that covers least of what is
+    there. The anchor is the side of the box that is near the point: how wide text is depends on the reader's font."""
     dots = [(x - 7, y - 7, x + 7, y + 7) for x, y, _ in points]
     frame = (LEFT + 4, TOP + 4, WIDTH - RIGHT - 4, HEIGHT - BOTTOM - 4)
-    boxes = []
+    boxes, anchors = [], []
     for index, (x, y, text) in enumerate(points):
         width, best = 6.6 * len(text), None
         for distance in (0, 14, 28, 42, 56):
@@ -98,9 +99,10 @@ def place(points):
                 cost = sum(overlap(box, other) for other in boxes + dots[:index] + dots[index + 1:])
                 cost += 3 * (width * 16 - inside) + distance
                 if best is None or cost < best[0]:
-                    best = (cost, box)
+                    best = (cost, box, {1: "start", -1: "end", 0: "middle"}[dx])
         boxes.append(best[1])
-    return boxes
+        anchors.append(best[2])
+    return zip(boxes, anchors)
 
 
 def draw(run, threads, memory, everything):
@@ -152,9 +154,9 @@ def draw(run, threads, memory, everything):
         "weights/ns (up is faster)</text>"
     )
     points = [(x_axis(r["error_rms"]), y_axis(r[memory]), f"{r['name']}  {r[memory]:.3g}") for r in records]
-    for record, (x, y, text), box in zip(records, points, place(points)):
+    for record, (x, y, text), (box, anchor) in zip(records, points, place(points)):
         color, weight = ("ours", 600) if record["library"] == "nf4" else ("other", 400)
-        middle_x, middle_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        text_x = {"start": box[0], "end": box[2], "middle": (box[0] + box[2]) / 2}[anchor]
         if math.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3])) > 16:
             edge_x = min(max(x, box[0]), box[2])
             edge_y = min(max(y, box[1] + 3), box[3] - 3)
@@ -162,7 +164,7 @@ def draw(run, threads, memory, everything):
                        "stroke-opacity='0.5'/>")
         out.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='5.5' class='{color}' fill-opacity='0.85'/>")
         out.append(
-            f"<text x='{middle_x:.1f}' y='{middle_y + 4:.1f}' text-anchor='middle' class='{color} halo' "
+            f"<text x='{text_x:.1f}' y='{(box[1] + box[3]) / 2 + 4:.1f}' text-anchor='{anchor}' class='{color} halo' "
             f"font-weight='{weight}' paint-order='stroke' stroke-width='3'>{escape(text)}</text>"
         )
     out.append("</svg>")
