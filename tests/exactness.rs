@@ -197,6 +197,26 @@ fn conversions_are_the_same_bits_everywhere() {
     });
 }
 
+/// Weights that do not fit in caches may be written past them, by stores that want an alignment; the last block is partial.
+#[test]
+fn large_weights_are_the_same_bits_at_any_alignment() {
+    const N: usize = (33 << 20) / size_of::<f32>() + 33;
+    let packed: Vec<u8> = (0..N.div_ceil(2)).map(|i| (i.wrapping_mul(0x9e37_79b9) >> 16) as u8).collect();
+    let absmax: Vec<f32> = (0..BlockSize::B64.blocks(N)).map(|i| i as f32 * 0.01 - 1000.0).collect();
+    let matrix = Nf4Matrix::new(&packed, Absmax::Plain(&absmax), 1, N, BlockSize::B64).unwrap();
+    let mut expected = vec![0.0; N];
+    Kernels::scalar().dequantize(&matrix, &mut expected).unwrap();
+    let mut out = vec![0.0_f32; N + 5];
+    for k in Kernels::available() {
+        for start in [0, 1, 4] {
+            out.fill(7.0);
+            k.dequantize(&matrix, &mut out[start..start + N]).unwrap();
+            assert!(bits(&out[start..start + N]) == bits(&expected), "{} from element {start} on", k.isa());
+            assert!(out[..start].iter().chain(&out[start + N..]).all(|x| *x == 7.0), "{} wrote outside", k.isa());
+        }
+    }
+}
+
 #[test]
 fn products_are_the_same_bits_everywhere() {
     for_all_shapes("products", |k, rows, cols, block_size, g| {

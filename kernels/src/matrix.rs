@@ -214,9 +214,10 @@ impl<'a> Iterator for Segments<'a> {
         if self.next >= self.end {
             return None;
         }
+        // A power of two: shifts and masks in place of a division for each block.
         let size = self.matrix.block_size.get();
-        let (start, block) = (self.next, self.next / size);
-        let len = (size - start % size).min(self.end - start);
+        let (start, block) = (self.next, self.next >> size.trailing_zeros());
+        let len = (size - (start & (size - 1))).min(self.end - start);
         self.next = start + len;
         let whole = (len == size).then(|| get_range(self.matrix.packed, start / 2..(start + len) / 2));
         Some(Segment { start, len, absmax: self.matrix.absmax.get_inside(block), whole })

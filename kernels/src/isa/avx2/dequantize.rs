@@ -9,9 +9,27 @@ use crate::format::CODEBOOK;
 use crate::isa::scalar;
 use crate::matrix::Nf4Matrix;
 
+/// From this size on the weights as f32 are written past the caches: what does not fit in them would first be read, and gone
+/// before it is used. Measured on a core with 32 MB of last cache: 1.2 times as fast for 64 MB, 0.9 times for 16 MB; weights of 16
+/// bits do not gain.
+const STREAM_BYTES: usize = 32 << 20;
+
 /// The weights as f32.
 #[target_feature(enable = "avx2")]
 pub(super) fn dequantize_f32(matrix: &Nf4Matrix<'_>, out: &mut [f32]) {
+    if size_of_val(out) < STREAM_BYTES {
+        store_weights(matrix, out, |out, w| store_f32(out, w));
+    } else {
+        // SAFETY: the fence comes before anything else uses `out`.
+        store_weights(matrix, out, |out, w| unsafe { stream_f32(out, w) });
+        _mm_sfence();
+    }
+}
+
+/// The weights as f32; `store` writes eight.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn store_weights(matrix: &Nf4Matrix<'_>, out: &mut [f32], store: impl Fn(&mut [f32; 8], __m256)) {
     let planes = f32_planes();
     let mut rest = out;
     for segment in matrix.all_segments() {
@@ -24,7 +42,7 @@ pub(super) fn dequantize_f32(matrix: &Nf4Matrix<'_>, out: &mut [f32]) {
                 for (bytes, out) in packed.as_chunks().0.iter().zip(out.as_chunks_mut::<32>().0) {
                     let weights = look_up_f32(codes_in_order::<4>(bytes), &planes);
                     for (w, out) in weights.into_iter().zip(out.as_chunks_mut().0) {
-                        store_f32(out, _mm256_mul_ps(w, absmax));
+                        store(out, _mm256_mul_ps(w, absmax));
                     }
                 }
             }
@@ -34,20 +52,17 @@ pub(super) fn dequantize_f32(matrix: &Nf4Matrix<'_>, out: &mut [f32]) {
 }
 
 macro_rules! dequantize_half {
-    ($name:ident, $element:ty, $round:ident) => {
+    ($name:ident, $element:ty, $features:literal, $round:ident) => {
         /// The weights rounded to 16 bits: the sixteen products of a block are rounded once, then looked up as two bytes.
-        #[target_feature(enable = "avx2")]
+        #[target_feature(enable = $features)]
         pub(super) fn $name(matrix: &Nf4Matrix<'_>, out: &mut [$element]) {
-            let (book, _) = CODEBOOK.as_chunks();
             let mut rest = out;
             for segment in matrix.all_segments() {
                 let (out, after) = rest.split_at_mut(segment.len);
                 rest = after;
                 match segment.whole {
                     Some(packed) if segment.absmax.is_finite() => {
-                        let absmax = _mm256_set1_ps(segment.absmax);
-                        let values = [0, 1].map(|i| $round(_mm256_mul_ps(load_f32(&book[i]), absmax)));
-                        let planes = u16_planes(values);
+                        let planes = u16_planes($round(_mm256_set1_ps(segment.absmax)));
                         for (bytes, out) in packed.as_chunks().0.iter().zip(out.as_chunks_mut::<32>().0) {
                             let weights = decode_u16(bytes, &planes);
                             for (w, out) in weights.into_iter().zip(out.as_chunks_mut().0) {
@@ -62,8 +77,29 @@ macro_rules! dequantize_half {
     };
 }
 
-dequantize_half!(dequantize_f16, f16, round_f16);
-dequantize_half!(dequantize_bf16, bf16, round_bf16);
+dequantize_half!(dequantize_f16, f16, "avx2,f16c", codebook_f16);
+dequantize_half!(dequantize_bf16, bf16, "avx2", codebook_bf16);
+
+/// The codebook times absmax, rounded to f16.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn codebook_f16(absmax: __m256) -> __m256i {
+    let (book, _) = CODEBOOK.as_chunks();
+    let round = |x| _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_mul_ps(load_f32(x), absmax));
+    _mm256_set_m128i(round(&book[1]), round(&book[0]))
+}
+
+/// The codebook times absmax, rounded to bf16.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn codebook_bf16(absmax: __m256) -> __m256i {
+    // Packing takes four from each half in turn.
+    const C: [f32; 16] = CODEBOOK;
+    const FIRST: [f32; 8] = [C[0], C[1], C[2], C[3], C[8], C[9], C[10], C[11]];
+    const SECOND: [f32; 8] = [C[4], C[5], C[6], C[7], C[12], C[13], C[14], C[15]];
+    let round = |x| round_bf16(_mm256_mul_ps(load_f32(x), absmax));
+    _mm256_packus_epi32(round(&FIRST), round(&SECOND))
+}
 
 /// The weights, without absmax, of 32 codes. Codes `4i..4i+4` of each half become the 32-bit lanes of result `i`: their four
 /// bytes are looked up apart and brought together by two levels of unpacking.
@@ -143,46 +179,18 @@ pub(super) fn f32_planes() -> [__m256i; 4] {
 /// Low and high bytes of sixteen 16-bit values, each in both halves.
 #[target_feature(enable = "avx2")]
 #[inline]
-pub(super) fn u16_planes([a, b]: [__m128i; 2]) -> [__m256i; 2] {
-    let low = _mm_set1_epi16(0xff);
-    let plane = |x, y| _mm256_broadcastsi128_si256(_mm_packus_epi16(x, y));
-    [plane(_mm_and_si128(a, low), _mm_and_si128(b, low)), plane(_mm_srli_epi16::<8>(a), _mm_srli_epi16::<8>(b))]
+pub(super) fn u16_planes(values: __m256i) -> [__m256i; 2] {
+    let apart = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    let bytes = _mm256_shuffle_epi8(values, apart);
+    [_mm256_permute4x64_epi64::<0b10_00_10_00>(bytes), _mm256_permute4x64_epi64::<0b11_01_11_01>(bytes)]
 }
 
-/// Eight f32 to f16, nearest even, NaN excluded. Integer arithmetic: F16C is a feature of its own.
+/// Eight f32 to bf16 in 32-bit lanes, nearest even, NaN excluded.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn round_f16(x: __m256) -> __m128i {
-    let bits = abs_bits(x);
-    let sign = _mm256_srli_epi32::<16>(_mm256_andnot_si256(_mm256_set1_epi32(0x7fff_ffff), _mm256_castps_si256(x)));
-    // Normal: move the exponent's bias from 127 to 15 and round the 13 bits that go, a carry running into the exponent.
-    let odd = _mm256_and_si256(_mm256_srli_epi32::<13>(bits), _mm256_set1_epi32(1));
-    let bias = _mm256_set1_epi32((15 - 127) * (1 << 23) + 0xfff);
-    let normal = _mm256_srli_epi32::<13>(_mm256_add_epi32(_mm256_add_epi32(bits, bias), odd));
-    // Subnormal: adding 0.5, whose last bit is worth 2^-24 as that of an f16 subnormal is, rounds in the adder.
-    let half = _mm256_set1_ps(0.5);
-    let sum = _mm256_add_ps(_mm256_castsi256_ps(bits), half);
-    let subnormal = _mm256_sub_epi32(_mm256_castps_si256(sum), _mm256_castps_si256(half));
-    let is_subnormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(113 << 23), bits);
-    // From 2^16 on the exponent would run past infinity.
-    let finite = _mm256_min_epi32(normal, _mm256_set1_epi32(0x7c00));
-    let magnitude = _mm256_blendv_epi8(finite, subnormal, is_subnormal);
-    narrow_u16(_mm256_or_si256(magnitude, sign))
-}
-
-/// Eight f32 to bf16, nearest even, NaN excluded.
-#[target_feature(enable = "avx2")]
-#[inline]
-fn round_bf16(x: __m256) -> __m128i {
+fn round_bf16(x: __m256) -> __m256i {
     let bits = _mm256_castps_si256(x);
     let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
     let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    narrow_u16(_mm256_srli_epi32::<16>(rounded))
-}
-
-/// Eight 32-bit integers below 2^16 as 16-bit integers.
-#[target_feature(enable = "avx2")]
-#[inline]
-fn narrow_u16(x: __m256i) -> __m128i {
-    _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x))
+    _mm256_srli_epi32::<16>(rounded)
 }

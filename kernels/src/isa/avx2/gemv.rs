@@ -27,8 +27,7 @@ struct Avx2([__m256i; 2]);
 impl Avx2 {
     #[target_feature(enable = "avx2")]
     fn new() -> Self {
-        let book = load_i16(&spec::CODEBOOK_I16);
-        Self(u16_planes([_mm256_castsi256_si128(book), _mm256_extracti128_si256::<1>(book)]))
+        Self(u16_planes(load_i16(&spec::CODEBOOK_I16)))
     }
 }
 

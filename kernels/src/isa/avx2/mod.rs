@@ -1,4 +1,4 @@
-//! x86-64 with AVX2.
+//! x86-64 with AVX2, and F16C for f16.
 //!
 //! The step of the 16x4 product, for 32 packed bytes (64 weights, two 128-bit halves):
 //!
@@ -32,13 +32,29 @@ mod quantize;
 mod transposed;
 mod vector;
 
+use core::arch::x86_64::__cpuid;
+use core::sync::atomic::{AtomicU8, Ordering::Relaxed};
+
 use crate::kernels::Table;
 use crate::{Isa, double_quant};
 
 cpufeatures::new!(avx2, "avx2");
 
+/// Whether the processor has AVX2, and F16C, which converts f16: every one with AVX2 has it, but nothing says that it must.
 pub(crate) fn is_supported() -> bool {
-    avx2::get()
+    /// 0 is not known yet, 1 no, 2 yes. `cpuid` is slow under a hypervisor.
+    static F16C: AtomicU8 = AtomicU8::new(0);
+    const BIT: u32 = 1 << 29;
+    if !avx2::get() {
+        return false;
+    }
+    if F16C.load(Relaxed) == 0 {
+        // SAFETY: every x86-64 processor has `cpuid`, with this leaf.
+        #[allow(unused_unsafe, reason = "the function is safe in newer versions of Rust")]
+        let features = unsafe { __cpuid(1) }.ecx;
+        F16C.store(1 + u8::from(features & BIT != 0), Relaxed);
+    }
+    F16C.load(Relaxed) == 2
 }
 
 pub(crate) static TABLE: Table = Table {

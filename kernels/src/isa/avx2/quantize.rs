@@ -9,9 +9,9 @@ use crate::format::{THRESHOLDS, absmax_from_bits, inverse_absmax};
 use crate::isa::scalar;
 
 macro_rules! quantize {
-    ($name:ident, $element:ty, $load:ident) => {
+    ($name:ident, $element:ty, $features:literal, $load:ident) => {
         /// Codes and absmax of a tensor.
-        #[target_feature(enable = "avx2")]
+        #[target_feature(enable = $features)]
         pub(super) fn $name(weights: &[$element], block_size: usize, packed: &mut [u8], absmax: &mut [f32]) {
             let blocks = weights.chunks(block_size).zip(packed.chunks_mut(block_size / 2)).zip(absmax);
             for ((block, packed), absmax) in blocks {
@@ -35,9 +35,9 @@ macro_rules! quantize {
     };
 }
 
-quantize!(quantize_f32, f32, load_f32);
-quantize!(quantize_f16, f16, load_f16);
-quantize!(quantize_bf16, bf16, load_bf16);
+quantize!(quantize_f32, f32, "avx2", load_f32);
+quantize!(quantize_f16, f16, "avx2,f16c", load_f16);
+quantize!(quantize_bf16, bf16, "avx2", load_bf16);
 
 /// For eight scaled values the number of thresholds strictly below each (15 for NaN), by binary search.
 #[target_feature(enable = "avx2")]

@@ -77,23 +77,13 @@ pub(super) fn largest_u32(x: __m256i) -> u32 {
 #[target_feature(enable = "avx2")]
 #[inline]
 pub(super) fn load_bf16(x: &[bf16; 8]) -> __m256 {
-    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(widen_u16(x)))
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(load_u16(x))))
 }
 
-/// f16 to f32, exact, NaN and subnormals included: the exponent is moved by a product with 2^112.
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,f16c")]
 #[inline]
 pub(super) fn load_f16(x: &[f16; 8]) -> __m256 {
-    let bits = widen_u16(x);
-    let magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fff));
-    let sign = _mm256_slli_epi32::<16>(_mm256_xor_si256(bits, magnitude));
-    let scaled = _mm256_mul_ps(
-        _mm256_castsi256_ps(_mm256_slli_epi32::<13>(magnitude)),
-        _mm256_set1_ps(f32::from_bits((127 + 112) << 23)),
-    );
-    let special = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7bff));
-    let special = _mm256_and_si256(special, _mm256_set1_epi32(0x7f80_0000));
-    _mm256_or_ps(scaled, _mm256_castsi256_ps(_mm256_or_si256(special, sign)))
+    _mm256_cvtph_ps(load_u16(x))
 }
 
 #[target_feature(enable = "avx2")]
@@ -124,12 +114,12 @@ pub(super) fn load_128(x: &[u8; 16]) -> __m128i {
     unsafe { _mm_loadu_si128(x.as_ptr().cast()) }
 }
 
-/// Eight 16-bit values of any type, as 32-bit integers.
+/// Eight 16-bit values of any type.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn widen_u16<T: Half>(x: &[T; 8]) -> __m256i {
+fn load_u16<T: Half>(x: &[T; 8]) -> __m128i {
     // SAFETY: the array has the 16 bytes that an unaligned load reads, for `Half` types have two.
-    _mm256_cvtepu16_epi32(unsafe { _mm_loadu_si128(x.as_ptr().cast()) })
+    unsafe { _mm_loadu_si128(x.as_ptr().cast()) }
 }
 
 #[target_feature(enable = "avx2")]
@@ -137,6 +127,23 @@ fn widen_u16<T: Half>(x: &[T; 8]) -> __m256i {
 pub(super) fn store_f32(out: &mut [f32; 8], x: __m256) {
     // SAFETY: the array has the 32 bytes that an unaligned store writes.
     unsafe { _mm256_storeu_ps(out.as_mut_ptr(), x) }
+}
+
+/// As [`store_f32`], past the caches if that can be: if the place has 16 bytes of alignment, as allocators give.
+///
+/// # Safety
+/// Before anything else uses the place, there must be an `_mm_sfence`.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) unsafe fn stream_f32(out: &mut [f32; 8], x: __m256) {
+    if !out.as_ptr().addr().is_multiple_of(16) {
+        return store_f32(out, x);
+    }
+    let halves = [_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x)];
+    for (out, x) in out.as_chunks_mut::<4>().0.iter_mut().zip(halves) {
+        // SAFETY: the array has the 16 bytes that the store writes, and their alignment; the caller has the fence.
+        unsafe { _mm_stream_ps(out.as_mut_ptr(), x) }
+    }
 }
 
 #[target_feature(enable = "avx2")]
