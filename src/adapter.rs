@@ -2,8 +2,9 @@
 
 use alloc::vec::Vec;
 
-use nf4_kernels::{Float, Kernels, ShapeError};
+use nf4_kernels::{Float, Kernels};
 
+use crate::buffer::reserved;
 use crate::dora::{self, Dora};
 use crate::error::{Error, check_finite, check_len, check_matrix};
 use crate::tensor::Tensor;
@@ -251,14 +252,6 @@ impl LoRAAdapter {
     pub fn memory_bytes(&self) -> usize {
         self.a.memory_bytes() + self.b.memory_bytes() + self.dora.as_ref().map_or(0, Dora::memory_bytes)
     }
-}
-
-/// An empty vector with exactly the room for `rows * cols` values.
-fn reserved(rows: usize, cols: usize) -> Result<Vec<f32>, Error> {
-    let overflow = ShapeError::Overflow { rows, cols };
-    let mut values = Vec::new();
-    values.try_reserve_exact(rows.checked_mul(cols).ok_or(overflow)?).map_err(|_| overflow)?;
-    Ok(values)
 }
 
 /// Rounds to nearest even; every NaN becomes [`f32::NAN`].

@@ -6,6 +6,7 @@ use nf4_kernels::{Float, ShapeError};
 
 use crate::adapter::LoRAAdapter;
 use crate::base::Base;
+use crate::buffer::grow;
 use crate::dense::add_rows;
 use crate::error::{Error, check_batch, check_len, or_panic};
 use crate::qlora::QLoRALayer;
@@ -32,12 +33,18 @@ impl BackwardScratch {
     ///
     /// # Panics
     /// If it does not fit in memory.
+    #[track_caller]
     pub fn reserve(&mut self, d_out: usize, d_in: usize, rank: usize, batch: usize) {
+        or_panic(self.try_reserve(d_out, d_in, rank, batch));
+    }
+
+    /// As [`Self::reserve`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if it does not fit in memory.
+    pub fn try_reserve(&mut self, d_out: usize, d_in: usize, rank: usize, batch: usize) -> Result<(), Error> {
         let len = Self::low_rank_len(rank, batch).saturating_add(d_out.max(d_in));
-        if self.values.len() < len {
-            self.values.reserve_exact(len - self.values.len());
-            self.values.resize(len, 0.0);
-        }
+        Ok(grow(&mut self.values, len)?)
     }
 
     /// Bytes on the heap.
@@ -108,7 +115,8 @@ impl QLoRALayer {
     /// length. No gradient was changed then.
     pub fn try_backward(&mut self, x: &Tensor, dy: &Tensor) -> Result<Tensor, Error> {
         let batch = self.adapter.check_gradients(x.data(), dy.data())?;
-        let (mut scratch, mut dx) = (self.backward_scratch(batch), Tensor::zeros(x.len(), false));
+        let (mut scratch, mut dx) = (BackwardScratch::new(), Tensor::try_zeros(1, x.len())?);
+        scratch.try_reserve(self.d_out(), self.d_in(), self.rank(), batch)?;
         self.backward_into(x.data(), dy.data(), &mut scratch, Some(dx.data_mut()))?;
         Ok(dx)
     }
@@ -131,7 +139,11 @@ impl QLoRALayer {
     }
 
     /// Working memory for [`Self::backward_into`] of up to `batch` vectors.
+    ///
+    /// # Panics
+    /// If it does not fit in memory.
     #[must_use]
+    #[track_caller]
     pub fn backward_scratch(&self, batch: usize) -> BackwardScratch {
         let mut scratch = BackwardScratch::new();
         scratch.reserve(self.d_out(), self.d_in(), self.rank(), batch);

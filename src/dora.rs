@@ -10,11 +10,11 @@
 //! may have changed, which every access that can change them marks. What needs them then is an error that says so,
 //! until they are taken again; a backward, which may write, takes them itself.
 
-use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::adapter::{LoRAAdapter, to_f32};
 use crate::base::Base;
+use crate::buffer::zeros;
 use crate::error::{Error, check_finite, check_len};
 use crate::qlora::QLoRALayer;
 use crate::tensor::Tensor;
@@ -106,15 +106,16 @@ impl LoRAAdapter {
     pub(crate) fn join(&mut self, base: Base<'_>) -> Result<(), Error> {
         self.norms_are_stale();
         let len = if self.is_dora() { self.d_in() } else { 0 };
-        self.refresh(base, &mut vec![0.0; len])
+        self.refresh(base, &mut zeros(1, len)?)
     }
 
     /// Takes the norms again if they are stale. `row` is scratch for a row of the base, `[d_in]` if there is `DoRA`.
     pub(crate) fn refresh(&mut self, base: Base<'_>, row: &mut [f32]) -> Result<(), Error> {
-        let Some(mut dora) = self.dora.take_if(|dora| dora.stale) else { return Ok(()) };
-        if dora.norms.len() != self.d_out() {
-            (dora.norms, dora.gains) = (vec![0.0; self.d_out()], vec![0.0; self.d_out()]);
+        let rows = self.d_out();
+        if let Some(dora) = self.dora.as_mut().filter(|dora| dora.norms.len() != rows) {
+            (dora.norms, dora.gains) = (zeros(1, rows)?, zeros(1, rows)?);
         }
+        let Some(mut dora) = self.dora.take_if(|dora| dora.stale) else { return Ok(()) };
         let mut result = Ok(());
         for (r, (norm, gain)) in dora.norms.iter_mut().zip(&mut dora.gains).enumerate() {
             result = result.and_then(|()| base.row(r, row));
@@ -144,7 +145,7 @@ impl QLoRALayer {
     /// length.
     pub fn refresh_dora(&mut self) -> Result<(), Error> {
         self.adapter.check()?;
-        let mut row = vec![0.0; if self.adapter.is_dora() { self.d_in() } else { 0 }];
+        let mut row = zeros(1, if self.adapter.is_dora() { self.d_in() } else { 0 })?;
         self.adapter.refresh(self.linear.base(), &mut row)
     }
 

@@ -26,11 +26,12 @@ impl QLoRALayer {
     /// As [`Self::forward`].
     ///
     /// # Errors
-    /// [`Error::Shape`] if `x` does not have `d_in` values; [`Error::MatrixLength`] if `A` or `B` was replaced by a
-    /// tensor of another length; [`Error::StaleNorms`] with `DoRA`, see [`Self::refresh_dora`].
+    /// [`Error::Shape`] if `x` does not have `d_in` values, or if there is no memory for the outputs;
+    /// [`Error::MatrixLength`] if `A` or `B` was replaced by a tensor of another length; [`Error::StaleNorms`] with
+    /// `DoRA`, see [`Self::refresh_dora`].
     pub fn try_forward(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let mut y = Tensor::zeros(self.d_out(), false);
-        self.forward_into(x.data(), &mut self.scratch(), y.data_mut())?;
+        let mut y = Tensor::try_zeros(1, self.d_out())?;
+        self.forward_into(x.data(), &mut self.linear.scratch(self.rank(), 1)?, y.data_mut())?;
         Ok(y)
     }
 
@@ -60,12 +61,13 @@ impl QLoRALayer {
     /// As [`Self::forward_batch`].
     ///
     /// # Errors
-    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::MatrixLength`] if `A` or `B` was
-    /// replaced by a tensor of another length; [`Error::StaleNorms`] with `DoRA`, see [`Self::refresh_dora`].
+    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if there is no memory for the
+    /// outputs; [`Error::MatrixLength`] if `A` or `B` was replaced by a tensor of another length;
+    /// [`Error::StaleNorms`] with `DoRA`, see [`Self::refresh_dora`].
     pub fn try_forward_batch(&self, x: &Tensor) -> Result<Tensor, Error> {
         let batch = check_batch(x.len(), self.d_in())?;
-        let mut y = Tensor::zeros(batch * self.d_out(), false);
-        self.forward_batch_into(x.data(), &mut self.scratch_for_batch(batch), y.data_mut())?;
+        let mut y = Tensor::try_zeros(batch, self.d_out())?;
+        self.forward_batch_into(x.data(), &mut self.linear.scratch(self.rank(), batch)?, y.data_mut())?;
         Ok(y)
     }
 
@@ -106,8 +108,9 @@ impl QLoRALayer {
     /// # Panics
     /// If it does not fit in memory.
     #[must_use]
+    #[track_caller]
     pub fn scratch_for_batch(&self, batch: usize) -> Scratch {
-        self.linear.scratch(self.rank(), batch)
+        or_panic(self.linear.scratch(self.rank(), batch))
     }
 
     /// Working memory for [`Self::forward_batch_into_as`] with up to `batch` vectors.
@@ -143,10 +146,10 @@ impl MultiAdapterLayer {
     /// As [`Self::forward`].
     ///
     /// # Errors
-    /// [`Error::Shape`] if `x` does not have `d_in` values.
+    /// [`Error::Shape`] if `x` does not have `d_in` values, or if there is no memory for the outputs.
     pub fn try_forward(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let mut y = Tensor::zeros(self.d_out(), false);
-        self.forward_into(x.data(), &mut self.scratch(1), y.data_mut())?;
+        let mut y = Tensor::try_zeros(1, self.d_out())?;
+        self.forward_into(x.data(), &mut self.try_scratch(1)?, y.data_mut())?;
         Ok(y)
     }
 
@@ -176,11 +179,12 @@ impl MultiAdapterLayer {
     /// As [`Self::forward_batch`].
     ///
     /// # Errors
-    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`.
+    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if there is no memory for the
+    /// outputs.
     pub fn try_forward_batch(&self, x: &Tensor) -> Result<Tensor, Error> {
         let batch = check_batch(x.len(), self.d_in())?;
-        let mut y = Tensor::zeros(batch * self.d_out(), false);
-        self.forward_batch_into(x.data(), &mut self.scratch(batch), y.data_mut())?;
+        let mut y = Tensor::try_zeros(batch, self.d_out())?;
+        self.forward_batch_into(x.data(), &mut self.try_scratch(batch)?, y.data_mut())?;
         Ok(y)
     }
 
@@ -214,7 +218,12 @@ impl MultiAdapterLayer {
     /// # Panics
     /// If it does not fit in memory.
     #[must_use]
+    #[track_caller]
     pub fn scratch(&self, batch: usize) -> Scratch {
+        or_panic(self.try_scratch(batch))
+    }
+
+    fn try_scratch(&self, batch: usize) -> Result<Scratch, Error> {
         self.linear.scratch(self.sum_of_ranks(), batch)
     }
 }
@@ -236,11 +245,11 @@ impl MultiAdapterLayer {
     ///
     /// # Errors
     /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `adapters` does not have
-    /// one entry for each vector; [`Error::UnknownAdapter`] with the first name that there is no adapter of.
+    /// one entry for each vector, or if there is no memory for the outputs; [`Error::UnknownAdapter`] with the first name that there is no adapter of.
     pub fn try_forward_batch_with(&self, x: &Tensor, adapters: &[Option<&str>]) -> Result<Tensor, Error> {
         let batch = check_batch(x.len(), self.d_in())?;
-        let mut y = Tensor::zeros(batch * self.d_out(), false);
-        self.forward_batch_with_into(x.data(), adapters, &mut self.scratch(batch), y.data_mut())?;
+        let mut y = Tensor::try_zeros(batch, self.d_out())?;
+        self.forward_batch_with_into(x.data(), adapters, &mut self.try_scratch(batch)?, y.data_mut())?;
         Ok(y)
     }
 

@@ -39,6 +39,8 @@ mod adapter;
 mod backward;
 #[cfg(feature = "alloc")]
 mod base;
+#[cfg(feature = "alloc")]
+mod buffer;
 #[cfg(feature = "safetensors")]
 pub mod checkpoint;
 #[cfg(feature = "alloc")]

@@ -90,10 +90,10 @@ impl Linear {
     }
 
     /// Scratch for batches of f32 vectors whose adapters have ranks that add up to at most `rank`.
-    pub(crate) fn scratch(&self, rank: usize, batch: usize) -> Scratch {
+    pub(crate) fn scratch(&self, rank: usize, batch: usize) -> Result<Scratch, Error> {
         let mut scratch = Scratch::new();
-        scratch.reserve([self.d_out(), self.d_in()], self.weight.block_size(), rank, batch);
-        scratch
+        scratch.try_reserve([self.d_out(), self.d_in()], self.weight.block_size(), rank, batch)?;
+        Ok(scratch)
     }
 
     /// Number of vectors in `x` if it has whole vectors and `y` one output for each of them.
@@ -135,6 +135,10 @@ impl Linear {
         let batch = self.check_batch(x, y)?;
         let (d_out, d_in, kernels) = (self.d_out(), self.d_in(), self.kernels);
         let rank = self.check_terms(batch, &terms)?;
+        if batch == 0 {
+            // Rows without columns may be more than a loop gets through.
+            return Ok(());
+        }
         let block_size = self.weight.block_size();
         let buffers = work.buffers([d_out, d_in], block_size, rank, batch)?;
         let activations = match self.arithmetic {

@@ -1,7 +1,6 @@
 //! `LoRA` on a dense base weight.
 
 use alloc::boxed::Box;
-use alloc::vec;
 use alloc::vec::Vec;
 
 use nf4_kernels::{Float, Kernels};
@@ -9,6 +8,7 @@ use nf4_kernels::{Float, Kernels};
 use crate::adapter::{DEFAULT_SEED, LoRAAdapter, LoRAScaling};
 use crate::backward::BackwardScratch;
 use crate::base::Base;
+use crate::buffer::zeros;
 use crate::error::{Error, check_finite, check_len, check_matrix, or_panic};
 use crate::tensor::Tensor;
 
@@ -125,11 +125,11 @@ impl LoRALayer {
     pub fn try_forward(&self, x: &Tensor) -> Result<Tensor, Error> {
         check_len("input", self.d_in(), x.len())?;
         let kernels = Kernels::detect();
-        let mut y = Tensor::zeros(self.d_out(), false);
+        let mut y = Tensor::try_zeros(1, self.d_out())?;
         kernels.gemv_dense(self.base_weight().data(), x.data(), y.data_mut())?;
         if !self.is_merged() {
             self.adapter.check()?;
-            let mut low_rank = vec![0.0; self.rank()];
+            let mut low_rank = zeros(1, self.rank())?;
             self.adapter.add_product(kernels, x.data(), &mut low_rank, y.data_mut())?;
             if let Some(gains) = self.adapter.gains()? {
                 y.data_mut().iter_mut().zip(gains).for_each(|(y, g)| *y = f32::from_f32(*y * g));
@@ -173,7 +173,7 @@ impl LoRALayer {
     /// length.
     pub fn refresh_dora(&mut self) -> Result<(), Error> {
         self.adapter.check()?;
-        let mut row = vec![0.0; self.d_in()];
+        let mut row = zeros(1, self.d_in())?;
         self.adapter.refresh(Base::Dense(self.base.data(), Kernels::detect()), &mut row)
     }
 
@@ -194,8 +194,8 @@ impl LoRALayer {
     /// As [`crate::QLoRALayer::try_backward`].
     pub fn try_backward(&mut self, x: &Tensor, dy: &Tensor) -> Result<Tensor, Error> {
         let batch = self.adapter.check_gradients(x.data(), dy.data())?;
-        let (mut scratch, mut dx) = (BackwardScratch::new(), Tensor::zeros(x.len(), false));
-        scratch.reserve(self.d_out(), self.d_in(), self.rank(), batch);
+        let (mut scratch, mut dx) = (BackwardScratch::new(), Tensor::try_zeros(1, x.len())?);
+        scratch.try_reserve(self.d_out(), self.d_in(), self.rank(), batch)?;
         let base = Base::Dense(self.base.data(), Kernels::detect());
         self.adapter.backward(base, x.data(), dy.data(), &mut scratch, Some(dx.data_mut()))?;
         Ok(dx)

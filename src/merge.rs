@@ -6,6 +6,7 @@ use core::ops::Range;
 
 use nf4_kernels::Float;
 
+use crate::buffer::zeros;
 use crate::error::{Error, check_len};
 use crate::parallel;
 use crate::qlora::QLoRALayer;
@@ -41,7 +42,7 @@ impl QLoRALayer {
         self.linear.check_adapter(&self.adapter)?;
         let work = out.len().saturating_mul(self.rank());
         parallel::by_rows(work, rows, self.d_in(), out, &|rows: Range<usize>, out: &mut [T]| {
-            let mut merged = vec![0.0; self.d_in()];
+            let mut merged = zeros(1, self.d_in())?;
             for (row, out) in rows.zip(out.chunks_mut(self.d_in().max(1))) {
                 self.merge_row(row, &mut merged)?;
                 out.iter_mut().zip(&merged).for_each(|(o, m)| *o = T::from_f32(*m));

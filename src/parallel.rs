@@ -4,10 +4,11 @@
 //! for small ones, they run where they are called. No bit depends on that: operations give the same bits for every split,
 //! and sums over rows (the transposed product) are cut at fixed places.
 
-use alloc::vec;
 use core::ops::Range;
 
 use nf4_kernels::{Activations, BlockSize, Float, Kernels, Nf4Matrix, ShapeError, spec::ROW_CHUNK};
+
+use crate::buffer::zeros;
 
 /// Multiply-adds, or weights converted, from which on an operation is shared by threads: tens of microseconds on one core,
 /// well above what it takes to wake another. An estimate; no measurement has tuned it.
@@ -92,7 +93,7 @@ pub(crate) fn gemv_transposed_f32(k: Kernels, m: &Nf4Matrix<'_>, x: &[f32], out:
     if parts(work(m, 1)) == 1 || chunks <= 1 || x.len() != m.rows() || out.len() != cols {
         return k.gemv_transposed_f32(m, x, out);
     }
-    let mut sums = vec![0.0; chunks * cols];
+    let mut sums = zeros(chunks, cols)?;
     by_rows(work(m, 1), 0..chunks, cols, &mut sums, &|chunks: Range<usize>, sums: &mut [f32]| {
         chunks.zip(sums.chunks_mut(cols)).try_for_each(|(chunk, sums)| {
             let rows = chunk * ROW_CHUNK..m.rows().min((chunk + 1) * ROW_CHUNK);

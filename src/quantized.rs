@@ -6,6 +6,7 @@ use alloc::vec::Vec;
 
 use nf4_kernels::{Absmax, BlockSize, DYNAMIC_MAP, Float, Kernels, NESTED_BLOCK, NestedAbsmax, Nf4Matrix, packed_len};
 
+use crate::buffer::zeros;
 use crate::error::{Error, check_finite, check_matrix};
 use crate::parallel;
 
@@ -130,8 +131,8 @@ impl Quantized4Bit {
     ) -> Result<Self, Error> {
         check_matrix("base weight", weights, rows, cols)?;
         check_finite("base weight", weights)?;
-        let mut packed = vec![0; packed_len(weights.len())];
-        let mut absmax = vec![0.0; block_size.blocks(weights.len())];
+        let mut packed = zeros(1, packed_len(weights.len()))?;
+        let mut absmax = zeros(1, block_size.blocks(weights.len()))?;
         parallel::quantize(Kernels::detect(), weights, block_size, &mut packed, &mut absmax)?;
         let absmax = if double_quant { AbsmaxBuf::double_quantize(&absmax) } else { AbsmaxBuf::plain(absmax) };
         Self::from_parts(packed, absmax, rows, cols, block_size)

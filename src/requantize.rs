@@ -1,9 +1,8 @@
 //! Merging an adapter into packed weights.
 
-use alloc::vec;
-
 use nf4_kernels::{BlockSize, packed_len};
 
+use crate::buffer::zeros;
 use crate::error::{Error, check_finite};
 use crate::qlora::QLoRALayer;
 use crate::quantized::{AbsmaxBuf, Quantized4Bit};
@@ -50,12 +49,12 @@ impl QLoRALayer {
     ) -> Result<(Quantized4Bit, RequantizeError), Error> {
         self.linear.check_adapter(&self.adapter)?;
         let (d_out, d_in, block) = (self.d_out(), self.d_in(), block_size.get());
-        let mut packed = vec![0; packed_len(self.linear.weight.len())];
-        let mut absmax = vec![0.0; block_size.blocks(self.linear.weight.len())];
+        let mut packed = zeros(1, packed_len(self.linear.weight.len()))?;
+        let mut absmax = zeros(1, block_size.blocks(self.linear.weight.len()))?;
 
         // Rows are merged into `pending`, and its whole blocks quantized; what is left of a block waits for the next
         // row.
-        let (mut pending, mut waiting) = (vec![0.0; d_in + block], 0);
+        let (mut pending, mut waiting) = (zeros(1, d_in.saturating_add(block))?, 0);
         let (mut packed_rest, mut absmax_rest) = (&mut *packed, &mut *absmax);
         for row in 0..d_out {
             let merged = &mut pending[waiting..waiting + d_in];
@@ -79,7 +78,7 @@ impl QLoRALayer {
 
     /// How far `quantized` lies from the merged weight.
     fn error_of(&self, quantized: &Quantized4Bit) -> Result<RequantizeError, Error> {
-        let (mut merged, mut other) = (vec![0.0_f32; self.d_in()], vec![0.0_f32; self.d_in()]);
+        let (mut merged, mut other) = (zeros(1, self.d_in())?, zeros::<f32>(1, self.d_in())?);
         let (mut max_abs_error, [mut error, mut weight, mut change]) = (0.0_f64, [0.0_f64; 3]);
         for row in 0..self.d_out() {
             self.merge_row(row, &mut merged)?;

@@ -4,7 +4,8 @@ use alloc::vec::Vec;
 
 use nf4_kernels::{Activations, BlockSize, ShapeError};
 
-use crate::error::Error;
+use crate::buffer::grow;
+use crate::error::{Error, or_panic};
 
 /// Working memory of the forwards that end in `_into`, made once and used for any number of forwards and layers.
 ///
@@ -37,12 +38,27 @@ impl Scratch {
     ///
     /// # Panics
     /// If it does not fit in memory.
+    #[track_caller]
     pub fn reserve(&mut self, shape: [usize; 2], block_size: BlockSize, rank: usize, batch: usize) {
+        or_panic(self.try_reserve(shape, block_size, rank, batch));
+    }
+
+    /// As [`Self::reserve`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if it does not fit in memory. Parts of it may have grown then.
+    pub fn try_reserve(
+        &mut self,
+        shape: [usize; 2],
+        block_size: BlockSize,
+        rank: usize,
+        batch: usize,
+    ) -> Result<(), Error> {
         let need = Need::new(shape, block_size, rank, batch);
-        grow(&mut self.work.values, need.values);
-        grow(&mut self.work.scales, need.scales);
-        grow(&mut self.work.low_rank, need.low_rank);
-        grow(&mut self.work.product, need.product);
+        grow(&mut self.work.values, need.values)?;
+        grow(&mut self.work.scales, need.scales)?;
+        grow(&mut self.work.low_rank, need.low_rank)?;
+        Ok(grow(&mut self.work.product, need.product)?)
     }
 
     /// Grows, if need be, so that `batch` vectors of `d_in` inputs can be converted to f32: for the forwards that end
@@ -50,8 +66,17 @@ impl Scratch {
     ///
     /// # Panics
     /// If it does not fit in memory.
+    #[track_caller]
     pub fn reserve_inputs(&mut self, d_in: usize, batch: usize) {
-        grow(&mut self.inputs, d_in.saturating_mul(batch));
+        or_panic(self.try_reserve_inputs(d_in, batch));
+    }
+
+    /// As [`Self::reserve_inputs`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if it does not fit in memory.
+    pub fn try_reserve_inputs(&mut self, d_in: usize, batch: usize) -> Result<(), Error> {
+        Ok(grow(&mut self.inputs, d_in.saturating_mul(batch))?)
     }
 
     /// Bytes that [`Self::reserve`] with these numbers takes; `usize::MAX` if there are more.
@@ -138,13 +163,6 @@ impl Need {
             low_rank: rank.saturating_mul(batch),
             product: d_out.saturating_mul(batch),
         }
-    }
-}
-
-fn grow<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) {
-    if buffer.len() < len {
-        buffer.reserve_exact(len - buffer.len());
-        buffer.resize(len, T::default());
     }
 }
 

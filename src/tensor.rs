@@ -4,6 +4,7 @@ use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
 
+use crate::buffer;
 use crate::error::{Error, check_len};
 
 /// A flat vector of f32 values, with a gradient of the same length if it is trained.
@@ -28,6 +29,11 @@ impl Tensor {
     #[must_use]
     pub fn zeros(len: usize, requires_grad: bool) -> Self {
         Self::from_vec(vec![0.0; len], requires_grad)
+    }
+
+    /// A tensor of `rows * cols` zeros that is not trained, if there is room for it.
+    pub(crate) fn try_zeros(rows: usize, cols: usize) -> Result<Self, Error> {
+        Ok(Self::from_vec(buffer::zeros(rows, cols)?, false))
     }
 
     /// The values.

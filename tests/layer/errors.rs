@@ -1,8 +1,8 @@
 //! Errors carry their numbers, and the panics of the infallible twins carry the errors.
 
 use nf4::{
-    AbsmaxBuf, BlockSize, DYNAMIC_MAP, Error, LoRAAdapter, LoRALayer, LoRAScaling, QLoRALayer, Quantized4Bit, Scratch,
-    ShapeError, Tensor, f16,
+    AbsmaxBuf, BackwardScratch, BlockSize, DYNAMIC_MAP, Error, LoRAAdapter, LoRALayer, LoRAScaling, MultiAdapterLayer,
+    QLoRALayer, Quantized4Bit, Scratch, ShapeError, Tensor, f16,
 };
 
 use crate::{adapter, layer, normal};
@@ -92,6 +92,40 @@ fn of_quantized_weights() {
     assert_eq!(message(nested), "nested absmax: expected length 2, got 1");
     let nested = AbsmaxBuf::nested(vec![0; 2], vec![1.0], &DYNAMIC_MAP, f32::INFINITY).unwrap();
     assert_eq!(message(parts(64, nested)), "absmax: value 0 is inf, which is not finite");
+}
+
+/// Only rows without columns need no bytes, so that they can be more than there is memory for.
+#[test]
+fn of_memory() {
+    let rows = usize::MAX / 4;
+    let overflow = format!("a matrix of 1 x {rows} elements does not fit in the address space");
+    for nested in [false, true] {
+        let absmax = if nested { AbsmaxBuf::double_quantize(&[]) } else { AbsmaxBuf::plain(Vec::new()) };
+        let base = Quantized4Bit::from_parts(Vec::new(), absmax, rows, 0, BlockSize::B64).unwrap();
+        assert_eq!((base.len(), base.memory_bytes()), (0, 0));
+        let multi = MultiAdapterLayer::new(base.clone());
+        assert_eq!(message(multi.try_forward(&Tensor::zeros(0, false))), overflow);
+        assert!(multi.try_forward_batch(&Tensor::zeros(0, false)).unwrap().is_empty());
+        // An adapter has a `B` of as many rows.
+        let adapter = LoRAAdapter::try_init(rows, 0, 1, 1.0, LoRAScaling::Standard, 0);
+        assert_eq!(message(adapter), format!("a matrix of {rows} x 1 elements does not fit in the address space"));
+    }
+    let (mut forward, mut backward) = (Scratch::new(), BackwardScratch::new());
+    assert_eq!(message(forward.try_reserve([rows, 64], BlockSize::B64, 1, 1)), overflow);
+    assert_eq!(message(forward.try_reserve_inputs(rows, 1)), overflow);
+    assert_eq!(message(backward.try_reserve(rows, 64, 0, 1)), overflow);
+    assert_eq!(message(backward.try_reserve(64, rows, 0, 1)), overflow);
+    // What a layer of the same number of inputs needs was taken; it can be used for one that fits.
+    assert!(forward.try_reserve([3, 64], BlockSize::B64, 1, 1).is_ok());
+    assert!(backward.try_reserve(3, 64, 1, 1).is_ok());
+    let layer = layer(3, 64, 1, BlockSize::B64, false);
+    layer.forward_into(&[0.0; 64], &mut forward, &mut [0.0; 3]).unwrap();
+}
+
+#[test]
+#[should_panic(expected = "elements does not fit in the address space")]
+fn of_memory_by_a_panic() {
+    Scratch::new().reserve([usize::MAX / 4, 64], BlockSize::B64, 1, 1);
 }
 
 #[test]
