@@ -74,8 +74,12 @@ impl<'a> Object<'a> {
 
 /// A value for a message, not longer than a line.
 pub(super) fn shown(value: &Value) -> String {
-    let text = value.to_string();
-    if text.chars().nth(80).is_none() { text } else { text.chars().take(80).chain("...".chars()).collect() }
+    shortened(&value.to_string())
+}
+
+/// A text for a message, not longer than a line.
+pub(super) fn shortened(text: &str) -> String {
+    if text.chars().nth(80).is_none() { text.to_owned() } else { text.chars().take(80).chain("...".chars()).collect() }
 }
 
 pub(super) fn to_usize(value: &Value) -> Option<usize> {

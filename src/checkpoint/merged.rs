@@ -15,6 +15,7 @@ use super::quant_state::{COMPANIONS, WEIGHT};
 use super::source::{TensorSource, bytes_of, info_of};
 use super::{CheckpointError, FloatType, Linear4bit, PeftAdapter, QuantState, join, linear4bit_prefixes};
 use crate::QLoRALayer;
+use crate::buffer::{reserved, zeros};
 
 /// Rows that are merged at a time.
 const ROWS: usize = 64;
@@ -111,10 +112,12 @@ impl<'a> MergedModel<'a> {
     fn packed(&self, module: &str) -> Result<Vec<u8>, CheckpointError> {
         let layer = Linear4bit::load(self.source, module)?;
         let [rows, cols] = layer.state().matrix_shape();
+        // Rows without columns have no bytes, and so there may be any number of them.
+        let rows = if cols == 0 { 0 } else { rows };
         let error = |error| CheckpointError::Layer { layer: module.to_owned(), error };
         let (weight, _) = layer.into_parts();
-        let mut bytes = Vec::with_capacity(rows * cols * self.float.size());
-        let mut tile = alloc::vec![0.0; ROWS.min(rows) * cols];
+        let mut bytes = reserved(rows, cols.saturating_mul(self.float.size())).map_err(|e| error(e.into()))?;
+        let mut tile = zeros(ROWS.min(rows), cols).map_err(|e| error(e.into()))?;
         let mut write = |get: &dyn Fn(core::ops::Range<usize>, &mut [f32]) -> Result<(), crate::Error>| {
             for start in (0..rows).step_by(ROWS) {
                 let end = rows.min(start + ROWS);

@@ -129,6 +129,85 @@ fn made_adapters_keep_rank_alpha_scaling_and_magnitude_of_each_module() {
     assert_eq!(error.to_string(), "b: rsLoRA for some modules only is not supported");
 }
 
+/// A key that is a name is compared; in a group it is an expression. Both match the same modules.
+#[test]
+fn names_match_what_they_match_as_expressions() {
+    let keys = [
+        "q",
+        "^q",
+        "attn.q",
+        "^attn.q",
+        r"attn\.q",
+        r"^attn\.q",
+        "",
+        "^",
+        ".",
+        "..q",
+        ".q",
+        "q.",
+        "Q",
+        "ö",
+        "a-b_c",
+        "0.q",
+        r"\^q",
+        r"\\",
+        r"a\.",
+        r"^a\.b",
+    ];
+    let modules = [
+        "q",
+        "attn.q",
+        "attnxq",
+        "h.attn.q",
+        "hattn.q",
+        "h.attnxq",
+        "h.attn.qq",
+        "h.attn.Q",
+        "",
+        ".",
+        "..",
+        ".q",
+        "x",
+        "ö",
+        "h.ö",
+        "hö",
+        "a-b_c",
+        "x.a-b_c",
+        "0.q",
+        "10.q",
+        "1.0.q",
+        "^q",
+        "h.^q",
+        "a\nq",
+        "a\n.q",
+        "\n",
+        "h.\n",
+        "\\",
+        "a.",
+        "h.a.",
+        "a.b",
+        "axb",
+        "x.a.b",
+        "xq",
+        "xxq",
+        ".xq",
+        "q.",
+        "qx",
+    ];
+    let rank = |key: &str, module: &str| {
+        PeftConfig::parse(json!({"r": 2, "rank_pattern": {key: 3}}).to_string().as_bytes()).unwrap().rank(module)
+    };
+    let mut matches = 0;
+    for key in keys {
+        for module in modules {
+            let (name, expression) = (rank(key, module), rank(&format!("(?:{key})"), module));
+            assert_eq!(name, expression, "{key:?} on {module:?}");
+            matches += usize::from(name == 3);
+        }
+    }
+    assert!(matches > keys.len(), "only {matches} matches");
+}
+
 #[test]
 fn biases_and_whole_modules_replace_those_of_the_base() {
     let mut tensors = small(FloatType::F32);

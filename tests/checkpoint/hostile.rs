@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use nf4::checkpoint::{
     CheckpointError, FloatType, Header, Linear4bit, MergedModel, PeftAdapter, PeftConfig, QuantState,
-    QuantizationConfig, TensorData, TensorFile, TensorMap, linear4bit_prefixes, to_safetensors,
+    QuantizationConfig, TensorData, TensorFile, TensorMap, TensorSource, linear4bit_prefixes, to_safetensors,
 };
-use nf4::{BlockSize, Quantized4Bit};
+use nf4::{AbsmaxBuf, BlockSize, Quantized4Bit};
 use safetensors::Dtype;
 
 use crate::tensor;
@@ -124,7 +124,6 @@ fn layer() -> TensorMap<'static> {
 }
 
 fn owned(file: &TensorFile<'_>) -> TensorMap<'static> {
-    use nf4::checkpoint::TensorSource;
     let tensors = file.header().iter().map(|(name, info)| {
         let bytes = file.read(name).unwrap().into_owned();
         (name.to_owned(), TensorData::new(name, info.dtype, info.shape.clone(), bytes).unwrap())
@@ -270,6 +269,68 @@ fn expressions_that_compile_to_much() {
     }
     for (count, expression) in [(1, r"\\w{20}"), (300, "model.layers.3.mlp.experts.")] {
         PeftConfig::parse(config(count, expression).as_bytes()).unwrap();
+    }
+}
+
+/// Each expression may take 16 KiB, so there may be 4096 in 64 MiB; names are compared, and may be as many as the file has.
+#[test]
+fn more_expressions_than_there_is_memory_for() {
+    let config = |field: &str, keys: &mut dyn Iterator<Item = String>| {
+        let entries: Vec<String> = keys.map(|key| format!(r#"{}:4"#, serde_json::json!(key))).collect();
+        format!(r#"{{"peft_type":"LORA","r":8,"{field}":{{{}}}}}"#, entries.join(","))
+    };
+    let parse = |config: &str| {
+        let mut result = None;
+        let used = allocation_counter::measure(|| result = Some(PeftConfig::parse(config.as_bytes())));
+        (result.unwrap(), used.bytes_max)
+    };
+    for field in ["rank_pattern", "alpha_pattern"] {
+        let expressions = |count| config(field, &mut (0..count).map(|i| format!("layers.[0-9].e{i}")));
+        let (result, used) = parse(&expressions(4097));
+        check(&result.unwrap_err(), &[field, "an object with 4097", "at most 4096"]);
+        assert!(used < 4 << 20, "{used} bytes");
+        let (result, used) = parse(&expressions(4096));
+        let config = result.unwrap();
+        let expected = if field == "rank_pattern" { (4, 8.0) } else { (8, 4.0) };
+        assert_eq!((config.rank("m.layers.3.e9"), config.alpha("m.layers.3.e9")), expected);
+        assert!(used < 64 << 20, "{used} bytes");
+    }
+    // Names and expressions together, in their order.
+    let names = (0..20_000).map(|i| format!("model.layers.3.mlp.experts.{i}"));
+    let (result, used) = parse(&config("rank_pattern", &mut names.chain(["lm_head|x[0-9]".to_owned()])));
+    let ranks = result.unwrap();
+    assert!(used < 16 << 20, "{used} bytes");
+    assert_eq!(["model.layers.3.mlp.experts.19999", "x7", "y7"].map(|module| ranks.rank(module)), [4, 4, 8]);
+    // The text of one: a class of two bytes is parsed to thousands.
+    for (key, parts) in [
+        (r"\w".repeat(2049), ["4098 bytes", "4096 bytes"]),
+        (r"\w".repeat(2048), ["not one", "size limit"]),
+        ("(".repeat(4096), ["not one", "rank_pattern"]),
+    ] {
+        let (result, used) = parse(&config("rank_pattern", &mut [key].into_iter()));
+        check(&result.unwrap_err(), &parts);
+        assert!(used < 64 << 20, "{used} bytes");
+    }
+    let long = "a".repeat(1 << 16);
+    let (result, _) = parse(&config("rank_pattern", &mut [long.clone()].into_iter()));
+    assert_eq!(result.unwrap().rank(&format!("m.{long}")), 4);
+}
+
+/// No byte of the file bounds their number.
+#[test]
+fn rows_without_columns() {
+    for (rows, nested) in [(1 << (usize::BITS - 24), false), (usize::MAX, true)] {
+        let absmax = if nested { AbsmaxBuf::double_quantize(&[]) } else { AbsmaxBuf::plain(Vec::new()) };
+        let weight = Quantized4Bit::from_parts(Vec::new(), absmax, rows, 0, BlockSize::B64).unwrap();
+        let layer = Linear4bit::new(weight, FloatType::F32);
+        let file = to_safetensors(&layer.tensors("l")).unwrap();
+        let file = TensorFile::parse(&file).unwrap();
+        for float in [FloatType::F32, FloatType::BF16] {
+            let merged = MergedModel::new(&file, None, float).unwrap();
+            assert_eq!(merged.info("l.weight").unwrap().shape, [rows, 0]);
+            assert!(merged.read("l.weight").unwrap().is_empty());
+            assert!(TensorFile::parse(&to_safetensors(&merged).unwrap()).is_ok());
+        }
     }
 }
 

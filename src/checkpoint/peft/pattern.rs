@@ -1,6 +1,7 @@
 //! `rank_pattern` and `alpha_pattern`: values by regular expressions on module names.
 
 use alloc::borrow::ToOwned;
+use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -12,12 +13,16 @@ use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::Value;
 
 use super::super::CheckpointError;
+use super::super::json::{shortened, shown};
 
-/// Bytes that a compiled expression may take, and all of a field together, so that a file cannot make them large. Where
-/// there are so many that their shares are less than a name with a few wildcards takes, each may take that.
+/// Bytes that a compiled expression may take, and all of a field together, so that a file cannot make them large.
 const SIZE_LIMIT: usize = 1 << 20;
 const TOTAL_LIMIT: usize = 1 << 26;
-const SIZE_OF_A_NAME: usize = 1 << 14;
+/// Expressions of a field: with more of them, the share of each would be less than a name with a few wildcards takes.
+const COUNT_LIMIT: usize = TOTAL_LIMIT >> 14;
+/// Bytes of the text of an expression, which is parsed before any other limit holds: a class of two letters stands for
+/// hundreds of ranges.
+const TEXT_LIMIT: usize = 1 << 12;
 
 /// A JSON object whose order is kept: the first expression that matches counts.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -56,9 +61,66 @@ impl<'de> Deserialize<'de> for Ordered {
     }
 }
 
-/// Compiled expressions and their values.
+/// A key of a field.
 #[derive(Debug, Clone)]
-pub(super) struct Patterns<T>(Vec<(Regex, T)>);
+enum Pattern {
+    Name(Name),
+    Expression(Regex),
+}
+
+impl Pattern {
+    fn matches(&self, module: &str) -> bool {
+        match self {
+            Self::Name(name) => name.matches(module),
+            Self::Expression(regex) => regex.is_match(module),
+        }
+    }
+}
+
+/// An expression that is a name or the end of one, as most are: it is compared, and takes four bytes a character.
+#[derive(Debug, Clone)]
+struct Name {
+    /// Whether it is the whole name: `^`.
+    whole: bool,
+    /// The characters; `None` for a dot, which stands for any but a line feed.
+    chars: Box<[Option<char>]>,
+}
+
+impl Name {
+    /// The name that a key is, if it is one: letters, digits, `_` and `-`, dots, and punctuation after a backslash.
+    fn parse(key: &str) -> Option<Self> {
+        let rest = key.strip_prefix('^');
+        let mut letters = rest.unwrap_or(key).chars();
+        let mut chars = Vec::new();
+        while let Some(letter) = letters.next() {
+            chars.push(match letter {
+                '.' => None,
+                '\\' => Some(letters.next().filter(char::is_ascii_punctuation)?),
+                '_' | '-' => Some(letter),
+                _ if letter.is_alphanumeric() => Some(letter),
+                _ => return None,
+            });
+        }
+        Some(Self { whole: rest.is_some(), chars: chars.into_boxed_slice() })
+    }
+
+    /// As the expression `^(?:.*\.)?(?:name)$`.
+    fn matches(&self, module: &str) -> bool {
+        let mut letters = module.chars().rev();
+        let fits = |c: &Option<char>| letters.next().is_some_and(|letter| c.map_or(letter != '\n', |c| c == letter));
+        if !self.chars.iter().rev().all(fits) {
+            return false;
+        }
+        match letters.next() {
+            None => true,
+            Some(before) => before == '.' && !self.whole && letters.all(|letter| letter != '\n'),
+        }
+    }
+}
+
+/// The keys of a field, to be matched, and their values.
+#[derive(Debug, Clone)]
+pub(super) struct Patterns<T>(Vec<(Pattern, T)>);
 
 impl<T: Copy> Patterns<T> {
     pub(super) const fn none() -> Self {
@@ -73,25 +135,38 @@ impl<T: Copy> Patterns<T> {
         expected: &'static str,
         convert: impl Fn(&Value) -> Option<T>,
     ) -> Result<Self, CheckpointError> {
-        let error = |key: &str, expected, got| CheckpointError::Field {
+        let error = |field, expected, got| CheckpointError::Field {
             what: super::config::CONFIG.to_owned(),
-            field: format!("{field}[{key:?}]"),
+            field,
             expected,
             got,
         };
-        let limit = (TOTAL_LIMIT / entries.0.len().max(1)).clamp(SIZE_OF_A_NAME, SIZE_LIMIT);
+        let count = entries.0.iter().filter(|(key, _)| Name::parse(key).is_none()).count();
+        if count > COUNT_LIMIT {
+            let expected = "names and at most 4096 other regular expressions";
+            return Err(error(field.to_owned(), expected, format!("an object with {count} of these")));
+        }
+        let limit = SIZE_LIMIT.min(TOTAL_LIMIT / count.max(1));
         let compiled = entries.0.iter().map(|(key, value)| {
+            let at = || format!("{field}[{:?}]", shortened(key));
+            let value = convert(value).ok_or_else(|| error(at(), expected, shown(value)))?;
+            if let Some(name) = Name::parse(key) {
+                return Ok((Pattern::Name(name), value));
+            }
+            if key.len() > TEXT_LIMIT {
+                let expected = "a name or a regular expression of at most 4096 bytes";
+                return Err(error(at(), expected, format!("{} bytes long", key.len())));
+            }
             let regex = RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$")).size_limit(limit).build();
-            let regex = regex.map_err(|e| error(key, "a regular expression", format!("not one: {e}")))?;
-            let value = convert(value).ok_or_else(|| error(key, expected, super::super::json::shown(value)))?;
-            Ok((regex, value))
+            let regex = regex.map_err(|e| error(at(), "a regular expression", format!("not one: {e}")))?;
+            Ok((Pattern::Expression(regex), value))
         });
         compiled.collect::<Result<_, _>>().map(Self)
     }
 
     /// The value of the first expression that matches the name of the module.
     pub(super) fn get(&self, module: &str) -> Option<T> {
-        self.0.iter().find(|(regex, _)| regex.is_match(module)).map(|(_, value)| *value)
+        self.0.iter().find(|(pattern, _)| pattern.matches(module)).map(|(_, value)| *value)
     }
 }
 
