@@ -53,7 +53,6 @@ const _: () = {
     shared::<nf4::optim::Sgd>();
 };
 
-/// But for `MergedModel`, which borrows a `dyn TensorSource` of the caller, and that need not be `Sync`.
 #[cfg(feature = "safetensors")]
 const _: () = {
     use nf4::checkpoint::*;
@@ -64,6 +63,7 @@ const _: () = {
     shared::<Header>();
     shared::<Layout>();
     shared::<Linear4bit>();
+    shared::<MergedModel<'_>>();
     shared::<BiasTraining>();
     shared::<TargetModules>();
     shared::<PeftAdapter>();
@@ -73,6 +73,7 @@ const _: () = {
     shared::<QuantizationConfig>();
     shared::<TensorData<'_>>();
     shared::<TensorFile<'_>>();
+    shared::<TensorMap<'_>>();
 };
 
 const D_OUT: usize = 150;

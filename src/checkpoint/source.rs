@@ -14,7 +14,9 @@ use super::header::tensor_bytes;
 use super::{CheckpointError, Header};
 
 /// Tensors by name. A [`TensorFile`] is one on a byte slice; a reader of several files can be one too.
-pub trait TensorSource {
+///
+/// Threads may share it, and so what borrows it: a reader that has a place in a file keeps that behind a lock.
+pub trait TensorSource: Sync {
     /// The names of all tensors, in any order.
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_>;
 
