@@ -1,6 +1,6 @@
 //! What the checked boundary refuses, with which numbers, and what it documents of NaN and infinity.
 
-use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Kernels, NestedAbsmax, Nf4Matrix, ShapeError, bf16, f16};
+use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Isa, Kernels, NestedAbsmax, Nf4Matrix, ShapeError, bf16, f16};
 
 fn plain<'a>(packed: &'a [u8], absmax: &'a [f32], rows: usize, cols: usize) -> Result<Nf4Matrix<'a>, ShapeError> {
     Nf4Matrix::new(packed, Absmax::Plain(absmax), rows, cols, BlockSize::B64)
@@ -199,6 +199,25 @@ fn quantize_documents_nan_and_infinity() {
         assert_eq!(quantize(&[0.0; 63]).1[0], 1e-38_f32.to_bits());
         assert_eq!(quantize(&[-0.0; 63]).0[..32], [0x77; 32]);
     }
+}
+
+/// The reciprocal of a subnormal scale is infinite, and with a scaled value of 0 makes NaN: the first code, as of other bad
+/// input.
+#[test]
+fn double_quantization_of_subnormal_scales() {
+    for k in Kernels::available() {
+        let (mut codes, mut nested) = ([9; 3], [0.0; 1]);
+        let offset = k.quantize_absmax(&[1, 2, 3].map(f32::from_bits), &mut codes, &mut nested).unwrap();
+        assert_eq!((offset.to_bits(), nested[0].to_bits(), codes), (2, 1, [0, 0, 255]), "{}", k.isa());
+    }
+}
+
+#[test]
+fn names_of_instruction_sets() {
+    let names = [Isa::Scalar, Isa::Avx2, Isa::Neon, Isa::Simd128, Isa::CortexMDsp].map(Isa::name);
+    assert_eq!(names, ["scalar", "avx2", "neon", "simd128", "cortex-m-dsp"]);
+    assert!(Kernels::available().any(|k| k.isa() == Kernels::detect().isa()));
+    assert_eq!(Kernels::scalar().isa().to_string(), "scalar");
 }
 
 /// What the specification says of bad input and bad scales.
