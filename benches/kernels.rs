@@ -20,6 +20,15 @@ const SHAPES: [Shape; 3] = [
     Shape { name: "4096x4096", rows: 4096, cols: 4096, matrices: 1 },
     Shape { name: "16x4096x4096", rows: 4096, cols: 4096, matrices: 16 },
 ];
+/// Around the size from which on two threads pay; see `src/parallel.rs`.
+const SMALL_SHAPES: [Shape; 6] = [
+    Shape { name: "128x1024", rows: 128, cols: 1024, matrices: 1 },
+    Shape { name: "256x1024", rows: 256, cols: 1024, matrices: 1 },
+    Shape { name: "512x1024", rows: 512, cols: 1024, matrices: 1 },
+    Shape { name: "1024x1024", rows: 1024, cols: 1024, matrices: 1 },
+    Shape { name: "1024x2048", rows: 1024, cols: 2048, matrices: 1 },
+    Shape { name: "2048x2048", rows: 2048, cols: 2048, matrices: 1 },
+];
 const BATCHES: [usize; 2] = [8, 128];
 const THREADS: &[usize] = if cfg!(feature = "rayon") { &[1, 2] } else { &[1] };
 
@@ -335,31 +344,51 @@ fn criterion(c: &mut Criterion) {
     }
 }
 
-/// Medians of all operations, timed in turn, as weights/ns (multiply-adds/ns for a batch) and as ratios.
+/// Median nanoseconds for what one matrix and one vector take, of all operations, timed in turn.
+fn medians(operations: &mut [Operation<'_>], rounds: usize) -> Vec<f64> {
+    let mut times = vec![Vec::with_capacity(rounds); operations.len()];
+    for _ in 0..rounds {
+        for (o, times) in operations.iter_mut().zip(&mut times) {
+            // Twice untimed: the one before may have filled the cache with its own data.
+            (0..2).for_each(|_| (o.run)());
+            let start = Instant::now();
+            (o.run)();
+            times.push(start.elapsed().as_nanos() as f64);
+        }
+    }
+    let median = |(o, mut times): (&Operation<'_>, Vec<f64>)| {
+        times.sort_unstable_by(f64::total_cmp);
+        times[rounds / 2] / (o.matrices * o.batch) as f64
+    };
+    operations.iter().zip(times).map(median).collect()
+}
+
+/// Medians as weights/ns (multiply-adds/ns for a batch) and as ratios.
 fn ratios() {
     const ROUNDS: usize = 15;
     for shape in &SHAPES[1..] {
         let data = Data::new(shape, BlockSize::B64);
         with_operations(&data, |mut operations| {
-            if shape.matrices > 1 {
-                operations.retain(|o| o.isa != "scalar");
+            operations.retain(|o| o.isa != "scalar" || shape.matrices == 1);
+            let medians = medians(&mut operations, ROUNDS);
+            print_ratios(&data, &operations, &medians, ROUNDS);
+        });
+    }
+}
+
+/// From which size on two threads pay.
+fn thresholds() {
+    const ROUNDS: usize = 101;
+    for shape in &SMALL_SHAPES {
+        let data = Data::new(shape, BlockSize::B64);
+        with_operations(&data, |mut operations| {
+            operations.retain(|o| o.isa == Kernels::detect().isa().name() && o.batch == 1);
+            let medians = medians(&mut operations, ROUNDS);
+            println!("\n{} (2^{} weights), medians of {ROUNDS} rounds", shape.name, data.elements().ilog2());
+            for (two, time) in operations.iter().zip(&medians).filter(|(o, _)| o.threads == 2) {
+                let one = operations.iter().zip(&medians).find(|(o, _)| o.name == two.name).unwrap().1;
+                println!("{:22} {:7.1} us, on two threads x {:.2}", two.name, one / 1e3, one / time);
             }
-            let mut times = vec![Vec::with_capacity(ROUNDS); operations.len()];
-            for _ in 0..ROUNDS {
-                for (o, times) in operations.iter_mut().zip(&mut times) {
-                    // Twice untimed: the one before may have filled the cache with its own data.
-                    (0..2).for_each(|_| (o.run)());
-                    let start = Instant::now();
-                    (o.run)();
-                    times.push(start.elapsed().as_nanos() as f64);
-                }
-            }
-            // Nanoseconds for what one matrix and one vector take.
-            let medians = operations.iter().zip(times).map(|(o, mut times)| {
-                times.sort_unstable_by(f64::total_cmp);
-                times[ROUNDS / 2] / (o.matrices * o.batch) as f64
-            });
-            print_ratios(&data, &operations, &medians.collect::<Vec<_>>(), ROUNDS);
         });
     }
 }
@@ -400,8 +429,11 @@ fn main() {
         criterion(&mut c);
         c.final_summary();
     }
-    // `cargo test --benches` runs this too: there it only shows that everything runs.
-    if !std::env::args().any(|a| a == "--test") {
+    // `cargo test --benches` runs this too, without that argument: there it only shows that everything runs.
+    if std::env::args().any(|a| a == "--bench") {
         ratios();
+        if cfg!(feature = "rayon") {
+            thresholds();
+        }
     }
 }

@@ -8,7 +8,7 @@ use nf4_kernels::Float;
 
 use crate::buffer::zeros;
 use crate::error::{Error, check_len};
-use crate::parallel;
+use crate::parallel::{self, cost};
 use crate::qlora::QLoRALayer;
 
 impl QLoRALayer {
@@ -40,7 +40,8 @@ impl QLoRALayer {
         let count = self.base_weight_quantized().view().row_range(rows.clone())?.rows();
         check_len("merged weights", count * self.d_in(), out.len())?;
         self.linear.check_adapter(&self.adapter)?;
-        let work = out.len().saturating_mul(self.rank());
+        let cost = cost::PRODUCT_F32.saturating_mul(self.rank()).saturating_add(cost::DEQUANTIZE);
+        let work = out.len().saturating_mul(cost);
         parallel::by_rows(work, rows, self.d_in(), out, &|rows: Range<usize>, out: &mut [T]| {
             let mut merged = zeros(1, self.d_in())?;
             for (row, out) in rows.zip(out.chunks_mut(self.d_in().max(1))) {

@@ -10,9 +10,20 @@ use nf4_kernels::{Activations, BlockSize, Float, Kernels, Nf4Matrix, ShapeError,
 
 use crate::buffer::zeros;
 
-/// Multiply-adds, or weights converted, from which on an operation is shared by threads: tens of microseconds on one core,
-/// well above what it takes to wake another. An estimate; no measurement has tuned it.
-const THRESHOLD: usize = 1 << 20;
+/// The least work of a thread, in multiply-adds of the 16x4 product, which take 70 microseconds on a core with AVX2. Sharing
+/// 140 microseconds of work is where two threads begin to pay, from outside of the pool: at half of that, products were 0.8
+/// times as fast as on one thread, conversions of that length 1.3 to 1.6 times. Measured with
+/// `cargo bench --features rayon --bench kernels -- --ratios` on two cores.
+const LEAST: usize = 1 << 21;
+
+/// What the other operations take for a weight, or a weight and a vector, by the same measurement.
+pub(crate) mod cost {
+    pub(crate) const PRODUCT_16X4: usize = 1;
+    pub(crate) const PRODUCT_F32: usize = 2;
+    pub(crate) const TRANSPOSED: usize = 3;
+    pub(crate) const DEQUANTIZE: usize = 3;
+    pub(crate) const QUANTIZE: usize = 11;
+}
 
 #[cfg(feature = "rayon")]
 use rayon::{current_num_threads as threads, join};
@@ -29,10 +40,11 @@ fn join<A, B>(a: impl FnOnce() -> A, b: impl FnOnce() -> B) -> (A, B) {
 
 /// Parts that an operation with so much work is cut into.
 fn parts(work: usize) -> usize {
-    if work < THRESHOLD { 1 } else { threads() }
+    (work / LEAST).clamp(1, threads())
 }
 
-/// Runs `run` on ranges that make up `rows`, each with its part of `out`, `per_row` elements a row.
+/// Runs `run` on ranges that make up `rows`, each with its part of `out`, `per_row` elements a row. `work` is what it takes in
+/// all; see [`cost`].
 ///
 /// # Errors
 /// Those of `run`; of several, that of the first rows.
@@ -71,30 +83,32 @@ fn split_rows<T: Send, E: Send>(
 /// [`Kernels::gemm`].
 pub(crate) fn gemm(k: Kernels, m: &Nf4Matrix<'_>, x: &Activations<'_>, out: &mut [f32]) -> Result<(), ShapeError> {
     let run = |rows, out: &mut [f32]| k.gemm(&m.row_range(rows)?, x, out);
-    by_rows(work(m, x.batch()), 0..m.rows(), x.batch(), out, &run)
+    by_rows(work(m, x.batch() * cost::PRODUCT_16X4), 0..m.rows(), x.batch(), out, &run)
 }
 
 /// [`Kernels::gemm_f32`].
 pub(crate) fn gemm_f32(k: Kernels, m: &Nf4Matrix<'_>, x: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
     let batch = x.len().checked_div(m.cols()).unwrap_or(0);
     let run = |rows, out: &mut [f32]| k.gemm_f32(&m.row_range(rows)?, x, out);
-    by_rows(work(m, batch), 0..m.rows(), batch, out, &run)
+    by_rows(work(m, batch * cost::PRODUCT_F32), 0..m.rows(), batch, out, &run)
 }
 
 /// [`Kernels::dequantize`].
 pub(crate) fn dequantize<T: Float>(k: Kernels, m: &Nf4Matrix<'_>, out: &mut [T]) -> Result<(), ShapeError> {
-    by_rows(work(m, 1), 0..m.rows(), m.cols(), out, &|rows, out: &mut [T]| k.dequantize(&m.row_range(rows)?, out))
+    let run = |rows, out: &mut [T]| k.dequantize(&m.row_range(rows)?, out);
+    by_rows(work(m, cost::DEQUANTIZE), 0..m.rows(), m.cols(), out, &run)
 }
 
 /// [`Kernels::gemv_transposed_f32`]. Threads take row chunks, whose sums are added in order; they need a vector of outputs for
 /// each chunk, which one thread does not.
 pub(crate) fn gemv_transposed_f32(k: Kernels, m: &Nf4Matrix<'_>, x: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
     let (chunks, cols) = (m.rows().div_ceil(ROW_CHUNK), m.cols());
-    if parts(work(m, 1)) == 1 || chunks <= 1 || x.len() != m.rows() || out.len() != cols {
+    let work = work(m, cost::TRANSPOSED);
+    if parts(work) == 1 || chunks <= 1 || x.len() != m.rows() || out.len() != cols {
         return k.gemv_transposed_f32(m, x, out);
     }
     let mut sums = zeros(chunks, cols)?;
-    by_rows(work(m, 1), 0..chunks, cols, &mut sums, &|chunks: Range<usize>, sums: &mut [f32]| {
+    by_rows(work, 0..chunks, cols, &mut sums, &|chunks: Range<usize>, sums: &mut [f32]| {
         chunks.zip(sums.chunks_mut(cols)).try_for_each(|(chunk, sums)| {
             let rows = chunk * ROW_CHUNK..m.rows().min((chunk + 1) * ROW_CHUNK);
             k.gemv_transposed_f32(&m.row_range(rows.clone())?, &x[rows], sums)
@@ -115,7 +129,7 @@ pub(crate) fn quantize<T: Float>(
     packed: &mut [u8],
     absmax: &mut [f32],
 ) -> Result<(), ShapeError> {
-    split_blocks(parts(weights.len()), k, weights, block_size, packed, absmax)
+    split_blocks(parts(weights.len().saturating_mul(cost::QUANTIZE)), k, weights, block_size, packed, absmax)
 }
 
 fn split_blocks<T: Float>(
@@ -141,7 +155,7 @@ fn split_blocks<T: Float>(
     first.and(second)
 }
 
-/// Multiply-adds of a product with a batch.
-fn work(m: &Nf4Matrix<'_>, batch: usize) -> usize {
-    m.rows().saturating_mul(m.cols()).saturating_mul(batch)
+/// What all weights of a matrix take at this cost of one.
+fn work(m: &Nf4Matrix<'_>, cost: usize) -> usize {
+    m.rows().saturating_mul(m.cols()).saturating_mul(cost)
 }

@@ -5,8 +5,8 @@
 use nf4::{Arithmetic, BlockSize, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor, bf16};
 
 /// Large enough to be shared, with a number of rows that no number of threads here divides, and more than two row chunks.
-const D_OUT: usize = 1201;
-const D_IN: usize = 1088;
+const D_OUT: usize = 2101;
+const D_IN: usize = 2112;
 const BATCH: usize = 3;
 
 fn values(n: usize, seed: u32) -> Vec<f32> {
