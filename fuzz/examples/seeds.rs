@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use nf4::BlockSize;
 use nf4::checkpoint::{Dtype, TensorFile, TensorSource};
 use nf4_fuzz::files::{ADAPTERS, LAYERS, parts, tensors};
+use nf4_fuzz::folder::WORDS;
 
 /// Bytes of a seed at most: what the fuzzer makes inputs of.
 const MOST: usize = 8192;
@@ -18,6 +19,7 @@ fn main() -> std::io::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let seeds = Seeds { corpus: root.join("corpus") };
     files(&seeds)?;
+    commands(&seeds)?;
     matrices(&seeds, &root.join("../tests/data/reference"))
 }
 
@@ -63,6 +65,48 @@ fn files(seeds: &Seeds) -> std::io::Result<()> {
         seeds.write("peft_file", &format!("both_files{base}"), &input(4, config, file))?;
     }
     Ok(())
+}
+
+/// Command lines, and no change of a file.
+fn commands(seeds: &Seeds) -> std::io::Result<()> {
+    let lines = [
+        &b"inspect dense"[..],
+        b"inspect adapter --json",
+        b"inspect link.safetensors",
+        b"quantize dense --out out",
+        b"quantize link --out empty --force",
+        b"quantize sharded/b.safetensors --out=out --block-size 4096 --double-quant",
+        b"quantize dense/model.safetensors --out letter.txt --force --skip weight,x.* --compute-dtype bf16",
+        b"quantize \xff.safetensors --out \xff --quantize-head",
+        b"dequantize nf4.safetensors --out nf4.safetensors --force",
+        b"dequantize sharded --out dense/out --dtype f16 --quiet",
+        b"merge base.safetensors --adapter adapter --out out --dtype f32",
+        b"verify sharded --threads 64",
+        b"verify nf4.safetensors base.safetensors",
+        b"bench --shape 16x16 --batch 2 --rounds 1",
+        b"merge --help",
+        b"--version",
+    ];
+    for (i, line) in lines.iter().enumerate() {
+        let words: Vec<Vec<u8>> = line.split(|b| *b == b' ').map(shortened).collect();
+        let command = words.join(&0);
+        let length = u8::try_from(command.len()).expect("a short line");
+        seeds.write("cli_paths", &format!("line{i}"), &[&[0, 7, length], &*command].concat())?;
+    }
+    Ok(())
+}
+
+/// An argument with a byte for each of the words in it that have one.
+fn shortened(mut argument: &[u8]) -> Vec<u8> {
+    let mut short = Vec::new();
+    while let Some(first) = argument.first() {
+        let words = WORDS.iter().enumerate().filter(|(_, word)| argument.starts_with(word));
+        let longest = words.max_by_key(|(_, word)| word.len());
+        let (byte, len) = longest.map_or((*first, 1), |(i, word)| (128 + u8::try_from(i).expect("few words"), word.len()));
+        short.push(byte);
+        argument = &argument[len..];
+    }
+    short
 }
 
 /// Quantized tensors: as weights, as packed matrices, as scales to be quantized once more.
@@ -135,6 +179,12 @@ impl Case {
         seeds.write("gemv", name, &gemv)?;
         let gemm = [&shape[..], &plain, &inputs, &[3], &x, &x, &x, absmax, packed].concat();
         seeds.write("gemm", name, &gemm)?;
+
+        // Every operation, twice; moderate values.
+        let operations: Vec<u8> = (0..16).map(|i| i * 7 % 16 + 16 * (i % 6)).collect();
+        let [d_out, d_in] = [u8::try_from(rows % 40).expect("below 40"), u8::try_from(cols % 251).expect("below 251")];
+        let layer = [&[d_out, d_in, 0, 1 + d_out % 8, *block_size, d_in % 8], &*inputs, &[d_out; 8], &operations];
+        seeds.write("layer", name, &layer.concat())?;
 
         let wide = |size: u16| u64::from(size).to_le_bytes();
         let fitting = [1_u8, 0, 0];

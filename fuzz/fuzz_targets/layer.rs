@@ -184,7 +184,8 @@ impl State<'_> {
         let zeros = Tensor::zeros(self.layer.d_in(), false);
         match self.layer.try_forward(&zeros) {
             Err(error) => assert!(error == Error::StaleNorms && self.layer.adapter().is_dora(), "{error}"),
-            Ok(_) => assert!(!self.layer.adapter().is_dora(), "stale norms were used"),
+            // Without inputs every batch is an empty one, which needs no norms.
+            Ok(_) => assert!(!self.layer.adapter().is_dora() || self.layer.d_in() == 0, "stale norms were used"),
         }
         self.layer.refresh_dora().expect("the lengths fit");
         let params = self.layer.clone();

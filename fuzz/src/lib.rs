@@ -4,6 +4,7 @@
 //! field by field (`examples/seeds.rs`), and a byte that the fuzzer changes changes one thing.
 
 pub mod files;
+pub mod folder;
 mod input;
 mod matrix;
 pub mod model;
