@@ -102,7 +102,8 @@ fn shortened(mut argument: &[u8]) -> Vec<u8> {
     while let Some(first) = argument.first() {
         let words = WORDS.iter().enumerate().filter(|(_, word)| argument.starts_with(word));
         let longest = words.max_by_key(|(_, word)| word.len());
-        let (byte, len) = longest.map_or((*first, 1), |(i, word)| (128 + u8::try_from(i).expect("few words"), word.len()));
+        let (byte, len) =
+            longest.map_or((*first, 1), |(i, word)| (128 + u8::try_from(i).expect("few words"), word.len()));
         short.push(byte);
         argument = &argument[len..];
     }

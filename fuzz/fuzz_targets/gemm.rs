@@ -4,25 +4,19 @@
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use nf4::Kernels;
-use nf4_fuzz::{ActivationBuffers, Bytes, Floats, Matrix, Scales, Shape, bits};
+use nf4_fuzz::{ActivationBuffers, Bytes, Product, bits};
 
 #[derive(Debug, Arbitrary)]
 struct Input<'a> {
-    shape: Shape,
-    scales: Scales,
-    inputs: Floats,
+    product: Product,
     batch: u8,
     bytes: &'a [u8],
 }
 
 fuzz_target!(|input: Input<'_>| {
-    let mut bytes = Bytes::new(input.bytes);
-    let elements = 1 << 12;
-    let (rows, cols) = input.shape.dimensions(elements);
     let batch = usize::from(input.batch) % 40;
-    let x = input.inputs.take(batch * cols, &mut bytes);
-    let matrix = Matrix::new(input.shape, elements, input.scales, &mut bytes);
-    let view = matrix.view();
+    let (x, matrix) = input.product.take(1 << 12, batch, &mut Bytes::new(input.bytes));
+    let (rows, cols, view) = (matrix.rows, matrix.cols, matrix.view());
     // Without inputs a batch cannot be counted.
     let batch = if cols == 0 { 0 } else { batch };
 

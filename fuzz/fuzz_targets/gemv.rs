@@ -5,13 +5,11 @@
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use nf4::{Kernels, Nf4Matrix};
-use nf4_fuzz::{ActivationBuffers, Bytes, Floats, Matrix, Scales, Shape, bits, check_dense, others};
+use nf4_fuzz::{ActivationBuffers, Bytes, Product, bits, check_dense, others};
 
 #[derive(Debug, Arbitrary)]
 struct Input<'a> {
-    shape: Shape,
-    scales: Scales,
-    inputs: Floats,
+    product: Product,
     /// Where the matrix is split.
     split: u16,
     bytes: &'a [u8],
@@ -31,10 +29,9 @@ fn products(k: Kernels, matrix: &Nf4Matrix<'_>, x: &[f32], t: &[f32]) -> [Vec<f3
 
 fuzz_target!(|input: Input<'_>| {
     let mut bytes = Bytes::new(input.bytes);
-    let (rows, cols) = input.shape.dimensions(1 << 14);
-    let x = input.inputs.take(cols, &mut bytes);
-    let matrix = Matrix::new(input.shape, 1 << 14, input.scales, &mut bytes);
-    let t = input.inputs.take(rows, &mut bytes);
+    let (x, matrix) = input.product.take(1 << 14, 1, &mut bytes);
+    let (rows, cols) = (matrix.rows, matrix.cols);
+    let t = input.product.inputs.take(rows, &mut bytes);
     let view = matrix.view();
 
     let scalar = Kernels::scalar();
@@ -58,7 +55,7 @@ fuzz_target!(|input: Input<'_>| {
         }
     }
 
-    let a = input.inputs.take(rows * cols, &mut bytes);
+    let a = input.product.inputs.take(rows * cols, &mut bytes);
     let dense = |k: Kernels| {
         let (mut y, mut z) = (vec![3.0; rows], expected[0].clone());
         k.gemv_dense(&a, &x, &mut y).expect("the lengths fit");

@@ -20,7 +20,7 @@ mod truth;
 mod vector;
 
 pub use input::{Bytes, Floats, Shape};
-pub use matrix::{Matrix, Scales, check_dense, is_tame};
+pub use matrix::{Matrix, Product, Scales, check_dense, is_tame};
 
 use nf4::{Activations, BlockSize, Float, Kernels};
 

@@ -14,6 +14,23 @@ pub struct Scales {
     pub floats: Floats,
 }
 
+/// A matrix, and vectors to multiply it with.
+#[derive(Debug, Clone, Copy, Arbitrary)]
+pub struct Product {
+    shape: Shape,
+    scales: Scales,
+    pub inputs: Floats,
+}
+
+impl Product {
+    /// The vectors of a batch, and then a matrix of at most `elements` elements.
+    pub fn take(&self, elements: usize, batch: usize, bytes: &mut Bytes<'_>) -> (Vec<f32>, Matrix) {
+        let (_, cols) = self.shape.dimensions(elements);
+        let x = self.inputs.take(batch * cols, bytes);
+        (x, Matrix::new(self.shape, elements, self.scales, bytes))
+    }
+}
+
 /// A matrix that owns its bytes.
 #[derive(Debug)]
 pub struct Matrix {
