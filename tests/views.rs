@@ -53,6 +53,31 @@ fn nested_absmax_have_consistent_parts() {
     let past_the_end = ShapeError::Length { what: "restored absmax", expected: 1, got: 2 };
     assert_eq!(absmax.restore(256, &mut out).unwrap_err(), past_the_end);
     assert!(absmax.restore(usize::MAX, &mut out).is_err());
+    assert_eq!((Absmax::Plain(&[]).len(), Absmax::Plain(&[]).is_empty()), (0, true));
+    assert_eq!((Absmax::Plain(&[1.0]).len(), Absmax::Plain(&[1.0]).is_empty()), (1, false));
+}
+
+/// Each vector of a batch has its own inputs, scales and values, and is what is made of it alone.
+#[test]
+fn vectors_of_a_batch_are_cut_out() {
+    let (cols, batch) = (128, 3);
+    let x: Vec<f32> = (0..batch * cols).map(|i| (i as f32 * 0.37).sin() * (1 + i / 64) as f32).collect();
+    for k in Kernels::available() {
+        let (mut values, mut scales) = (vec![0; batch * cols], vec![0.0; batch * cols / 64]);
+        let all = k.quantize_activations_batch(&x, cols, BlockSize::B64, &mut values, &mut scales).unwrap();
+        assert_eq!((all.inputs(), all.scales().len(), all.group()), (&*x, 6, 64));
+        for (n, x) in x.chunks(cols).enumerate() {
+            let (mut values, mut scales) = ([0; 128], [0.0; 2]);
+            let one = k.quantize_activations(x, BlockSize::B64, &mut values, &mut scales).unwrap();
+            let cut = all.vector(n);
+            assert_eq!((cut.inputs(), cut.scales(), cut.cols(), cut.batch()), (x, one.scales(), cols, 1), "vector {n}");
+            assert!((0..cols).all(|c| cut.get(c) == one.get(c) && cut.get(c).is_some()), "vector {n}");
+            assert_eq!(cut.get(cols), None);
+            // 13 bits and a sign.
+            let restored = |c: usize| f32::from(cut.get(c).unwrap()) * cut.scales()[c / 64];
+            assert!((0..cols).all(|c| (restored(c) - x[c]).abs() <= cut.scales()[c / 64]), "vector {n}");
+        }
+    }
 }
 
 #[test]
