@@ -16,7 +16,7 @@ fuzz_run() {
 }
 
 check_fuzz() {
-    local target binary options
+    local target binary options known
     if [[ $(cargo fuzz --version 2>/dev/null) != "cargo-fuzz $cargo_fuzz" ]]; then
         cargo install -q --locked cargo-fuzz --version "$cargo_fuzz"
     fi
@@ -29,9 +29,11 @@ check_fuzz() {
     for target in $(cargo fuzz list); do
         binary=target/x86_64-unknown-linux-gnu/release/$target
         options=(-timeout=60 -rss_limit_mb=3000 -malloc_limit_mb=512 "-artifact_prefix=artifacts/$target/")
-        mkdir -p "artifacts/$target" "regressions/$target"
-        echo "$target: what was found before, the seeds, and $fuzz_seconds s"
-        fuzz_run "$binary" "${options[@]}" -runs=0 "regressions/$target" "corpus/$target"
+        mkdir -p "artifacts/$target"
+        known=("corpus/$target")
+        if [[ -d regressions/$target ]]; then known+=("regressions/$target"); fi
+        echo "$target: ${known[*]}, and then $fuzz_seconds s"
+        fuzz_run "$binary" "${options[@]}" -runs=0 "${known[@]}"
         fuzz_run "$binary" "${options[@]}" -max_total_time=$fuzz_seconds -max_len=8192 "corpus/$target"
     done
 }
