@@ -3,6 +3,7 @@
 use core::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::Builder;
 
 use anyhow::Result;
 
@@ -11,11 +12,12 @@ use anyhow::Result;
 pub(crate) struct Workers<B>(Vec<B>);
 
 impl<B: Default + Send> Workers<B> {
-    /// `threads` of them; 0 stands for the number of processors.
+    /// `threads` of them, but no more than anyone can use; 0 stands for the number of processors.
     pub(crate) fn new(threads: usize) -> Self {
+        const MOST: usize = 1024;
         let available = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if threads == 0 { available() } else { threads };
-        Self((0..threads).map(|_| B::default()).collect())
+        Self((0..threads.min(MOST)).map(|_| B::default()).collect())
     }
 
     /// Calls `work` for each chunk of `0..total`; chunks are handed out in order. After an error no new chunk is begun,
@@ -45,7 +47,10 @@ impl<B: Default + Send> Workers<B> {
             let mut workers = self.0[..threads].iter_mut();
             let own = workers.next();
             for buffers in workers {
-                scope.spawn(|| share(buffers));
+                // The system may have no more threads; those that there are do the work.
+                if Builder::new().spawn_scoped(scope, || share(buffers)).is_err() {
+                    break;
+                }
             }
             own.map(share);
         });
