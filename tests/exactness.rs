@@ -15,8 +15,8 @@ use truth::Row;
 use vector::Generator;
 
 /// Rows x columns: empty, one element, shorter than a block, odd, straddling, partial, aligned for some or for all block
-/// sizes, a stride of eight spans and one more, more than a panel of the f32 product.
-const SHAPES: [(usize, usize); 20] = [
+/// sizes, a stride of eight spans and one more, more than a panel of the f32 product, more than a tile of the batch product.
+const SHAPES: [(usize, usize); 22] = [
     (0, 64),
     (3, 0),
     (1, 1),
@@ -38,6 +38,9 @@ const SHAPES: [(usize, usize); 20] = [
     (1, 4160),
     (2, 8192),
     (2, 12_352),
+    // More rows than a tile of the batch product has with two to eight vectors, and with one.
+    (520, 64),
+    (1030, 32),
 ];
 
 /// What the inputs are like.
@@ -333,7 +336,7 @@ fn results_do_not_depend_on_how_rows_are_split() {
 fn batches_give_the_bits_of_single_vectors() {
     for_all_shapes("batches", |k, rows, cols, block_size, g| {
         let q = Quantized::new(k, &inputs("bell", rows * cols, g), rows, cols, block_size);
-        for batch in [0, 1, 2, 3, 8, 131].into_iter().filter(|_| cols > 0) {
+        for batch in [0, 1, 2, 3, 7, 8, 131].into_iter().filter(|_| cols > 0) {
             if batch > 8 && rows * cols > 5000 {
                 continue;
             }

@@ -26,6 +26,9 @@ pub(super) trait Steps {
     /// [`spec::add_lanes`].
     fn add_lanes(&self, lanes: Self::Lanes) -> f32;
 
+    /// Asks for the cache line `ahead` bytes after the start of `bytes`, theirs or not. A hint, which reads nothing.
+    fn prefetch(&self, _bytes: &[u8], _ahead: usize) {}
+
     /// Adds the products of the weights of a span, which has `GROUPS` activation groups, and `N` vectors to their lanes.
     fn add_span<const GROUPS: usize, const N: usize>(
         &self,
@@ -115,6 +118,10 @@ fn result<S: Steps>(steps: &S, lanes: S::Lanes) -> f32 {
     canonical(steps.add_lanes(lanes) * spec::WEIGHT_STEP)
 }
 
+/// How far ahead packed bytes are asked for. On Zen 4, 2 KB made products from DRAM 1.3 times as fast, with rows of more than a
+/// page 1.7 times, and took 2 percent of the speed in cache; 1 KB and 4 KB gained less.
+const AHEAD: usize = 2048;
+
 /// Adds consecutive columns of a row to the lanes: whole groups, as many as there are scales. `absmax` gives that of a group.
 #[inline(always)]
 fn add_columns<S: Steps, const GROUPS: usize>(
@@ -131,6 +138,7 @@ fn add_columns<S: Steps, const GROUPS: usize>(
     let (scales, scales_rest) = scales.as_chunks::<GROUPS>();
     let mut group = 0;
     for ((packed, values), scales) in packed.iter().zip(values).zip(scales) {
+        steps.prefetch(packed, AHEAD);
         // The last first: its check covers the others, whose loads the compiler can then join.
         let last = absmax(group + GROUPS - 1);
         let absmax = core::array::from_fn(|i| if i == GROUPS - 1 { last } else { absmax(group + i) });
@@ -160,16 +168,16 @@ fn padded(half: &[u8]) -> [u8; SPAN / 2] {
     packed
 }
 
-/// Spans of a tile: 16 KB of activations of eight vectors.
-const SPANS: usize = 16;
-/// Rows of a tile: 32 KB of lanes of eight vectors.
-const ROWS: usize = 128;
+/// Spans of all vectors of a tile: 16 KB of activations.
+const SPANS: usize = 128;
+/// Rows of all vectors of a tile: 32 KB of lanes.
+const ROWS: usize = 1024;
 
-/// The activations and their scales of `N` vectors in a tile, span by span.
+/// The activations and their scales of some vectors in a tile: of each span those of all vectors.
 #[repr(align(64))]
-struct Panel<const GROUPS: usize, const N: usize> {
-    values: [[[i16; SPAN]; N]; SPANS],
-    scales: [[[f32; GROUPS]; N]; SPANS],
+struct Panel<const GROUPS: usize> {
+    values: [[i16; SPAN]; SPANS],
+    scales: [[f32; GROUPS]; SPANS],
 }
 
 /// The 16x4 product of a row-aligned matrix and a batch.
@@ -218,21 +226,32 @@ pub(super) fn gemm_vectors<S: Steps, const GROUPS: usize, const N: usize>(
     out: &mut [f32],
 ) {
     let vectors: [Activations<'_>; N] = core::array::from_fn(|n| activations.vector(first + n));
-    let mut panel = Panel { values: [[[0; SPAN]; N]; SPANS], scales: [[[0.0; GROUPS]; N]; SPANS] };
-    let mut lanes = [[[0.0; 8]; N]; ROWS];
-    for (tile, out) in out.chunks_mut(ROWS * activations.batch()).enumerate() {
+    let mut panel = Panel { values: [[0; SPAN]; SPANS], scales: [[0.0; GROUPS]; SPANS] };
+    let mut lanes = [[0.0; 8]; ROWS];
+    let (lanes, _) = lanes.as_chunks_mut::<N>();
+    let mut absmax = [[0.0; GROUPS]; SPANS];
+    let width = SPANS / N * SPAN;
+    let piece = |row, column| {
+        let (packed, first_block) = matrix.aligned_row(row);
+        (&packed[column / 2..matrix.cols().min(column + width) / 2], first_block)
+    };
+    for (tile, out) in out.chunks_mut(lanes.len() * activations.batch()).enumerate() {
+        let first_row = tile * lanes.len();
         let lanes = &mut lanes[..out.len() / activations.batch()];
         lanes.fill([[0.0; 8]; N]);
-        for column in (0..matrix.cols()).step_by(SPANS * SPAN) {
-            let columns = (matrix.cols() - column).min(SPANS * SPAN);
+        for column in (0..matrix.cols()).step_by(width) {
+            let columns = (matrix.cols() - column).min(width);
+            let (first_group, groups) = (column / (SPAN / GROUPS), columns / (SPAN / GROUPS));
             fill_panel(&mut panel, &vectors, column);
-            for (row, lanes) in (tile * ROWS..).zip(&mut *lanes) {
-                let (packed, first_block) = matrix.aligned_row(row);
-                let first_group = column / (SPAN / GROUPS);
-                let mut absmax = [[0.0; GROUPS]; SPANS];
-                let groups = columns / (SPAN / GROUPS);
+            for (row, lanes) in (first_row..).zip(&mut *lanes) {
+                let (packed, first_block) = piece(row, column);
+                // The next row's piece is one that a prefetcher of the processor does not expect.
+                if row + 1 < matrix.rows() {
+                    let (next, _) = piece(row + 1, column);
+                    (0..next.len()).step_by(64).for_each(|line| steps.prefetch(next, line));
+                }
                 matrix.group_absmax_rest(first_block, first_group, &mut absmax.as_flattened_mut()[..groups]);
-                add_tile(steps, lanes, &packed[column / 2..][..columns / 2], &panel, &absmax);
+                add_tile(steps, lanes, packed, &panel, &absmax);
             }
         }
         for (out, lanes) in out.chunks_mut(activations.batch()).zip(lanes) {
@@ -246,17 +265,17 @@ pub(super) fn gemm_vectors<S: Steps, const GROUPS: usize, const N: usize>(
 /// Brings together what a tile needs of each vector, from `column` on.
 #[inline(always)]
 fn fill_panel<const GROUPS: usize, const N: usize>(
-    panel: &mut Panel<GROUPS, N>,
+    panel: &mut Panel<GROUPS>,
     vectors: &[Activations<'_>; N],
     column: usize,
 ) {
     for (n, vector) in vectors.iter().enumerate() {
         let values = vector.values()[column..].as_chunks::<SPAN>().0;
-        for (panel, values) in panel.values.iter_mut().zip(values) {
+        for (panel, values) in panel.values.as_chunks_mut::<N>().0.iter_mut().zip(values) {
             panel[n] = *values;
         }
         let scales = vector.scales()[column / (SPAN / GROUPS)..].chunks(GROUPS);
-        for (panel, scales) in panel.scales.iter_mut().zip(scales) {
+        for (panel, scales) in panel.scales.as_chunks_mut::<N>().0.iter_mut().zip(scales) {
             // A group that is not there has a scale of 0.
             panel[n] = core::array::from_fn(|g| scales.get(g).copied().unwrap_or(0.0));
         }
@@ -269,7 +288,7 @@ fn add_tile<S: Steps, const GROUPS: usize, const N: usize>(
     steps: &S,
     lanes: &mut [[f32; 8]; N],
     packed: &[u8],
-    panel: &Panel<GROUPS, N>,
+    panel: &Panel<GROUPS>,
     absmax: &[[f32; GROUPS]; SPANS],
 ) {
     let mut sums = [steps.load(&[0.0; 8]); N];
@@ -277,7 +296,7 @@ fn add_tile<S: Steps, const GROUPS: usize, const N: usize>(
         *sum = steps.load(lanes);
     }
     let (packed, half) = packed.as_chunks();
-    let mut panels = panel.values.iter().zip(&panel.scales).zip(absmax);
+    let mut panels = panel.values.as_chunks::<N>().0.iter().zip(panel.scales.as_chunks::<N>().0).zip(absmax);
     for (packed, ((values, scales), absmax)) in packed.iter().zip(&mut panels) {
         sums = steps.add_span(sums, packed, values, absmax, scales);
     }

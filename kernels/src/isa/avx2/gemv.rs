@@ -54,6 +54,11 @@ impl Steps for Avx2 {
     }
 
     #[inline(always)]
+    fn prefetch(&self, bytes: &[u8], ahead: usize) {
+        prefetch(bytes, ahead);
+    }
+
+    #[inline(always)]
     fn add_span<const GROUPS: usize, const N: usize>(
         &self,
         lanes: [__m256; N],

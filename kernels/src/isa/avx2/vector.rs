@@ -57,6 +57,13 @@ pub(super) fn opaque(mut x: __m256) -> __m256 {
     x
 }
 
+/// Asks for the cache line `ahead` bytes after the start of `bytes`, theirs or not.
+#[inline(always)]
+pub(super) fn prefetch(bytes: &[u8], ahead: usize) {
+    // SAFETY: a prefetch takes any address; every x86-64 processor has it.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(ahead).cast()) };
+}
+
 /// Bits of the absolute values.
 #[target_feature(enable = "avx2")]
 #[inline]

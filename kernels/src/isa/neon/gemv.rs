@@ -56,6 +56,11 @@ impl Steps for Neon {
     }
 
     #[inline(always)]
+    fn prefetch(&self, bytes: &[u8], ahead: usize) {
+        prefetch(bytes, ahead);
+    }
+
+    #[inline(always)]
     fn add_span<const GROUPS: usize, const N: usize>(
         &self,
         lanes: [F32x8; N],

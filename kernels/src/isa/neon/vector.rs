@@ -31,6 +31,14 @@ pub(super) fn one_after_the_other([low, high]: &mut F32x8) {
     unsafe { asm!("/* {0:v} {1:v} */", inout(vreg) * low, inout(vreg) * high, options(nostack, preserves_flags)) };
 }
 
+/// Asks for the cache line `ahead` bytes after the start of `bytes`, theirs or not.
+#[inline(always)]
+pub(super) fn prefetch(bytes: &[u8], ahead: usize) {
+    let line = bytes.as_ptr().wrapping_add(ahead);
+    // SAFETY: a prefetch takes any address.
+    unsafe { asm!("prfm pldl1keep, [{}]", in(reg) line, options(readonly, nostack, preserves_flags)) };
+}
+
 #[target_feature(enable = "neon")]
 #[inline]
 pub(super) fn sum(a: F32x8, b: F32x8) -> F32x8 {
