@@ -39,6 +39,24 @@ fn adapters_of_peft() {
     }
 }
 
+/// `--force` does not replace what the adapter is read from.
+#[test]
+fn an_adapter_is_an_input() {
+    let root = tempdir().unwrap();
+    let directory = reference("peft/rank1");
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(directory.join(name), root.path().join(name)).unwrap();
+    }
+    let (base, adapter) = (directory.join("base.safetensors"), root.path().to_str().unwrap());
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        let out = root.path().join(name);
+        let before = fs::read(&out).unwrap();
+        let args = ["merge", base.to_str().unwrap(), "--adapter", adapter, "--out", out.to_str().unwrap(), "--force"];
+        fails(&args, &["is, or holds, the input"]);
+        assert!(fs::read(&out).unwrap() == before, "{name}");
+    }
+}
+
 /// Writes an adapter of rank 2 for one module.
 fn adapter(directory: &Path, module: &str, [d_out, d_in]: [usize; 2], more: &[(&str, &[usize])]) -> TensorMap<'static> {
     fs::create_dir(directory).unwrap();

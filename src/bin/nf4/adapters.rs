@@ -37,6 +37,11 @@ impl Adapter {
         Ok(Self { path: path.to_owned(), peft, file })
     }
 
+    /// The files that it was read from.
+    pub(crate) fn files(&self) -> [PathBuf; 2] {
+        [CONFIG, WEIGHTS].map(|name| self.path.join(name))
+    }
+
     /// What it holds.
     pub(crate) fn inspect(&self) -> Result<Report> {
         let (mut rows, mut list) =

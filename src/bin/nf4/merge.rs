@@ -68,7 +68,8 @@ impl Merge {
         let merger = Merger { base: &model, layers: &layers, adapter: &adapter, dtype: self.dtype };
         merger.check_fits()?;
         let progress = Progress::new("merge", restored_bytes(&model, &layers, Some(self.dtype)), global.quiet);
-        let inputs = [&*self.base, &*self.adapter];
+        let [config, weights] = &adapter.files();
+        let inputs = [&*self.base, &*self.adapter, &**config, &**weights];
         let built = build(&model, &self.target, &inputs, global.threads, &progress, &merger)?;
         drop(progress);
         let seconds = start.elapsed().as_secs_f64();
