@@ -120,7 +120,7 @@ fn result<S: Steps>(steps: &S, lanes: S::Lanes) -> f32 {
 
 /// How far ahead packed bytes are asked for. On Zen 4, 2 KB made products from DRAM 1.3 times as fast, with rows of more than a
 /// page 1.7 times, and took 2 percent of the speed in cache; 1 KB and 4 KB gained less.
-const AHEAD: usize = 2048;
+pub(super) const AHEAD: usize = 2048;
 
 /// Adds consecutive columns of a row to the lanes: whole groups, as many as there are scales. `absmax` gives that of a group.
 #[inline(always)]

@@ -6,6 +6,7 @@ use super::dequantize::{f32_planes, look_up_f32, split_codes};
 use super::vector::*;
 use crate::activations::SPAN;
 use crate::format::canonical;
+use crate::isa::products::AHEAD;
 use crate::isa::scalar;
 use crate::matrix::Nf4Matrix;
 use crate::spec;
@@ -74,6 +75,8 @@ fn gemv_f32_panel<const GROUPS: usize, const SCALES: usize>(
     out: &mut [f32],
 ) {
     let planes = f32_planes();
+    // What comes next: the part of the next row, if a row has several.
+    let ahead = (matrix.cols() / 2).max(AHEAD);
     let first_group = p * (spec::PANEL / SPAN * GROUPS);
     // Cut where the packed bytes are: a last half span is padded here, and may fill a stride that those do not.
     let (inputs, inputs_rest) = inputs.split_at(cols - cols % (STRIDE * SPAN));
@@ -85,28 +88,28 @@ fn gemv_f32_panel<const GROUPS: usize, const SCALES: usize>(
         let mut group = first_group;
         for (packed, inputs) in packed.iter().zip(inputs) {
             let absmax = core::hint::black_box(matrix.group_absmax::<SCALES>(first_block, group));
-            lanes = add_spans_f32::<GROUPS>(lanes, packed, inputs, &absmax, &planes);
+            lanes = add_spans_f32::<GROUPS>(lanes, packed, inputs, &absmax, &planes, ahead);
             group += SCALES;
         }
         if !packed_rest.is_empty() {
             let mut absmax = [0.0; SCALES];
             let groups = packed_rest.len() / (SPAN / 2 / GROUPS);
             matrix.group_absmax_rest(first_block, group, &mut absmax[..groups]);
-            lanes = add_spans_f32::<GROUPS>(lanes, packed_rest, inputs_rest, &absmax, &planes);
+            lanes = add_spans_f32::<GROUPS>(lanes, packed_rest, inputs_rest, &absmax, &planes, ahead);
             if let (half, [.., inputs]) = (packed_rest.as_chunks::<{ SPAN / 2 }>().1, inputs_rest.as_chunks::<SPAN>().0)
                 && !half.is_empty()
             {
                 // The other half of the span has inputs and an absmax of 0, which change no lane.
                 let mut packed = [0; SPAN / 2];
                 packed[..half.len()].copy_from_slice(half);
-                lanes = add_spans_f32::<GROUPS>(lanes, &packed, inputs, &[absmax[groups - 1], 0.0], &planes);
+                lanes = add_spans_f32::<GROUPS>(lanes, &packed, inputs, &[absmax[groups - 1], 0.0], &planes, ahead);
             }
         }
         *out += add_lanes(lanes);
     }
 }
 
-/// Adds spans, as many as there are inputs for, to the lanes.
+/// Adds spans, as many as there are inputs for, to the lanes, and asks for the bytes that are so far ahead.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn add_spans_f32<const GROUPS: usize>(
@@ -115,9 +118,11 @@ fn add_spans_f32<const GROUPS: usize>(
     inputs: &[f32],
     absmax: &[f32],
     planes: &[__m256i; 4],
+    ahead: usize,
 ) -> __m256 {
     let spans = packed.as_chunks().0.iter().zip(inputs.as_chunks::<SPAN>().0).zip(absmax.as_chunks::<GROUPS>().0);
     for ((packed, x), absmax) in spans {
+        prefetch(packed, ahead);
         let ([even, odd], (x, _)) = (split_codes(packed), x.as_chunks());
         let sums = _mm256_add_ps(dot_32(even, &x[0], planes), dot_32(odd, &x[1], planes));
         lanes = _mm256_add_ps(lanes, _mm256_mul_ps(sums, spread(absmax)));

@@ -61,6 +61,10 @@ fn transposed_groups<const GROUPS: usize, const SCALES: usize>(
                     }
                     let factors = core::hint::black_box(factors);
                     let packed = rows.map(|(packed, _)| &packed[column / 2..]);
+                    // The same columns of the next four rows.
+                    for line in (0..SPANS * SPAN / 2).step_by(64) {
+                        packed.iter().for_each(|packed| prefetch(packed, 4 * (matrix.cols() / 2) + line));
+                    }
                     add_rows::<GROUPS, SCALES>(packed, &factors, sums, &planes);
                 }
             }
