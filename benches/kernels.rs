@@ -207,12 +207,25 @@ impl<'a> Setup<'a> {
             operations.push(self.operation("quantize_absmax", move || {
                 kernels.quantize_absmax(black_box(&data.absmax), &mut codes, &mut nested).unwrap();
             }));
+            operations.push(self.lora_update());
             operations.push(self.operation("quantize_activations", move || {
                 let inputs = black_box(data.inputs(1));
                 kernels.quantize_activations(inputs, data.block_size, &mut values, &mut scales).unwrap();
             }));
         }
         operations
+    }
+
+    /// What a `LoRA` adapter of rank 16 adds to the product with a vector: `y += B (A x)`.
+    fn lora_update(self) -> Operation<'a> {
+        const RANK: usize = 16;
+        let (Self { data, kernels, .. }, Shape { rows, cols, .. }) = (self, self.data.shape);
+        let (a, b) = (&data.weights[..RANK * cols], &data.weights[..rows * RANK]);
+        let (mut low_rank, mut y) = ([0.0; RANK], vec![0.0; *rows]);
+        self.operation("lora_update", move || {
+            kernels.gemv_dense(black_box(a), data.inputs(1), &mut low_rank).unwrap();
+            kernels.gemv_dense_add(black_box(b), &low_rank, 2.0, &mut y).unwrap();
+        })
     }
 
     fn dequantize<T: Float + Default>(self, name: &'static str) -> Operation<'a> {
@@ -395,7 +408,8 @@ fn thresholds() {
 
 fn print_ratios(data: &Data, operations: &[Operation<'_>], medians: &[f64], rounds: usize) {
     println!("\n{}, block {}, medians of {rounds} rounds", data.shape.name, data.block_size.get());
-    let columns = ["weights/ns", "GB/s", "share of read", "x f32 GEMV", "x GEMV", "x scalar", "x 1 thread"];
+    let columns =
+        ["weights/ns", "GB/s", "share of read", "x f32 GEMV", "x GEMV", "% of GEMV", "x scalar", "x 1 thread"];
     println!("{:31}{}", "", columns.map(|c| format!("{c:>14}")).concat());
     for (o, time) in operations.iter().zip(medians) {
         // How many times as fast as another one.
@@ -410,12 +424,18 @@ fn print_ratios(data: &Data, operations: &[Operation<'_>], medians: &[f64], roun
             }
         }
         let single = if o.name.ends_with("f32") { "gemv_f32" } else { "gemv" };
+        let gemv = operations.iter().position(|p| p.name == "gemv" && p.isa == o.isa && p.threads == o.threads);
+        let percent_of_gemv = match (o.name, gemv) {
+            ("lora_update" | "quantize_activations", Some(gemv)) => format!("{:.2}", 100.0 * time / medians[gemv]),
+            _ => String::new(),
+        };
         let cells = [
             format!("{:.2}", data.elements() as f64 / time),
             if o.batch == 1 { format!("{:.2}", data.packed_bytes() as f64 / time) } else { String::new() },
             if o.batch == 1 { ratio("read", "any", 1, o.threads) } else { String::new() },
             ratio("gemv_f32", o.isa, 1, o.threads),
             if o.batch > 1 { ratio(single, o.isa, 1, o.threads) } else { String::new() },
+            percent_of_gemv,
             ratio(o.name, "scalar", o.batch, o.threads),
             if o.threads > 1 { ratio(o.name, o.isa, o.batch, 1) } else { String::new() },
         ];
