@@ -46,6 +46,7 @@ mod dense {
 }
 
 #[cfg(feature = "llama")]
+#[allow(clippy::multiple_unsafe_ops_per_block, reason = "calls of C that belong together rely on the same facts")]
 mod ggml {
     use core::ffi::{CStr, c_char, c_void};
     use core::ptr::{null, null_mut};
