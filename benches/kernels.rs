@@ -1,9 +1,9 @@
 //! Every operation on every instruction set of this machine.
 //!
-//! `cargo bench --bench kernels` runs criterion and then prints ratios: all operations are timed in turn, round by round, so
-//! that what disturbs the machine disturbs all alike, and medians are compared. `-- --ratios` prints only these. With
-//! `--features rayon`, two threads are timed as well as one. Throughput counts the packed bytes (codes and absmax), so that it
-//! compares with memory bandwidth; `read` is the limit.
+//! `cargo bench --bench kernels` runs criterion and then prints ratios: all operations are timed in turn, round by
+//! round, so that what disturbs the machine disturbs all alike, and medians are compared. `-- --ratios` prints only
+//! these. With `--features rayon`, two threads are timed as well as one. Throughput counts the packed bytes (codes and
+//! absmax), so that it compares with memory bandwidth; `read` is the limit.
 
 #![allow(clippy::unwrap_used, clippy::cast_precision_loss, reason = "shapes are fixed and fit")]
 
@@ -290,8 +290,8 @@ fn xor(bytes: &[u8]) -> [u64; 16] {
     })
 }
 
-/// Runs `use_operations` with every operation of a shape. All instruction sets share the quantized inputs: they would make the
-/// same bits.
+/// Runs `use_operations` with every operation of a shape. All instruction sets share the quantized inputs: they would
+/// make the same bits.
 fn with_operations(data: &Data, use_operations: impl FnOnce(Vec<Operation<'_>>)) {
     let mut buffers = [1, BATCHES[0], BATCHES[1]].map(|n| (n, data.buffers(n)));
     let activations = buffers.each_mut().map(|(n, buffers)| data.quantize_inputs(*n, buffers));

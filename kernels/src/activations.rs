@@ -9,15 +9,15 @@ pub const ACTIVATION_MAX: i16 = 8191;
 /// A span of 64 columns: what the packed order below permutes, and the row step of the 16x4 multiply.
 pub(crate) const SPAN: usize = 64;
 
-/// A batch of vectors, most often one, quantized in groups of 64 columns (32 for block size 32) to `i16` with one f32 scale a
-/// group.
+/// A batch of vectors, most often one, quantized in groups of 64 columns (32 for block size 32) to `i16` with one f32
+/// scale a group.
 ///
 /// Made by [`crate::Kernels::quantize_activations`] or [`crate::Kernels::quantize_activations_batch`] in buffers of the
-/// caller; see [`crate::spec`] for the arithmetic. It also keeps the f32 inputs, for matrices whose blocks straddle rows are
-/// multiplied in f32.
+/// caller; see [`crate::spec`] for the arithmetic. It also keeps the f32 inputs, for matrices whose blocks straddle
+/// rows are multiplied in f32.
 ///
-/// If the number of columns is not a multiple of the group, every matrix with so many columns has straddling blocks; then
-/// nothing is quantized and both buffers have length 0.
+/// If the number of columns is not a multiple of the group, every matrix with so many columns has straddling blocks;
+/// then nothing is quantized and both buffers have length 0.
 #[derive(Debug, Clone, Copy)]
 pub struct Activations<'a> {
     inputs: &'a [f32],
@@ -28,15 +28,16 @@ pub struct Activations<'a> {
 }
 
 impl<'a> Activations<'a> {
-    /// `i16` values that a vector of `cols` inputs needs: `cols` rounded up to a multiple of 64, or 0 if it is not a multiple
-    /// of the group; `usize::MAX`, which no slice has, if there is no such multiple. A batch needs so many for each vector.
+    /// `i16` values that a vector of `cols` inputs needs: `cols` rounded up to a multiple of 64, or 0 if it is not a
+    /// multiple of the group; `usize::MAX`, which no slice has, if there is no such multiple. A batch needs so many for
+    /// each vector.
     #[must_use]
     pub const fn values_len(cols: usize, block_size: BlockSize) -> usize {
         if cols.is_multiple_of(block_size.group()) { cols.div_ceil(SPAN).saturating_mul(SPAN) } else { 0 }
     }
 
-    /// f32 scales that a vector of `cols` inputs needs: one a group, or 0 if `cols` is not a multiple of the group. A batch
-    /// needs so many for each vector.
+    /// f32 scales that a vector of `cols` inputs needs: one a group, or 0 if `cols` is not a multiple of the group. A
+    /// batch needs so many for each vector.
     #[must_use]
     pub const fn scales_len(cols: usize, block_size: BlockSize) -> usize {
         if cols.is_multiple_of(block_size.group()) { cols / block_size.group() } else { 0 }
@@ -104,8 +105,8 @@ impl<'a> Activations<'a> {
         self.group
     }
 
-    /// The quantized value of input `column` of the first vector, or `None` if nothing was quantized or there is no such
-    /// column.
+    /// The quantized value of input `column` of the first vector, or `None` if nothing was quantized or there is no
+    /// such column.
     #[must_use]
     pub fn get(&self, column: usize) -> Option<i16> {
         if column >= self.cols || self.values.is_empty() {
@@ -139,16 +140,17 @@ pub(crate) fn pair(values: &[i16; SPAN], byte: usize) -> [i16; 2] {
     }
 }
 
-/// Where each column of a span of 64 stands in the buffer of quantized values: the order in which kernels decode 32 packed
-/// bytes. First come the even columns (high nibbles), then the odd ones (low nibbles); within each, bytes 0-7, 16-23, 8-15,
-/// 24-31. That is what two `vpunpck` of the two byte planes leave in 256-bit registers, so AVX2 multiplies without a
-/// shuffle; every 128-bit piece holds eight consecutive bytes, which suits WebAssembly.
+/// Where each column of a span of 64 stands in the buffer of quantized values: the order in which kernels decode 32
+/// packed bytes. First come the even columns (high nibbles), then the odd ones (low nibbles); within each, bytes 0-7,
+/// 16-23, 8-15, 24-31. That is what two `vpunpck` of the two byte planes leave in 256-bit registers, so AVX2 multiplies
+/// without a shuffle; every 128-bit piece holds eight consecutive bytes, which suits WebAssembly.
 ///
-/// On 64-bit Arm each half of the span stands by itself, first every fourth column from the first on, then from the second on,
-/// and so on. That is what `trn` of the two byte planes leave. The columns of elements `i` and `i + 4` of such a piece belong to
-/// the same lane, so the widening multiplications of both its halves add to the same sums.
+/// On 64-bit Arm each half of the span stands by itself, first every fourth column from the first on, then from the
+/// second on, and so on. That is what `trn` of the two byte planes leave. The columns of elements `i` and `i + 4` of
+/// such a piece belong to the same lane, so the widening multiplications of both its halves add to the same sums.
 ///
-/// On Arm cores with the DSP extension the columns stay in order: a byte's two weights meet two adjacent activations there.
+/// On Arm cores with the DSP extension the columns stay in order: a byte's two weights meet two adjacent activations
+/// there.
 pub(crate) const SLOTS: [u8; SPAN] = {
     let mut slots = [0; SPAN];
     let mut column = 0;

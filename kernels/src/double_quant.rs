@@ -1,15 +1,17 @@
 //! Double quantization: the absmax vector, quantized to 8 bits in blocks of 256.
 //!
-//! This is portable code that every ISA shares: it touches one value a block, so it costs little beside the rest, and it must
-//! follow `bitsandbytes` and `PyTorch` through steps (a cascaded sum, a look-up grid) that leave vector units nothing to win.
+//! This is portable code that every ISA shares: it touches one value a block, so it costs little beside the rest, and
+//! it must follow `bitsandbytes` and `PyTorch` through steps (a cascaded sum, a look-up grid) that leave vector units
+//! nothing to win.
 
 use crate::format::{NESTED_BLOCK, absmax_from_bits, canonical};
 
 /// The signed dynamic map of `bitsandbytes` (`create_dynamic_map()`, 256 sorted values), with which absmax are coded.
 ///
-/// Seven decades: decade `10^(i-6)`, `i` in 0..7, holds `2^i` values of each sign; then 0 and 1. The table is stored, not
-/// computed: `PyTorch` makes the points with fused multiply-adds on some machines and without on others, and 42 entries
-/// depend on that. These are the entries with them, which published checkpoints hold. Reading always uses a file's own map.
+/// Seven decades: decade `10^(i-6)`, `i` in 0..7, holds `2^i` values of each sign; then 0 and 1. The table is stored,
+/// not computed: `PyTorch` makes the points with fused multiply-adds on some machines and without on others, and 42
+/// entries depend on that. These are the entries with them, which published checkpoints hold. Reading always uses a
+/// file's own map.
 pub static DYNAMIC_MAP: [f32; 256] = {
     let mut map = [0.0; 256];
     let mut k = 0;
@@ -53,13 +55,15 @@ pub(crate) fn quantize_absmax(absmax: &[f32], offset: f32, codes: &mut [u8], nes
     }
 }
 
-/// The 8-bit code of a scaled value: `bitsandbytes` on the CPU does not round to the nearest entry, it looks the value up on
-/// a grid of 65,536 points in `[-1, 1]`, where each point has the number of midpoints strictly below it.
+/// The 8-bit code of a scaled value: `bitsandbytes` on the CPU does not round to the nearest entry, it looks the value
+/// up on a grid of 65,536 points in `[-1, 1]`, where each point has the number of midpoints strictly below it.
 ///
-/// `bitsandbytes` holds the grid as a table of 64 KB; searching the midpoints gives the same codes and suits small machines.
+/// `bitsandbytes` holds the grid as a table of 64 KB; searching the midpoints gives the same codes and suits small
+/// machines.
 #[inline]
 fn nested_code(scaled: f32) -> u8 {
-    // `1/scale` overflows for a subnormal scale, and 0 * infinity is NaN; the grid's first point is the code 0 of bad input.
+    // `1/scale` overflows for a subnormal scale, and 0 * infinity is NaN; the grid's first point is the code 0 of bad
+    // input.
     let t = if scaled.is_nan() { -1.0 } else { scaled.clamp(-1.0, 1.0) };
     #[allow(
         clippy::cast_possible_truncation,
@@ -86,12 +90,13 @@ const ACCUMULATORS: usize = 4;
 const LEVELS: usize = 4;
 const LANES: usize = 8;
 
-/// The f32 mean as `PyTorch` computes it for a contiguous vector on one thread, bit for bit: `bitsandbytes` stores it as the
-/// offset of double quantization. (From 32,768 values on `PyTorch` may split the sum over threads; this does not.)
+/// The f32 mean as `PyTorch` computes it for a contiguous vector on one thread, bit for bit: `bitsandbytes` stores it
+/// as the offset of double quantization. (From 32,768 values on `PyTorch` may split the sum over threads; this does
+/// not.)
 ///
-/// Source: `aten/src/ATen/native/cpu/SumKernel.cpp` (`cascade_sum`). Vectors of 8 lanes are summed by [`cascade`], values
-/// beyond a multiple of 8 from 0 in order, and to that sum the lanes are added in order; fewer than 8 values are vectors of
-/// one lane. The mean of no values is NaN.
+/// Source: `aten/src/ATen/native/cpu/SumKernel.cpp` (`cascade_sum`). Vectors of 8 lanes are summed by [`cascade`],
+/// values beyond a multiple of 8 from 0 in order, and to that sum the lanes are added in order; fewer than 8 values are
+/// vectors of one lane. The mean of no values is NaN.
 pub(crate) fn mean(values: &[f32]) -> f32 {
     let (vectors, rest) = values.as_chunks::<LANES>();
     let sum = if vectors.is_empty() {
@@ -106,9 +111,9 @@ pub(crate) fn mean(values: &[f32]) -> f32 {
     canonical(sum / count)
 }
 
-/// Sums vectors of `W` lanes: vector `v` goes to accumulator `v % 4`, and each accumulator is a cascade of four levels, of
-/// which each is emptied into the next after `2^max(4, ceil(log2(additions)) / 4)` additions. At the end the levels are added
-/// in order, then the vectors beyond a multiple of four, then accumulators 1, 2, 3.
+/// Sums vectors of `W` lanes: vector `v` goes to accumulator `v % 4`, and each accumulator is a cascade of four levels,
+/// of which each is emptied into the next after `2^max(4, ceil(log2(additions)) / 4)` additions. At the end the levels
+/// are added in order, then the vectors beyond a multiple of four, then accumulators 1, 2, 3.
 fn cascade<const W: usize>(vectors: &[[f32; W]]) -> [f32; W] {
     let (rows, rest) = vectors.as_chunks::<ACCUMULATORS>();
     let log2 = if rows.len() <= 2 { 1 } else { usize::BITS - (rows.len() - 1).leading_zeros() };

@@ -1,13 +1,15 @@
 //! Facts of the format: block sizes, codebook, decision thresholds, nibble order.
 //!
-//! Everything here was fixed by `bitsandbytes`; this file is the only place that states it. The packed bytes hold two codes
-//! each, **the first in the high four bits**; blocks are cut from the flat, row-major tensor and do not care about rows.
+//! Everything here was fixed by `bitsandbytes`; this file is the only place that states it. The packed bytes hold two
+//! codes each, **the first in the high four bits**; blocks are cut from the flat, row-major tensor and do not care
+//! about rows.
 
 use core::ops::Range;
 
 use crate::ShapeError;
 
-/// The NF4 codebook of `bitsandbytes` 0.50 (`get_4bit_type("nf4")`), as f32: code `k` stands for `CODEBOOK[k] * absmax`.
+/// The NF4 codebook of `bitsandbytes` 0.50 (`get_4bit_type("nf4")`), as f32: code `k` stands for `CODEBOOK[k] *
+/// absmax`.
 ///
 /// The sixteen values are quantiles of the normal distribution, scaled to `[-1, 1]` and with an exact zero at code 7
 /// (Dettmers et al., "`QLoRA`: Efficient Finetuning of Quantized LLMs", 2023, appendix E).
@@ -30,8 +32,8 @@ pub const CODEBOOK: [f32; 16] = [
     1.0,
 ];
 
-/// The decision thresholds: `THRESHOLDS[k]` lies midway between `CODEBOOK[k]` and `CODEBOOK[k + 1]` (the f32 sum, rounded,
-/// then halved). A scaled value's code is the number of thresholds strictly below it.
+/// The decision thresholds: `THRESHOLDS[k]` lies midway between `CODEBOOK[k]` and `CODEBOOK[k + 1]` (the f32 sum,
+/// rounded, then halved). A scaled value's code is the number of thresholds strictly below it.
 pub const THRESHOLDS: [f32; 15] = {
     let mut t = [0.0; 15];
     let mut k = 0;
@@ -48,7 +50,8 @@ pub(crate) const ZERO_CODE: u8 = 7;
 /// The floor that `bitsandbytes` puts under absmax before it divides: `1e-38` rounded to f32, a subnormal.
 pub(crate) const ABSMAX_FLOOR: f32 = 1e-38;
 
-/// Number of absmax values that share one nested absmax (the block size of double quantization; fixed in `bitsandbytes`).
+/// Number of absmax values that share one nested absmax (the block size of double quantization; fixed in
+/// `bitsandbytes`).
 pub const NESTED_BLOCK: usize = 256;
 
 /// Number of weights in a block that shares one absmax.
@@ -148,16 +151,17 @@ pub(crate) fn get_range<T>(values: &[T], range: Range<usize>) -> &[T] {
     values.get(range).unwrap_or_default()
 }
 
-/// The code of a value already divided by its block's absmax: the number of thresholds strictly below it, and 15 for NaN,
-/// for which no comparison holds (as in `bitsandbytes`).
+/// The code of a value already divided by its block's absmax: the number of thresholds strictly below it, and 15 for
+/// NaN, for which no comparison holds (as in `bitsandbytes`).
 #[inline(always)]
 #[allow(clippy::neg_cmp_op_on_partial_ord, reason = "NaN must count")]
 pub(crate) fn nearest_code(scaled: f32) -> u8 {
     THRESHOLDS.iter().map(|&t| u8::from(!(scaled <= t))).sum()
 }
 
-/// The largest absolute value of a block from the bits of all absolute values, the largest taken as integers: that is the
-/// order of non-negative floats, with every NaN above infinity. All NaNs become the one NaN that this library writes.
+/// The largest absolute value of a block from the bits of all absolute values, the largest taken as integers: that is
+/// the order of non-negative floats, with every NaN above infinity. All NaNs become the one NaN that this library
+/// writes.
 #[inline(always)]
 pub(crate) fn absmax_from_bits(bits: u32) -> f32 {
     canonical(f32::from_bits(bits))

@@ -1,7 +1,7 @@
 //! The table of kernels: which instruction sets there are, which this CPU has, and the operations.
 //!
-//! An operation checks its arguments once, here, and then calls the function of its instruction set. Adding an instruction
-//! set is one file in `isa/` and one row of [`TABLES`].
+//! An operation checks its arguments once, here, and then calls the function of its instruction set. Adding an
+//! instruction set is one file in `isa/` and one row of [`TABLES`].
 
 use core::fmt;
 
@@ -91,7 +91,8 @@ static TABLES: &[(&Table, fn() -> bool)] = &[
     (&isa::scalar::TABLE, || true),
 ];
 
-/// The operations on one instruction set, and the proof that this CPU has it: a value exists only where it was detected.
+/// The operations on one instruction set, and the proof that this CPU has it: a value exists only where it was
+/// detected.
 ///
 /// All results are the same bits on every instruction set; see [`crate::spec`] for the products and for what NaN and
 /// infinity do. All buffers are the caller's. Copies are cheap: a value is one pointer.
@@ -150,7 +151,8 @@ impl Kernels {
         if cfg!(target_arch = "x86_64") {
             Self::available().next().unwrap_or(Self::scalar())
         } else {
-            // Elsewhere the target decides, and this is a constant: firmware then links only the operations that it calls.
+            // Elsewhere the target decides, and this is a constant: firmware then links only the operations that it
+            // calls.
             Self { table: TABLES[0].0 }
         }
     }
@@ -183,11 +185,11 @@ impl Kernels {
 impl Kernels {
     /// Quantizes a flat tensor as `bitsandbytes` does on the CPU, bit for bit.
     ///
-    /// `packed` gets two codes a byte, the first in the high half ([`packed_len`] bytes); an odd last half byte is 7, the
-    /// code of zero. `absmax` gets one value a block; the last block may be partial.
+    /// `packed` gets two codes a byte, the first in the high half ([`packed_len`] bytes); an odd last half byte is 7,
+    /// the code of zero. `absmax` gets one value a block; the last block may be partial.
     ///
-    /// A NaN makes the absmax of its block NaN and all codes 15. An infinity makes it infinite, infinite values of either
-    /// sign code 15 and finite ones code 7. A block of zeros has absmax 0 (`1e-38` if partial) and codes 7.
+    /// A NaN makes the absmax of its block NaN and all codes 15. An infinity makes it infinite, infinite values of
+    /// either sign code 15 and finite ones code 7. A block of zeros has absmax 0 (`1e-38` if partial) and codes 7.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `packed` or `absmax` has the wrong length.
@@ -206,8 +208,9 @@ impl Kernels {
         Ok(())
     }
 
-    /// Restores the weights, row-major `[rows, cols]`: `CODEBOOK[code] * absmax`, one f32 product, for `f16` and `bf16` then
-    /// rounded to nearest even. The same bits as `bitsandbytes`, but that every NaN is the one of [`Float::from_f32`].
+    /// Restores the weights, row-major `[rows, cols]`: `CODEBOOK[code] * absmax`, one f32 product, for `f16` and `bf16`
+    /// then rounded to nearest even. The same bits as `bitsandbytes`, but that every NaN is the one of
+    /// [`Float::from_f32`].
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `out` does not have `rows * cols` elements.
@@ -221,12 +224,12 @@ impl Kernels {
 
     /// Double quantization: codes the absmax of a tensor in 8 bits, with their mean as offset, and returns the offset.
     ///
-    /// The mean is summed in the order of `PyTorch` on one thread, so that everything equals `bitsandbytes` bit for bit.
-    /// `codes` gets one byte a value, `nested_absmax` one f32 for each [`NESTED_BLOCK`] of them; they are to be read with
-    /// [`crate::DYNAMIC_MAP`].
+    /// The mean is summed in the order of `PyTorch` on one thread, so that everything equals `bitsandbytes` bit for
+    /// bit. `codes` gets one byte a value, `nested_absmax` one f32 for each [`NESTED_BLOCK`] of them; they are to be
+    /// read with [`crate::DYNAMIC_MAP`].
     ///
-    /// A NaN or infinity makes the offset NaN or infinite; then every code is 0 and every nested absmax NaN. The mean of no
-    /// values is NaN.
+    /// A NaN or infinity makes the offset NaN or infinite; then every code is 0 and every nested absmax NaN. The mean
+    /// of no values is NaN.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `codes` or `nested_absmax` has the wrong length.
@@ -265,8 +268,8 @@ impl Kernels {
     /// Quantizes a vector for [`Self::gemv`] in the caller's buffers.
     ///
     /// The lengths of `values` and `scales` are [`Activations::values_len`] and [`Activations::scales_len`]. The result
-    /// serves matrices of every block size with the same group ([`BlockSize::group`]). A group with a NaN or infinity gets
-    /// the scale NaN: every output is then NaN.
+    /// serves matrices of every block size with the same group ([`BlockSize::group`]). A group with a NaN or infinity
+    /// gets the scale NaN: every output is then NaN.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if a buffer has the wrong length.
@@ -280,11 +283,12 @@ impl Kernels {
         self.quantize_activations_batch(inputs, inputs.len(), block_size, values, scales)
     }
 
-    /// Quantizes a batch of vectors, `inputs` `[batch, cols]`, for [`Self::gemm`]: each as [`Self::quantize_activations`] does.
+    /// Quantizes a batch of vectors, `inputs` `[batch, cols]`, for [`Self::gemm`]: each as
+    /// [`Self::quantize_activations`] does.
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if `inputs` does not hold whole vectors, or if `values` or `scales` does not have `batch` times
-    /// the length that one vector needs.
+    /// [`ShapeError::Length`] if `inputs` does not hold whole vectors, or if `values` or `scales` does not have `batch`
+    /// times the length that one vector needs.
     pub fn quantize_activations_batch<'a>(
         &self,
         inputs: &'a [f32],
@@ -337,11 +341,11 @@ impl Kernels {
         Ok(())
     }
 
-    /// The 16x4 product of a batch of vectors. Every output has the bits that [`Self::gemv`] gives for its row and vector,
-    /// whatever the batch.
+    /// The 16x4 product of a batch of vectors. Every output has the bits that [`Self::gemv`] gives for its row and
+    /// vector, whatever the batch.
     ///
-    /// `out` is `[rows, batch]`: the outputs of a row of the matrix stand together, so that it is split as the matrix is. Up
-    /// to 64 KB of stack hold what a tile needs.
+    /// `out` is `[rows, batch]`: the outputs of a row of the matrix stand together, so that it is split as the matrix
+    /// is. Up to 64 KB of stack hold what a tile needs.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if the activations do not have `cols` inputs or `out` not `rows * batch` elements;
@@ -380,8 +384,8 @@ impl Kernels {
         Ok(())
     }
 
-    /// The f32 product of a batch of vectors, `inputs` `[batch, cols]`, `out` `[rows, batch]` as in [`Self::gemm`]. Every
-    /// output has the bits that [`Self::gemv_f32`] gives for its row and vector.
+    /// The f32 product of a batch of vectors, `inputs` `[batch, cols]`, `out` `[rows, batch]` as in [`Self::gemm`].
+    /// Every output has the bits that [`Self::gemv_f32`] gives for its row and vector.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `inputs` does not hold whole vectors or `out` does not have `rows * batch` elements.
@@ -402,8 +406,8 @@ impl Kernels {
     /// The f32 product with the transposed matrix, `out = W^T x`, for gradients; see [`crate::spec`]. `inputs` has one
     /// element a row, `out` one a column.
     ///
-    /// Rows are summed in chunks of [`crate::spec::ROW_CHUNK`], so a sum of the results of views that were cut at multiples of
-    /// it, in order, has the same bits.
+    /// Rows are summed in chunks of [`crate::spec::ROW_CHUNK`], so a sum of the results of views that were cut at
+    /// multiples of it, in order, has the same bits.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `inputs` does not have `rows` elements or `out` not `cols`.
@@ -423,8 +427,8 @@ impl Kernels {
     /// The product `out = A x` with a dense row-major f32 matrix `[out.len(), x.len()]`; see [`crate::spec`].
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if `a` does not have `out.len() * x.len()` elements; [`ShapeError::Overflow`] if that product
-    /// does not fit in `usize`.
+    /// [`ShapeError::Length`] if `a` does not have `out.len() * x.len()` elements; [`ShapeError::Overflow`] if that
+    /// product does not fit in `usize`.
     pub fn gemv_dense(&self, a: &[f32], x: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
         self.dense(a, x, None, out)
     }

@@ -8,9 +8,9 @@ use crate::format::{BlockSize, code_at, get_range, packed_len};
 
 /// A borrowed NF4 matrix of `rows` x `cols` weights, row-major: packed codes and the absmax of their blocks.
 ///
-/// The constructor checks every relation between the parts, so an operation on a view cannot read out of bounds. A view can
-/// be cut by rows ([`Self::row_range`], [`Self::split_at_row`]); the parts share the same bytes, and that is how threads share
-/// work. Blocks may straddle rows and rows may start in the middle of a byte.
+/// The constructor checks every relation between the parts, so an operation on a view cannot read out of bounds. A view
+/// can be cut by rows ([`Self::row_range`], [`Self::split_at_row`]); the parts share the same bytes, and that is how
+/// threads share work. Blocks may straddle rows and rows may start in the middle of a byte.
 ///
 /// ```
 /// use nf4_kernels::{Absmax, BlockSize, Nf4Matrix};
@@ -36,8 +36,8 @@ impl<'a> Nf4Matrix<'a> {
     /// A view of `rows` x `cols` weights.
     ///
     /// # Errors
-    /// [`ShapeError::Overflow`] if `rows * cols` does not fit in `usize`; [`ShapeError::Length`] if `packed` does not have
-    /// `ceil(rows * cols / 2)` bytes or `absmax` not one entry for each block that the matrix touches.
+    /// [`ShapeError::Overflow`] if `rows * cols` does not fit in `usize`; [`ShapeError::Length`] if `packed` does not
+    /// have `ceil(rows * cols / 2)` bytes or `absmax` not one entry for each block that the matrix touches.
     pub fn new(
         packed: &'a [u8],
         absmax: Absmax<'a>,
@@ -121,8 +121,8 @@ impl<'a> Nf4Matrix<'a> {
         self.absmax.get_inside(first_block + (group >> self.groups_per_block_log2()))
     }
 
-    /// The absmax that belong to `N` activation groups of an aligned row, from `first_group` on, which is the first of a
-    /// block. The row's blocks start at `first_block`.
+    /// The absmax that belong to `N` activation groups of an aligned row, from `first_group` on, which is the first of
+    /// a block. The row's blocks start at `first_block`.
     #[allow(dead_code, reason = "only instruction sets with vectors take several at once")]
     #[inline(always)]
     pub(crate) fn group_absmax<const N: usize>(&self, first_block: usize, first_group: usize) -> [f32; N] {

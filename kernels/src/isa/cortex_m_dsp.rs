@@ -15,12 +15,12 @@
 //!               0 1 8 9   2 3 10 11   4 5 12 13   6 7 14 15   16 17 24 25  18 19 26 27  20 21 28 29  22 23 30 31
 //! ```
 //!
-//! Both columns of a byte are in one lane, so with activations in the order of the columns (`SLOTS`) a product of pairs adds
-//! to one lane only. Two rows share the loads of activations; more would not leave enough registers. The last step is a
-//! `vmla`, which rounds the product and then the sum, as the definition wants (`vfma` would be the fused one).
+//! Both columns of a byte are in one lane, so with activations in the order of the columns (`SLOTS`) a product of pairs
+//! adds to one lane only. Two rows share the loads of activations; more would not leave enough registers. The last step
+//! is a `vmla`, which rounds the product and then the sum, as the definition wants (`vfma` would be the fused one).
 //!
-//! Only the 16x4 products are faster than portable code this way. The other operations are f32 arithmetic, one number at a time
-//! on these cores, and are those of `scalar.rs`.
+//! Only the 16x4 products are faster than portable code this way. The other operations are f32 arithmetic, one number
+//! at a time on these cores, and are those of `scalar.rs`.
 
 use core::arch::asm;
 
@@ -182,8 +182,8 @@ fn join([low, high]: [i16; 2]) -> u32 {
 #[inline(always)]
 fn smuad(a: u32, b: u32) -> i32 {
     let sum;
-    // SAFETY: the core has the DSP extension, or this file is not compiled; the instruction only computes a register from
-    // registers. (The flag Q, which it sets if the sum overflows, stays as it is: a lane has no such sum.)
+    // SAFETY: the core has the DSP extension, or this file is not compiled; the instruction only computes a register
+    // from registers. (The flag Q, which it sets if the sum overflows, stays as it is: a lane has no such sum.)
     unsafe {
         asm!(
             "smuad {}, {}, {}",

@@ -1,6 +1,8 @@
-//! The way of the 16x4 products over rows, columns and vectors, which is the same for all instruction sets with vectors.
+//! The way of the 16x4 products over rows, columns and vectors, which is the same for all instruction sets with
+//! vectors.
 //!
-//! They give the [`Steps`]. All is inlined into one function of the instruction set, so nothing here has features of its own.
+//! They give the [`Steps`]. All is inlined into one function of the instruction set, so nothing here has features of
+//! its own.
 
 #![allow(dead_code, reason = "only instruction sets with vectors take a span at once")]
 
@@ -16,7 +18,8 @@ const _: () = assert!(ACTIVATION_MAX == 8191, "the sums of a span rely on it to 
 pub(super) trait Steps {
     /// The eight lanes of a row.
     type Lanes: Copy;
-    /// Vectors of a batch that share the weights of a decoded span: eight, or four where there are no registers for more.
+    /// Vectors of a batch that share the weights of a decoded span: eight, or four where there are no registers for
+    /// more.
     const VECTORS: usize;
 
     fn load(&self, lanes: &[f32; 8]) -> Self::Lanes;
@@ -29,7 +32,8 @@ pub(super) trait Steps {
     /// Asks for the cache line `ahead` bytes after the start of `bytes`, theirs or not. A hint, which reads nothing.
     fn prefetch(&self, _bytes: &[u8], _ahead: usize) {}
 
-    /// Adds the products of the weights of a span, which has `GROUPS` activation groups, and `N` vectors to their lanes.
+    /// Adds the products of the weights of a span, which has `GROUPS` activation groups, and `N` vectors to their
+    /// lanes.
     fn add_span<const GROUPS: usize, const N: usize>(
         &self,
         lanes: [Self::Lanes; N],
@@ -118,11 +122,12 @@ fn result<S: Steps>(steps: &S, lanes: S::Lanes) -> f32 {
     canonical(steps.add_lanes(lanes) * spec::WEIGHT_STEP)
 }
 
-/// How far ahead packed bytes are asked for. On Zen 4, 2 KB made products from DRAM 1.3 times as fast, with rows of more than a
-/// page 1.7 times, and took 2 percent of the speed in cache; 1 KB and 4 KB gained less.
+/// How far ahead packed bytes are asked for. On Zen 4, 2 KB made products from DRAM 1.3 times as fast, with rows of
+/// more than a page 1.7 times, and took 2 percent of the speed in cache; 1 KB and 4 KB gained less.
 pub(super) const AHEAD: usize = 2048;
 
-/// Adds consecutive columns of a row to the lanes: whole groups, as many as there are scales. `absmax` gives that of a group.
+/// Adds consecutive columns of a row to the lanes: whole groups, as many as there are scales. `absmax` gives that of a
+/// group.
 #[inline(always)]
 fn add_columns<S: Steps, const GROUPS: usize>(
     steps: &S,
@@ -182,10 +187,10 @@ struct Panel<const GROUPS: usize> {
 
 /// The 16x4 product of a row-aligned matrix and a batch.
 ///
-/// Up to eight vectors at a time: the 64 weights of a span are decoded into registers, once for all eight, and the lanes of the
-/// vectors stay in registers too. The activations of a tile of columns are brought together on the stack, in the order of
-/// use, aligned, and small enough for the nearest cache; so a tile of rows shares them. The lanes of a row wait on the stack
-/// from one tile of columns to the next, so that they are added to in the order of [`gemv`].
+/// Up to eight vectors at a time: the 64 weights of a span are decoded into registers, once for all eight, and the
+/// lanes of the vectors stay in registers too. The activations of a tile of columns are brought together on the stack,
+/// in the order of use, aligned, and small enough for the nearest cache; so a tile of rows shares them. The lanes of a
+/// row wait on the stack from one tile of columns to the next, so that they are added to in the order of [`gemv`].
 #[inline(always)]
 pub(super) fn gemm<S: Steps>(steps: &S, matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
     if activations.group() == SPAN {

@@ -1,7 +1,7 @@
 //! Portable code: any core, and the reference for the other files.
 //!
-//! The last block of a tensor if it is partial, blocks that straddle rows and rests shorter than a vector are handled here
-//! for every instruction set.
+//! The last block of a tensor if it is partial, blocks that straddle rows and rests shorter than a vector are handled
+//! here for every instruction set.
 
 use crate::activations::{ACTIVATION_MAX, Activations, SLOTS, SPAN, pair};
 use crate::float::Float;
@@ -45,8 +45,8 @@ fn quantize<T: Float>(weights: &[T], block_size: usize, packed: &mut [u8], absma
     }
 }
 
-/// The last block if it is not full: the floored absmax is what is stored, and the division is a true one (`bitsandbytes`
-/// pads and reshapes whole blocks, and runs the rest through other code).
+/// The last block if it is not full: the floored absmax is what is stored, and the division is a true one
+/// (`bitsandbytes` pads and reshapes whole blocks, and runs the rest through other code).
 pub(crate) fn quantize_partial_block<T: Float>(block: &[T], packed: &mut [u8]) -> f32 {
     let absmax = floored(largest(block));
     pack(packed, block, |w| w / absmax);
@@ -106,7 +106,8 @@ fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i16], scales
     }
 }
 
-/// Scale of a group and factor that its inputs are multiplied by (0: all values are 0), from the largest absolute input.
+/// Scale of a group and factor that its inputs are multiplied by (0: all values are 0), from the largest absolute
+/// input.
 #[inline(always)]
 pub(crate) fn activation_scale(largest: f32) -> (f32, f32) {
     let max = f32::from(ACTIVATION_MAX);
@@ -120,7 +121,8 @@ pub(crate) fn activation_scale(largest: f32) -> (f32, f32) {
     }
 }
 
-/// Nearest integer, ties to even, of `|x| < 2^22`: adding 1.5 * 2^23 leaves the integer in the low bits of the mantissa.
+/// Nearest integer, ties to even, of `|x| < 2^22`: adding 1.5 * 2^23 leaves the integer in the low bits of the
+/// mantissa.
 #[inline(always)]
 fn round_to_i16(x: f32) -> i16 {
     const MAGIC: f32 = 12_582_912.0;
@@ -188,8 +190,8 @@ fn add_span(lanes: &mut [f32; 8], sums: [i32; 8], factors: [f32; 2]) {
     }
 }
 
-/// Adds the last span of a row if it has only the first 32 columns: the other activations are 0, and so is the other factor,
-/// so they change no lane.
+/// Adds the last span of a row if it has only the first 32 columns: the other activations are 0, and so is the other
+/// factor, so they change no lane.
 #[cold]
 pub(crate) fn add_half_span(lanes: &mut [f32; 8], rest: &[u8], values: &[i16; SPAN], factor: f32) {
     let mut bytes = [0; SPAN / 2];

@@ -5,8 +5,8 @@ use core::arch::x86_64::*;
 use super::vector::*;
 use crate::isa::scalar;
 
-/// `out = A x`, or `out += factor * A x`, for a dense row-major `a`; four rows at a time, which share the loads of `x` and
-/// hide the latency of the additions.
+/// `out = A x`, or `out += factor * A x`, for a dense row-major `a`; four rows at a time, which share the loads of `x`
+/// and hide the latency of the additions.
 #[target_feature(enable = "avx2")]
 pub(super) fn gemv_dense(a: &[f32], x: &[f32], add: Option<f32>, out: &mut [f32]) {
     let (fours, rest) = out.as_chunks_mut::<4>();

@@ -9,9 +9,9 @@ use crate::format::CODEBOOK;
 use crate::isa::scalar;
 use crate::matrix::Nf4Matrix;
 
-/// From this size on the weights as f32 are written past the caches: what does not fit in them would first be read, and gone
-/// before it is used. Measured on a core with 32 MB of last cache: 1.2 times as fast for 64 MB, 0.9 times for 16 MB; weights of 16
-/// bits do not gain.
+/// From this size on the weights as f32 are written past the caches: what does not fit in them would first be read, and
+/// gone before it is used. Measured on a core with 32 MB of last cache: 1.2 times as fast for 64 MB, 0.9 times for 16
+/// MB; weights of 16 bits do not gain.
 const STREAM_BYTES: usize = 32 << 20;
 
 /// The weights as f32.
@@ -53,7 +53,8 @@ fn store_weights(matrix: &Nf4Matrix<'_>, out: &mut [f32], store: impl Fn(&mut [f
 
 macro_rules! dequantize_half {
     ($name:ident, $element:ty, $features:literal, $round:ident) => {
-        /// The weights rounded to 16 bits: the sixteen products of a block are rounded once, then looked up as two bytes.
+        /// The weights rounded to 16 bits: the sixteen products of a block are rounded once, then looked up as two
+        /// bytes.
         #[target_feature(enable = $features)]
         pub(super) fn $name(matrix: &Nf4Matrix<'_>, out: &mut [$element]) {
             let mut rest = out;
@@ -101,8 +102,8 @@ fn codebook_bf16(absmax: __m256) -> __m256i {
     _mm256_packus_epi32(round(&FIRST), round(&SECOND))
 }
 
-/// The weights, without absmax, of 32 codes. Codes `4i..4i+4` of each half become the 32-bit lanes of result `i`: their four
-/// bytes are looked up apart and brought together by two levels of unpacking.
+/// The weights, without absmax, of 32 codes. Codes `4i..4i+4` of each half become the 32-bit lanes of result `i`: their
+/// four bytes are looked up apart and brought together by two levels of unpacking.
 #[target_feature(enable = "avx2")]
 #[inline]
 pub(super) fn look_up_f32(codes: __m256i, planes: &[__m256i; 4]) -> [__m256; 4] {
@@ -127,8 +128,8 @@ fn decode_u16(bytes: &[u8; 16], planes: &[__m256i; 2]) -> [__m256i; 2] {
     [_mm256_unpacklo_epi8(b0, b1), _mm256_unpackhi_epi8(b0, b1)]
 }
 
-/// The 32 codes of 16 packed bytes, one a byte. Runs of `RUN` codes (4 or 8) go to the two halves in turn, so that unpacking
-/// what is looked up for them leaves whole registers in column order.
+/// The 32 codes of 16 packed bytes, one a byte. Runs of `RUN` codes (4 or 8) go to the two halves in turn, so that
+/// unpacking what is looked up for them leaves whole registers in column order.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn codes_in_order<const RUN: usize>(bytes: &[u8; 16]) -> __m256i {

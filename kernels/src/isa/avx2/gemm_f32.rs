@@ -26,8 +26,8 @@ struct Row<const SCALES: usize> {
     absmax: [f32; SCALES],
 }
 
-/// The f32 product of a batch. As in `gemm`, weights are decoded once for all vectors; here a vector's inputs are arranged
-/// again for each tile of rows.
+/// The f32 product of a batch. As in `gemm`, weights are decoded once for all vectors; here a vector's inputs are
+/// arranged again for each tile of rows.
 #[target_feature(enable = "avx2")]
 pub(super) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     if !matrix.is_row_aligned() {

@@ -11,8 +11,8 @@ use crate::isa::scalar;
 use crate::matrix::Nf4Matrix;
 use crate::spec;
 
-/// Spans that share one look at the scales. No more than eight, so that decoding nested absmax hides behind the vector work
-/// of the spans before.
+/// Spans that share one look at the scales. No more than eight, so that decoding nested absmax hides behind the vector
+/// work of the spans before.
 const STRIDE: usize = 8;
 
 /// The f32 product.
@@ -64,8 +64,8 @@ fn arrange_span(inputs: &[f32; SPAN], panel: &mut [f32; SPAN]) {
     }
 }
 
-/// Adds the product of panel `p` of a row-aligned matrix, `cols` columns, with `GROUPS` blocks in a span of 64 columns at
-/// most; `SCALES` is `GROUPS * STRIDE`.
+/// Adds the product of panel `p` of a row-aligned matrix, `cols` columns, with `GROUPS` blocks in a span of 64 columns
+/// at most; `SCALES` is `GROUPS * STRIDE`.
 #[target_feature(enable = "avx2")]
 fn gemv_f32_panel<const GROUPS: usize, const SCALES: usize>(
     matrix: &Nf4Matrix<'_>,

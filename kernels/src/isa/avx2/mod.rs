@@ -40,7 +40,8 @@ use crate::{Isa, double_quant};
 
 cpufeatures::new!(avx2, "avx2");
 
-/// Whether the processor has AVX2, and F16C, which converts f16: every one with AVX2 has it, but nothing says that it must.
+/// Whether the processor has AVX2, and F16C, which converts f16: every one with AVX2 has it, but nothing says that it
+/// must.
 pub(crate) fn is_supported() -> bool {
     /// 0 is not known yet, 1 no, 2 yes. `cpuid` is slow under a hypervisor.
     static F16C: AtomicU8 = AtomicU8::new(0);

@@ -1,7 +1,7 @@
 //! The f32 product with the transposed matrix.
 //!
-//! Four rows at a time are decoded, multiplied by the product of absmax and input, and added to the sums of their columns, which
-//! stay on the stack in decode order for a panel of columns and a chunk of rows.
+//! Four rows at a time are decoded, multiplied by the product of absmax and input, and added to the sums of their
+//! columns, which stay on the stack in decode order for a panel of columns and a chunk of rows.
 
 use core::arch::x86_64::*;
 

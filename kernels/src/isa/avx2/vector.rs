@@ -29,7 +29,12 @@ pub(super) fn broadcast<const GROUPS: usize>(x: &[f32; GROUPS]) -> __m256 {
         let mut y: __m256;
         // SAFETY: reads the four bytes of `x`.
         unsafe {
-            asm!("vbroadcastss {}, dword ptr [{}]", out(ymm_reg) y, in(reg) x, options(pure, readonly, nostack, preserves_flags))
+            asm!(
+                "vbroadcastss {}, dword ptr [{}]",
+                out(ymm_reg) y,
+                in(reg) x,
+                options(pure, readonly, nostack, preserves_flags)
+            )
         };
         y
     };

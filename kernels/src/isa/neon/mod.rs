@@ -22,13 +22,14 @@
 //! lane         0  1  2  3  0  1  2  3      4  5  6  7  4  5  6  7
 //! ```
 //!
-//! So a span takes 42 vector instructions, and a scalar one for the product of absmax and scale: 4 for the nibbles, 8 `tbl`, 8
-//! `trn`, 16 widening multiplications, and 6 that scale and add the two registers of lanes. None can be spared. A multiplication
-//! gives four products of 32 bits. Each of the eight registers of weights takes one instruction that brings two bytes of a weight
-//! together and one for what that is given: planes looked up, or, for a `tbl` of two registers, pairs of indices. Each of the four
-//! registers of codes takes one instruction, for `tbl` needs the other nibble out of the way. Dot products of bytes (`dotprod`,
-//! `i8mm`) do not help: four products of bytes make one of 16 bits by 14, which takes as many instructions, and six more to join
-//! them, for the eight `trn` that they save.
+//! So a span takes 42 vector instructions, and a scalar one for the product of absmax and scale: 4 for the nibbles, 8
+//! `tbl`, 8 `trn`, 16 widening multiplications, and 6 that scale and add the two registers of lanes. None can be
+//! spared. A multiplication gives four products of 32 bits. Each of the eight registers of weights takes one
+//! instruction that brings two bytes of a weight together and one for what that is given: planes looked up, or, for a
+//! `tbl` of two registers, pairs of indices. Each of the four registers of codes takes one instruction, for `tbl` needs
+//! the other nibble out of the way. Dot products of bytes (`dotprod`, `i8mm`) do not help: four products of bytes make
+//! one of 16 bits by 14, which takes as many instructions, and six more to join them, for the eight `trn` that they
+//! save.
 //!
 //! The f32 paths look up the four bytes of each f32 and zip them twice: looking up whole f32 would take a `tbl` of four
 //! registers, slow on many cores, for every four weights.
