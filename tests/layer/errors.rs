@@ -106,6 +106,8 @@ fn of_memory() {
         let multi = MultiAdapterLayer::new(base.clone());
         assert_eq!(message(multi.try_forward(&Tensor::zeros(0, false))), overflow);
         assert!(multi.try_forward_batch(&Tensor::zeros(0, false)).unwrap().is_empty());
+        let x = Tensor::zeros(5, false);
+        assert_eq!(message(multi.try_forward_batch(&x)), "a batch of vectors of 0 values cannot have 5");
         // An adapter has a `B` of as many rows.
         let adapter = LoRAAdapter::try_init(rows, 0, 1, 1.0, LoRAScaling::Standard, 0);
         assert_eq!(message(adapter), format!("a matrix of {rows} x 1 elements does not fit in the address space"));
