@@ -43,7 +43,7 @@ impl Peer for Llama {
 
 pub fn entries(problem: &Problem) -> Vec<Result<Entry>> {
     let mut entries = Vec::new();
-    let version = format!("{}, ggml {}", locked_version("llama-cpp-sys-2"), foreign::ggml_version());
+    let version = format!("(llama-cpp-sys-2 {}, ggml {})", locked_version("llama-cpp-sys-2"), foreign::ggml_version());
     for (format, name) in [(Format::Iq4Nl, "IQ4_NL"), (Format::Q4_0, "Q4_0"), (Format::Q4K, "Q4_K")] {
         let mut quantized = format.buffer(problem.weights.len());
         format.quantize(&problem.weights, problem.cols, &mut quantized);

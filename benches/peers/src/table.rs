@@ -5,8 +5,8 @@ use crate::run::{Missing, Run};
 
 const EXPLANATION: &str = "\
 One vector in weights/ns, batches in multiply-adds/ns. The error is that of one vector, relative to the root mean
-square of the exact product with the peer's own quantized weights. Of a read: bytes read from DRAM in a time, as a share of what
-a pure read gets in the same process.";
+square of the exact product with the peer's own quantized weights. Of a read: the bytes that it reads from DRAM in a
+time, as a share of those of a pure read in the same process.";
 
 pub fn print(run: &Run) {
     let threads = run.records.iter().map(|r| r.threads).max().unwrap_or(0);
@@ -73,7 +73,8 @@ fn print_conversions(run: &Run) {
 }
 
 fn speed(x: Option<f64>) -> String {
-    x.map_or("-".into(), |x| format!("{x:.*}", if x < 10.0 { 2 } else { 1 }))
+    let decimals = |x| if x < 0.1 { 3 } else { 1 + usize::from(x < 10.0) };
+    x.map_or("-".into(), |x| format!("{x:.*}", decimals(x)))
 }
 
 fn error(x: Option<f64>) -> String {
