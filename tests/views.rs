@@ -243,6 +243,22 @@ fn names_of_instruction_sets() {
     assert_eq!(names, ["scalar", "avx2", "neon", "simd128", "cortex-m-dsp"]);
     assert!(Kernels::available().any(|k| k.isa() == Kernels::detect().isa()));
     assert_eq!(Kernels::scalar().isa().to_string(), "scalar");
+    for a in Kernels::available() {
+        assert!(Kernels::available().all(|b| (a == b) == (a.isa() == b.isa())), "{}", a.isa());
+    }
+}
+
+/// An output without inputs is a sum of nothing.
+#[test]
+fn products_of_rows_without_columns() {
+    for k in Kernels::available() {
+        let m = plain(&[], &[], 3, 0).unwrap();
+        let none = k.quantize_activations(&[], BlockSize::B64, &mut [], &mut []).unwrap();
+        let (mut fast, mut exact) = ([9.0; 3], [9.0; 3]);
+        assert_eq!((none.cols(), none.batch()), (0, 0));
+        assert_eq!((k.gemv(&m, &none, &mut fast), k.gemv_f32(&m, &[], &mut exact)), (Ok(()), Ok(())));
+        assert_eq!((fast, exact), ([0.0; 3], [0.0; 3]), "{}", k.isa());
+    }
 }
 
 /// What the specification says of bad input and bad scales.
