@@ -1,10 +1,13 @@
 //! One module an instruction set. They have the same functions in the same files; `scalar.rs` is the plainest to read,
-//! and what the others must equal to the bit. What those with vectors share of the 16x4 products is in `products.rs`.
+//! and what the others must equal to the bit. What those with vectors share of the products is in `products.rs` and
+//! `products_f32.rs`.
 //!
 //! Every function takes arguments whose shapes the callers in `kernels.rs` have checked.
 
 mod products;
+mod products_f32;
 pub(crate) mod scalar;
+mod steps;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;

@@ -1,7 +1,7 @@
 //! The way of the 16x4 products over rows, columns and vectors, which is the same for all instruction sets with
 //! vectors.
 //!
-//! They give the [`Steps`]. All is inlined into one function of the instruction set, so nothing here has features of
+//! They give the [`Steps16x4`]. All is inlined into one function of the instruction set, so nothing here has features of
 //! its own.
 
 #![allow(dead_code, reason = "only instruction sets with vectors take a span at once")]
@@ -9,53 +9,15 @@
 use crate::absmax::Absmax;
 use crate::activations::{ACTIVATION_MAX, Activations, SPAN};
 use crate::format::{NESTED_BLOCK, canonical};
+use crate::isa::steps::Steps16x4;
 use crate::matrix::Nf4Matrix;
 use crate::spec;
 
 const _: () = assert!(ACTIVATION_MAX == 8191, "the sums of a span rely on it to fit in 32 bits");
 
-/// What an instruction set does itself.
-pub(super) trait Steps {
-    /// The eight lanes of a row.
-    type Lanes: Copy;
-    /// Vectors of a batch that share the weights of a decoded span: eight, or four where there are no registers for
-    /// more.
-    const VECTORS: usize;
-
-    fn load(&self, lanes: &[f32; 8]) -> Self::Lanes;
-
-    fn store(&self, out: &mut [f32; 8], lanes: Self::Lanes);
-
-    /// [`spec::add_lanes`].
-    fn add_lanes(&self, lanes: Self::Lanes) -> f32;
-
-    /// Asks for the cache line `ahead` bytes after the start of `bytes`, theirs or not. A hint, which reads nothing.
-    fn prefetch(&self, _bytes: &[u8], _ahead: usize) {}
-
-    /// Adds the products of the weights of a span, which has `GROUPS` activation groups, and `N` vectors to their
-    /// lanes.
-    fn add_span<const GROUPS: usize, const N: usize>(
-        &self,
-        lanes: [Self::Lanes; N],
-        packed: &[u8; SPAN / 2],
-        values: &[[i16; SPAN]; N],
-        absmax: &[f32; GROUPS],
-        scales: &[[f32; GROUPS]; N],
-    ) -> [Self::Lanes; N];
-
-    /// [`gemm_vectors`], in a function of its own: so the stack holds the tile of one `N` at a time.
-    fn gemm_vectors<const GROUPS: usize, const N: usize>(
-        &self,
-        matrix: &Nf4Matrix<'_>,
-        activations: &Activations<'_>,
-        first: usize,
-        out: &mut [f32],
-    );
-}
-
 /// The 16x4 product of a row-aligned matrix.
 #[inline(always)]
-pub(super) fn gemv<S: Steps>(steps: &S, matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+pub(super) fn gemv<S: Steps16x4>(steps: &S, matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
     if activations.group() == SPAN {
         gemv_groups::<S, 1>(steps, matrix, activations, out);
     } else {
@@ -64,7 +26,7 @@ pub(super) fn gemv<S: Steps>(steps: &S, matrix: &Nf4Matrix<'_>, activations: &Ac
 }
 
 #[inline(always)]
-fn gemv_groups<S: Steps, const GROUPS: usize>(
+fn gemv_groups<S: Steps16x4, const GROUPS: usize>(
     steps: &S,
     matrix: &Nf4Matrix<'_>,
     activations: &Activations<'_>,
@@ -118,7 +80,7 @@ fn gemv_groups<S: Steps, const GROUPS: usize>(
 
 /// The output of a row.
 #[inline(always)]
-fn result<S: Steps>(steps: &S, lanes: S::Lanes) -> f32 {
+fn result<S: Steps16x4>(steps: &S, lanes: S::Lanes) -> f32 {
     canonical(steps.add_lanes(lanes) * spec::WEIGHT_STEP)
 }
 
@@ -129,7 +91,7 @@ pub(super) const AHEAD: usize = 2048;
 /// Adds consecutive columns of a row to the lanes: whole groups, as many as there are scales. `absmax` gives that of a
 /// group.
 #[inline(always)]
-fn add_columns<S: Steps, const GROUPS: usize>(
+fn add_columns<S: Steps16x4, const GROUPS: usize>(
     steps: &S,
     lanes: S::Lanes,
     packed: &[u8],
@@ -167,7 +129,7 @@ fn one<T>(x: &T) -> &[T; 1] {
 
 /// The packed bytes of half a span, with zeros after them.
 #[inline(always)]
-fn padded(half: &[u8]) -> [u8; SPAN / 2] {
+pub(super) fn padded(half: &[u8]) -> [u8; SPAN / 2] {
     let mut packed = [0; SPAN / 2];
     packed[..half.len()].copy_from_slice(half);
     packed
@@ -192,7 +154,7 @@ struct Panel<const GROUPS: usize> {
 /// in the order of use, aligned, and small enough for the nearest cache; so a tile of rows shares them. The lanes of a
 /// row wait on the stack from one tile of columns to the next, so that they are added to in the order of [`gemv`].
 #[inline(always)]
-pub(super) fn gemm<S: Steps>(steps: &S, matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+pub(super) fn gemm<S: Steps16x4>(steps: &S, matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
     if activations.group() == SPAN {
         gemm_groups::<S, 1>(steps, matrix, activations, out);
     } else {
@@ -201,7 +163,7 @@ pub(super) fn gemm<S: Steps>(steps: &S, matrix: &Nf4Matrix<'_>, activations: &Ac
 }
 
 #[inline(always)]
-fn gemm_groups<S: Steps, const GROUPS: usize>(
+fn gemm_groups<S: Steps16x4, const GROUPS: usize>(
     steps: &S,
     matrix: &Nf4Matrix<'_>,
     activations: &Activations<'_>,
@@ -223,7 +185,7 @@ fn gemm_groups<S: Steps, const GROUPS: usize>(
 
 /// The products with the `N` vectors from `first` on.
 #[inline(always)]
-pub(super) fn gemm_vectors<S: Steps, const GROUPS: usize, const N: usize>(
+pub(super) fn gemm_vectors<S: Steps16x4, const GROUPS: usize, const N: usize>(
     steps: &S,
     matrix: &Nf4Matrix<'_>,
     activations: &Activations<'_>,
@@ -289,7 +251,7 @@ fn fill_panel<const GROUPS: usize, const N: usize>(
 
 /// Adds the products of the columns of a row in a tile and `N` vectors to their lanes.
 #[inline(always)]
-fn add_tile<S: Steps, const GROUPS: usize, const N: usize>(
+fn add_tile<S: Steps16x4, const GROUPS: usize, const N: usize>(
     steps: &S,
     lanes: &mut [[f32; 8]; N],
     packed: &[u8],

@@ -25,10 +25,10 @@
 mod activations;
 mod dense;
 mod dequantize;
-mod gemm_f32;
-mod gemv;
-mod gemv_f32;
+mod products;
+mod products_f32;
 mod quantize;
+mod steps;
 mod transposed;
 mod vector;
 
@@ -69,10 +69,10 @@ pub(crate) static TABLE: Table = Table {
     mean: double_quant::mean,
     quantize_absmax: double_quant::quantize_absmax,
     quantize_activations: activations::quantize_activations,
-    gemv: gemv::gemv,
-    gemv_f32: gemv_f32::gemv_f32,
-    gemm: gemv::gemm,
-    gemm_f32: gemm_f32::gemm_f32,
+    gemv: steps::gemv,
+    gemv_f32: steps::gemv_f32,
+    gemm: steps::gemm,
+    gemm_f32: steps::gemm_f32,
     gemv_transposed_f32: transposed::gemv_transposed_f32,
     gemv_dense: dense::gemv_dense,
 };

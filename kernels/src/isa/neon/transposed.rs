@@ -6,7 +6,7 @@
 use core::arch::aarch64::*;
 
 use super::dequantize::{f32_planes, look_up_f32, split_codes};
-use super::gemv_f32::HALF;
+use super::products_f32::HALF;
 use super::vector::*;
 use crate::activations::SPAN;
 use crate::format::canonical;

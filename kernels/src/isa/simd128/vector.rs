@@ -21,6 +21,10 @@ pub(super) fn spread<const GROUPS: usize>(x: &[f32; GROUPS]) -> F32x8 {
     [f32x4_splat(x[0]), f32x4_splat(x[GROUPS - 1])]
 }
 
+/// WebAssembly has no such hint.
+#[inline(always)]
+pub(super) fn prefetch(_bytes: &[u8], _ahead: usize) {}
+
 #[inline]
 pub(super) fn sum(a: F32x8, b: F32x8) -> F32x8 {
     [f32x4_add(a[0], b[0]), f32x4_add(a[1], b[1])]

@@ -1,104 +1,15 @@
-//! The 16x4 products, of one vector and of a batch.
+//! The steps of the 16x4 products.
 
 use core::arch::x86_64::*;
 
-use super::dequantize::{split_codes, u16_planes};
+use super::dequantize::split_codes;
 use super::vector::*;
-use crate::activations::{Activations, SPAN};
-use crate::isa::products::{self, Steps};
-use crate::matrix::Nf4Matrix;
-use crate::spec;
-
-/// The 16x4 product.
-#[target_feature(enable = "avx2")]
-pub(super) fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
-    products::gemv(&Avx2::new(), matrix, activations, out);
-}
-
-/// The 16x4 product of a batch.
-#[target_feature(enable = "avx2")]
-pub(super) fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
-    products::gemm(&Avx2::new(), matrix, activations, out);
-}
-
-/// The two bytes of each entry of the 16x4 codebook, in both halves. Only code that has AVX2 can make it.
-struct Avx2([__m256i; 2]);
-
-impl Avx2 {
-    #[target_feature(enable = "avx2")]
-    fn new() -> Self {
-        Self(u16_planes(load_i16(&spec::CODEBOOK_I16)))
-    }
-}
-
-impl Steps for Avx2 {
-    type Lanes = __m256;
-    const VECTORS: usize = 8;
-
-    #[inline(always)]
-    fn load(&self, lanes: &[f32; 8]) -> __m256 {
-        // SAFETY: the processor has AVX2, for `self` exists.
-        unsafe { load_f32(lanes) }
-    }
-
-    #[inline(always)]
-    fn store(&self, out: &mut [f32; 8], lanes: __m256) {
-        // SAFETY: the processor has AVX2, for `self` exists.
-        unsafe { store_f32(out, lanes) }
-    }
-
-    #[inline(always)]
-    fn add_lanes(&self, lanes: __m256) -> f32 {
-        // SAFETY: the processor has AVX2, for `self` exists.
-        unsafe { add_lanes(lanes) }
-    }
-
-    #[inline(always)]
-    fn prefetch(&self, bytes: &[u8], ahead: usize) {
-        prefetch(bytes, ahead);
-    }
-
-    #[inline(always)]
-    fn add_span<const GROUPS: usize, const N: usize>(
-        &self,
-        lanes: [__m256; N],
-        packed: &[u8; SPAN / 2],
-        values: &[[i16; SPAN]; N],
-        absmax: &[f32; GROUPS],
-        scales: &[[f32; GROUPS]; N],
-    ) -> [__m256; N] {
-        // SAFETY: the processor has AVX2, for `self` exists.
-        unsafe { add_span(&self.0, lanes, packed, values, absmax, scales) }
-    }
-
-    fn gemm_vectors<const GROUPS: usize, const N: usize>(
-        &self,
-        matrix: &Nf4Matrix<'_>,
-        activations: &Activations<'_>,
-        first: usize,
-        out: &mut [f32],
-    ) {
-        // SAFETY: the processor has AVX2, for `self` exists.
-        unsafe { gemm_vectors::<GROUPS, N>(self, matrix, activations, first, out) }
-    }
-}
-
-#[target_feature(enable = "avx2")]
-#[inline(never)]
-fn gemm_vectors<const GROUPS: usize, const N: usize>(
-    steps: &Avx2,
-    matrix: &Nf4Matrix<'_>,
-    activations: &Activations<'_>,
-    first: usize,
-    out: &mut [f32],
-) {
-    products::gemm_vectors::<Avx2, GROUPS, N>(steps, matrix, activations, first, out);
-}
+use crate::activations::SPAN;
 
 /// Adds the products of a span and `N` vectors to their lanes.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn add_span<const GROUPS: usize, const N: usize>(
+pub(super) fn add_span<const GROUPS: usize, const N: usize>(
     planes: &[__m256i; 2],
     mut lanes: [__m256; N],
     packed: &[u8; SPAN / 2],
@@ -107,7 +18,7 @@ fn add_span<const GROUPS: usize, const N: usize>(
     scales: &[[f32; GROUPS]; N],
 ) -> [__m256; N] {
     // The lanes of eight vectors and the weights leave no register for the tables.
-    let weights = if N < Avx2::VECTORS {
+    let weights = if N < 8 {
         decode_span(packed, planes)
     } else {
         decode_span(packed, &[load_again(&planes[0]), load_again(&planes[1])])

@@ -1,0 +1,87 @@
+//! The steps of the f32 products.
+
+use core::arch::wasm32::*;
+
+use super::dequantize::{look_up_f32, split_codes};
+use super::vector::*;
+use crate::activations::SPAN;
+use crate::isa::steps::{DECODED_SPANS, DecodedRow};
+
+/// Puts the inputs of a span into the order of [`crate::spec::F32_SLOTS`].
+#[inline]
+pub(super) fn arrange(inputs: &[f32; SPAN], out: &mut [f32; SPAN]) {
+    let ((first, second), (even, odd)) = (inputs.split_at(SPAN / 2), out.split_at_mut(SPAN / 2));
+    let places = even.as_chunks_mut().0.iter_mut().zip(odd.as_chunks_mut().0);
+    for ((a, b), (even, odd)) in first.as_chunks().0.iter().zip(second.as_chunks().0).zip(places) {
+        let ([a, b], [c, d]) = (load_f32(a), load_f32(b));
+        store_f32(even, [i32x4_shuffle::<0, 2, 4, 6>(a, b), i32x4_shuffle::<0, 2, 4, 6>(c, d)]);
+        store_f32(odd, [i32x4_shuffle::<1, 3, 5, 7>(a, b), i32x4_shuffle::<1, 3, 5, 7>(c, d)]);
+    }
+}
+
+/// Adds the products of a span to the lanes.
+#[inline]
+pub(super) fn add_span_f32<const GROUPS: usize>(
+    planes: &[v128; 4],
+    lanes: F32x8,
+    packed: &[u8; SPAN / 2],
+    inputs: &[f32; SPAN],
+    absmax: &[f32; GROUPS],
+) -> F32x8 {
+    let ((halves, _), (x, _)) = (packed.as_chunks(), inputs.as_chunks());
+    let ([even_0, odd_0], [even_1, odd_1]) = (split_codes(&halves[0]), split_codes(&halves[1]));
+    let sums = sum(dot_32([even_0, even_1], &x[0], planes), dot_32([odd_0, odd_1], &x[1], planes));
+    sum(lanes, product(sums, spread(absmax)))
+}
+
+/// Lane sums of the products of 32 codes.
+#[inline]
+fn dot_32(codes: [v128; 2], x: &[f32; 32], planes: &[v128; 4]) -> F32x8 {
+    let (first, second) = (look_up_f32(codes[0], planes), look_up_f32(codes[1], planes));
+    let (x, _) = x.as_chunks();
+    let place = |i: usize| product([first[i], second[i]], load_f32(&x[i]));
+    sum(sum(place(0), place(1)), sum(place(2), place(3)))
+}
+
+/// The weights of a span, without absmax, in the order of [`crate::spec::F32_SLOTS`].
+#[inline]
+pub(super) fn decode_f32(planes: &[v128; 4], packed: &[u8; SPAN / 2], out: &mut [f32; SPAN]) {
+    let (vectors, _) = out.as_chunks_mut();
+    for (half, bytes) in packed.as_chunks().0.iter().enumerate() {
+        for (odd, codes) in split_codes(bytes).into_iter().enumerate() {
+            for (i, w) in look_up_f32(codes, planes).into_iter().enumerate() {
+                store_f32x4(&mut vectors[2 * (4 * odd + i) + half], w);
+            }
+        }
+    }
+}
+
+/// Adds the products of `R` rows, which share the loads of the inputs, and a vector in a tile to their lanes.
+#[inline]
+pub(super) fn add_rows<const GROUPS: usize, const R: usize>(
+    rows: &[DecodedRow<GROUPS>; R],
+    inputs: &[[f32; SPAN]],
+    lanes: &mut [[f32; 8]; R],
+) {
+    let mut totals = [[f32x4_splat(0.0); 2]; R];
+    for (total, lanes) in totals.iter_mut().zip(lanes.iter()) {
+        *total = load_f32(lanes);
+    }
+    for (s, x) in inputs.iter().enumerate().take(DECODED_SPANS) {
+        let mut vectors = [[f32x4_splat(0.0); 2]; 8];
+        for (vector, x) in vectors.iter_mut().zip(x.as_chunks().0) {
+            *vector = load_f32(x);
+        }
+        for (total, row) in totals.iter_mut().zip(rows) {
+            let (w, _) = row.weights[s].as_chunks();
+            let place = |j: usize| product(vectors[j], load_f32(&w[j]));
+            let first = sum(sum(place(0), place(1)), sum(place(2), place(3)));
+            let second = sum(sum(place(4), place(5)), sum(place(6), place(7)));
+            let absmax = spread(&row.absmax[s]);
+            *total = sum(*total, product(sum(first, second), absmax));
+        }
+    }
+    for (lanes, total) in lanes.iter_mut().zip(totals) {
+        store_f32(lanes, total);
+    }
+}
