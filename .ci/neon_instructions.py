@@ -29,7 +29,7 @@ PRODUCT_LIMIT = 22
 SCALAR_LIMIT = 1
 
 # For one vector: with plain and with nested absmax.
-LOOPS = 2
+LOOPS = 3
 
 BUILD = """
 set -euo pipefail

@@ -5,6 +5,7 @@ packages=(
     rustc-web rust-web-clippy rust-web-src
     libstd-rust-web-dev:arm64 gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
     gcc-powerpc64-linux-gnu libc6-dev-ppc64-cross
+    python3
 )
 
 # from_package PACKAGE PROGRAM: where Debian put it; the rustup program of the same name comes first in PATH.
@@ -52,6 +53,11 @@ check_neon_test() {
     local target
     use_aarch64
     NF4_REQUIRE_ISA=neon cargo test --locked --workspace --target "$target" --lib --tests
+}
+
+check_neon_count() {
+    use_aarch64
+    python3 .ci/neon_instructions.py --target-dir "$CARGO_TARGET_DIR"
 }
 
 # Portable code where the first byte of a number is its highest. Not on s390x: its emulator in Debian 12 (QEMU 7.2) takes
