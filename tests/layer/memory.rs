@@ -40,6 +40,15 @@ fn memory_stats_are_exact() {
 }
 
 #[test]
+fn weights_are_counted() {
+    for (rows, cols) in [(3, 5), (3, 0), (0, 5)] {
+        let base = Quantized4Bit::quantize(&vec![0.5; rows * cols], rows, cols, BlockSize::B64, false).unwrap();
+        let len = rows * cols;
+        assert_eq!((base.rows(), base.cols(), base.len(), base.is_empty()), (rows, cols, len, len == 0));
+    }
+}
+
+#[test]
 fn a_bias_counts_in_the_total() {
     let layer = QLoRALayer::new(Tensor::from_vec(normal(4 * 64, 0.02, 1), false), 4, 64, 2, 2.0);
     let before = layer.memory_stats();
