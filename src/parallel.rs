@@ -10,10 +10,10 @@ use nf4_kernels::{Activations, BlockSize, Float, Kernels, Nf4Matrix, ShapeError,
 
 use crate::buffer::zeros;
 
-/// The least work of a thread, in multiply-adds of the 16x4 product, which take 70 microseconds on a core with AVX2. Sharing
-/// 140 microseconds of work is where two threads begin to pay, from outside of the pool: at half of that, products were 0.8
-/// times as fast as on one thread, conversions of that length 1.3 to 1.6 times. Measured with
-/// `cargo bench --features rayon --bench kernels -- --ratios` on two cores.
+/// The least work of a thread, in multiply-adds of the 16x4 product, which take 70 microseconds on a core with AVX2. From
+/// outside of the pool, two sleeping threads made work of 70 microseconds 0.75 times as fast as one thread did, of 140
+/// microseconds 0.9 to 1.3 times, of 220 microseconds 1.1 to 1.7 times. Measured with
+/// `cargo bench --features rayon --bench kernels -- --ratios` on two cores of a virtual machine.
 const LEAST: usize = 1 << 21;
 
 /// What the other operations take for a weight, or a weight and a vector, by the same measurement.
