@@ -76,6 +76,27 @@ fn headers() {
     }
 }
 
+/// The name of a file need not be text.
+#[cfg(target_os = "linux")]
+#[test]
+fn names_that_are_no_text() {
+    use std::os::unix::ffi::OsStrExt;
+    let root = tempdir().unwrap();
+    let path = |name: &[u8]| root.path().join(std::ffi::OsStr::from_bytes(name));
+    let (dense, packed, restored) = (path(b"a\xff"), path(b"b\xff"), path(b"c\xff"));
+    file(&dense, r#"{"x.weight":{"dtype":"F32","shape":[4,4],"data_offsets":[0,64]}}"#, 64);
+    for (command, input, out) in
+        [("inspect", &dense, None), ("quantize", &dense, Some(&packed)), ("dequantize", &packed, Some(&restored))]
+    {
+        let out = out.map(|out| [Path::new("--out"), out]);
+        let args: Vec<&Path> = [Path::new(command), input].into_iter().chain(out.into_iter().flatten()).collect();
+        let outcome = nf4(&args);
+        assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    }
+    let outcome = nf4(&[Path::new("verify"), &packed, &restored]);
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+}
+
 /// A 4-bit layer whose own description lies.
 #[test]
 fn descriptions() {

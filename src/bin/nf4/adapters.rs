@@ -75,7 +75,7 @@ impl Adapter {
         text += &variants.iter().map(|v| format!(", {v}")).collect::<String>();
         text.push('\n');
         let json = json!({
-            "path": self.path,
+            "path": self.path.to_string_lossy(),
             "modules": list,
             "replaced": replaced,
             "rslora": rslora,

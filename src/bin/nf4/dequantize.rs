@@ -63,7 +63,7 @@ impl Dequantize {
             left(&built.left),
         );
         let json = json!({
-            "output": self.target.out,
+            "output": self.target.out.to_string_lossy(),
             "dequantized": layers.by_weight.values().map(|l| &l.prefix).collect::<Vec<_>>(),
             "dtype": main_type.torch_name(),
             "bytes_before": model.data_len(),

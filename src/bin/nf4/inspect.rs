@@ -76,7 +76,7 @@ impl Inspect {
             text += &format!("broken layer: {error}\n");
         }
         let json = json!({
-            "path": self.path,
+            "path": self.path.to_string_lossy(),
             "tensors": list,
             "broken": broken,
             "totals": {

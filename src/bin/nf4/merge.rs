@@ -85,7 +85,7 @@ impl Merge {
             left(&built.left),
         );
         let json = json!({
-            "output": self.target.out,
+            "output": self.target.out.to_string_lossy(),
             "merged": merged,
             "replaced": replaced,
             "dtype": self.dtype.torch_name(),

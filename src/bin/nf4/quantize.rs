@@ -102,7 +102,7 @@ impl Quantize {
             left(&built.left),
         );
         let json = json!({
-            "output": self.target.out,
+            "output": self.target.out.to_string_lossy(),
             "block_size": self.block_size.get(),
             "double_quant": self.double_quant,
             "skip_modules": skip.list,

@@ -1,7 +1,7 @@
 //! `nf4 verify`: is a model what it says, and is it the same as, or made from, another one?
 
 use core::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use anyhow::Result;
@@ -100,8 +100,8 @@ impl Verify {
         }
         let good = findings.is_empty();
         let json = json!({
-            "path": self.model,
-            "other": self.other,
+            "path": self.model.to_string_lossy(),
+            "other": self.other.as_deref().map(Path::to_string_lossy),
             "good": good,
             "tensors": list,
             "layers": packed,
