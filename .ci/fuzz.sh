@@ -1,22 +1,31 @@
 # The fuzz targets, for a short time each; fuzz/README.md says what they promise and how to run them for longer.
 
 cargo_fuzz=0.13.2
-fuzz_seconds=30 # for each target
 
-# fuzz_run COMMAND...: the last state that libFuzzer reports, or all of what it says if it found something.
+# fuzz_run NAME COMMAND...: the last state that libFuzzer reports, or all of what it says if it found something.
 fuzz_run() {
     local log
     log=$(mktemp)
-    if "$@" >"$log" 2>&1; then
-        grep -E '(INITED|DONE) ' "$log" | tail -n 1
+    if "${@:2}" >"$log" 2>&1; then
+        printf '%-12s %s\n' "$1" "$(grep -E '(INITED|DONE) ' "$log" | tail -n 1)"
     else
         grep -vE '(NEW|REDUCE|pulse|RELOAD) ' "$log"
         return 1
     fi
 }
 
+# fuzz_target NAME SECONDS: what was found before, the seeds, and then what is new.
+fuzz_target() {
+    local known=("corpus/$1") options=(-timeout=120 -rss_limit_mb=3000 -malloc_limit_mb=512)
+    if [[ -d regressions/$1 ]]; then known+=("regressions/$1"); fi
+    mkdir -p "artifacts/$1"
+    options+=("-artifact_prefix=$PWD/artifacts/$1/") # a target may fail in another folder
+    set -e
+    fuzz_run "$1" "target/x86_64-unknown-linux-gnu/release/$1" "${options[@]}" -runs=0 "${known[@]}"
+    fuzz_run "$1" "target/x86_64-unknown-linux-gnu/release/$1" "${options[@]}" "-max_total_time=$2" "corpus/$1"
+}
+
 check_fuzz() {
-    local target binary options known
     if [[ $(cargo fuzz --version 2>/dev/null) != "cargo-fuzz $cargo_fuzz" ]]; then
         cargo install -q --locked cargo-fuzz --version "$cargo_fuzz"
     fi
@@ -26,14 +35,7 @@ check_fuzz() {
     cargo clippy -q --locked --all-targets -- -D warnings
     cargo run -q --locked --example seeds
     cargo fuzz build
-    for target in $(cargo fuzz list); do
-        binary=target/x86_64-unknown-linux-gnu/release/$target
-        options=(-timeout=60 -rss_limit_mb=3000 -malloc_limit_mb=512 "-artifact_prefix=artifacts/$target/")
-        mkdir -p "artifacts/$target"
-        known=("corpus/$target")
-        if [[ -d regressions/$target ]]; then known+=("regressions/$target"); fi
-        echo "$target: ${known[*]}, and then $fuzz_seconds s"
-        fuzz_run "$binary" "${options[@]}" -runs=0 "${known[@]}"
-        fuzz_run "$binary" "${options[@]}" -max_total_time=$fuzz_seconds -max_len=8192 "corpus/$target"
-    done
+    # As many at a time as there are cores, each for longer with more of them: half a minute with two.
+    export -f fuzz_run fuzz_target
+    cargo fuzz list | xargs -P "$(nproc)" -I NAME bash -c "fuzz_target NAME $((15 * $(nproc)))"
 }
