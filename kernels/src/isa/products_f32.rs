@@ -218,3 +218,84 @@ fn add_rows<S: StepsF32, const GROUPS: usize, const R: usize>(
         steps.add_rows(core::array::from_ref(row), inputs, core::array::from_mut(lanes));
     }
 }
+
+/// The f32 product with the transposed matrix. Four rows at a time are decoded, multiplied by the product of absmax and
+/// input, and added to the sums of their columns, which stay on the stack in order for a panel of columns and a chunk of rows.
+#[inline(always)]
+pub(super) fn gemv_transposed_f32<S: StepsF32>(steps: &S, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+    if !matrix.is_row_aligned() {
+        scalar::gemv_transposed_f32(matrix, inputs, out);
+    } else if matrix.block_size().group() == SPAN {
+        transposed_groups::<S, 1, STRIDE>(steps, matrix, inputs, out);
+    } else {
+        transposed_groups::<S, 2, { 2 * STRIDE }>(steps, matrix, inputs, out);
+    }
+}
+
+/// The product with `GROUPS` blocks in a span of 64 columns at most; `SCALES` is `GROUPS * STRIDE`.
+#[inline(always)]
+fn transposed_groups<S: StepsF32, const GROUPS: usize, const SCALES: usize>(
+    steps: &S,
+    matrix: &Nf4Matrix<'_>,
+    inputs: &[f32],
+    out: &mut [f32],
+) {
+    let mut panel = [[0.0; SPAN]; spec::PANEL / SPAN];
+    for (p, out) in out.chunks_mut(spec::PANEL).enumerate() {
+        let panel = &mut panel[..out.len().div_ceil(SPAN)];
+        out.fill(0.0);
+        for (chunk, inputs) in inputs.chunks(spec::ROW_CHUNK).enumerate() {
+            panel.fill([0.0; SPAN]);
+            for (four, inputs) in inputs.chunks(4).enumerate() {
+                let row = chunk * spec::ROW_CHUNK + four * 4;
+                // A row that is not there is the first once more, with factors of zero.
+                let rows = [0, 1, 2, 3].map(|i| matrix.aligned_row(if i < inputs.len() { row + i } else { row }));
+                for (stride, sums) in panel.chunks_mut(STRIDE).enumerate() {
+                    let column = p * spec::PANEL + stride * STRIDE * SPAN;
+                    let group = column / (SPAN / GROUPS);
+                    let groups = SCALES.min(matrix.cols() / (SPAN / GROUPS) - group);
+                    let mut factors = [[0.0; SCALES]; 4];
+                    for (((_, first_block), factors), x) in rows.iter().zip(&mut factors).zip(inputs) {
+                        if groups == SCALES {
+                            *factors = matrix.group_absmax(*first_block, group);
+                        } else {
+                            matrix.group_absmax_rest(*first_block, group, &mut factors[..groups]);
+                        }
+                        factors.iter_mut().take(groups).for_each(|f| *f *= x);
+                    }
+                    let packed = rows.map(|(packed, _)| &packed[column / 2..]);
+                    // The same columns of the next four rows.
+                    for line in (0..STRIDE * SPAN / 2).step_by(64) {
+                        packed.iter().for_each(|packed| steps.prefetch(packed, 4 * (matrix.cols() / 2) + line));
+                    }
+                    add_fours::<S, GROUPS, SCALES>(steps, packed, &factors, sums);
+                }
+            }
+            for (sums, out) in panel.iter().zip(out.chunks_mut(SPAN)) {
+                for (out, slot) in out.iter_mut().zip(S::SLOTS) {
+                    *out += sums[usize::from(slot)];
+                }
+            }
+        }
+        out.iter_mut().for_each(|y| *y = canonical(*y));
+    }
+}
+
+/// Adds four rows, times their factors, to the sums of some spans.
+#[inline(always)]
+fn add_fours<S: StepsF32, const GROUPS: usize, const SCALES: usize>(
+    steps: &S,
+    packed: [&[u8]; 4],
+    factors: &[[f32; SCALES]; 4],
+    sums: &mut [[f32; SPAN]],
+) {
+    for (s, sums) in sums.iter_mut().enumerate() {
+        let factors = factors.each_ref().map(|factors| &factors.as_chunks::<GROUPS>().0[s]);
+        let bytes = packed.map(|packed| &packed[s * SPAN / 2..]);
+        if let [Some(a), Some(b), Some(c), Some(d)] = bytes.map(|bytes| bytes.first_chunk()) {
+            steps.add_four([a, b, c, d], factors, sums);
+        } else {
+            steps.add_four(bytes.map(padded).each_ref(), factors, sums);
+        }
+    }
+}

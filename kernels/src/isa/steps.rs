@@ -52,6 +52,8 @@ pub(super) trait Steps16x4: Vectors {
 pub(super) trait StepsF32: Vectors {
     /// Rows of a batch product that share the loads of the inputs, four or two.
     const ROWS: usize;
+    /// Where each column of a span stands in that order.
+    const SLOTS: [u8; SPAN];
 
     /// Puts the inputs of a span into order.
     fn arrange(&self, inputs: &[f32; SPAN], out: &mut [f32; SPAN]);
@@ -67,6 +69,14 @@ pub(super) trait StepsF32: Vectors {
 
     /// The weights of a span in order, without absmax.
     fn decode_f32(&self, packed: &[u8; SPAN / 2], out: &mut [f32; SPAN]);
+
+    /// Adds the weights of a span of four rows, times their factors, to the sums of the columns, which are in order.
+    fn add_four<const GROUPS: usize>(
+        &self,
+        packed: [&[u8; SPAN / 2]; 4],
+        factors: [&[f32; GROUPS]; 4],
+        sums: &mut [f32; SPAN],
+    );
 
     /// Adds the products of `R` decoded rows, which share the loads of the inputs, and a vector to their lanes.
     fn add_rows<const GROUPS: usize, const R: usize>(
@@ -90,7 +100,7 @@ pub(super) struct DecodedRow<const GROUPS: usize> {
 /// Implements the traits for the token of an instruction set, which only code that has its features can make, by the
 /// functions of the same names around it; and makes from them the products of its table.
 macro_rules! implement_steps {
-    ($token:ident, $features:literal, lanes: $lanes:ty, vectors: $vectors:literal, rows: $rows:literal) => {
+    ($token:ident, $features:literal, lanes: $lanes:ty, vectors: $vectors:literal, rows: $rows:literal, slots: $slots:expr) => {
         use $crate::activations::{Activations, SPAN};
         use $crate::isa::steps::{DecodedRow, Steps16x4, StepsF32, Vectors};
         use $crate::isa::{products, products_f32};
@@ -118,6 +128,12 @@ macro_rules! implement_steps {
         #[target_feature(enable = $features)]
         pub(super) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
             products_f32::gemm_f32(&$token::new(), matrix, inputs, out);
+        }
+
+        /// The f32 product with the transposed matrix.
+        #[target_feature(enable = $features)]
+        pub(super) fn gemv_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+            products_f32::gemv_transposed_f32(&$token::new(), matrix, inputs, out);
         }
 
         #[target_feature(enable = $features)]
@@ -192,6 +208,7 @@ macro_rules! implement_steps {
         #[allow(unused_unsafe, reason = "calls of functions with features are safe on WebAssembly")]
         impl StepsF32 for $token {
             const ROWS: usize = $rows;
+            const SLOTS: [u8; SPAN] = $slots;
 
             #[inline(always)]
             fn arrange(&self, inputs: &[f32; SPAN], out: &mut [f32; SPAN]) {
@@ -215,6 +232,17 @@ macro_rules! implement_steps {
             fn decode_f32(&self, packed: &[u8; SPAN / 2], out: &mut [f32; SPAN]) {
                 // SAFETY: the processor has the features, for `self` exists.
                 unsafe { decode_f32(&self.f32_planes, packed, out) }
+            }
+
+            #[inline(always)]
+            fn add_four<const GROUPS: usize>(
+                &self,
+                packed: [&[u8; SPAN / 2]; 4],
+                factors: [&[f32; GROUPS]; 4],
+                sums: &mut [f32; SPAN],
+            ) {
+                // SAFETY: the processor has the features, for `self` exists.
+                unsafe { add_four(&self.f32_planes, packed, factors, sums) }
             }
 
             #[inline(always)]

@@ -61,6 +61,31 @@ pub(super) fn decode_f32(planes: &[__m256i; 4], packed: &[u8; SPAN / 2], out: &m
     }
 }
 
+/// Adds the weights of a span of four rows, times their factors, to the sums of the columns.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn add_four<const GROUPS: usize>(
+    planes: &[__m256i; 4],
+    packed: [&[u8; SPAN / 2]; 4],
+    factors: [&[f32; GROUPS]; 4],
+    sums: &mut [f32; SPAN],
+) {
+    let codes = packed.map(|packed| split_codes(packed));
+    let (evens, odds) = sums.as_chunks_mut().0.split_at_mut(4);
+    for (half, sums) in [evens, odds].into_iter().enumerate() {
+        let scaled = |row: usize| {
+            let factor = if GROUPS == 1 { broadcast(factors[row]) } else { spread(factors[row]) };
+            look_up_f32(codes[row][half], planes).map(|w| _mm256_mul_ps(w, factor))
+        };
+        let pair = |a: [__m256; 4], b: [__m256; 4]| -> [__m256; 4] { [0, 1, 2, 3].map(|j| _mm256_add_ps(a[j], b[j])) };
+        let four = pair(pair(scaled(0), scaled(1)), pair(scaled(2), scaled(3)));
+        for (sum, four) in sums.iter_mut().zip(four) {
+            let total = _mm256_add_ps(load_f32(sum), four);
+            store_f32(sum, total);
+        }
+    }
+}
+
 /// Adds the products of `R` rows, which share the loads of the inputs, and a vector in a tile to their lanes.
 #[target_feature(enable = "avx2")]
 #[inline]

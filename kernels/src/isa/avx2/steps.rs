@@ -4,7 +4,7 @@ use core::arch::x86_64::*;
 
 use super::dequantize::{f32_planes, u16_planes};
 use super::products::add_span;
-use super::products_f32::{add_rows, add_span_f32, arrange, decode_f32};
+use super::products_f32::{add_four, add_rows, add_span_f32, arrange, decode_f32};
 use super::vector::*;
 use crate::isa::steps::implement_steps;
 use crate::spec;
@@ -25,4 +25,4 @@ impl Avx2 {
     }
 }
 
-implement_steps!(Avx2, "avx2", lanes: __m256, vectors: 8, rows: 4);
+implement_steps!(Avx2, "avx2", lanes: __m256, vectors: 8, rows: 4, slots: spec::F32_SLOTS);

@@ -43,7 +43,6 @@ mod products;
 mod products_f32;
 mod quantize;
 mod steps;
-mod transposed;
 mod vector;
 
 use crate::kernels::Table;
@@ -64,6 +63,6 @@ pub(crate) static TABLE: Table = Table {
     gemv_f32: steps::gemv_f32,
     gemm: steps::gemm,
     gemm_f32: steps::gemm_f32,
-    gemv_transposed_f32: transposed::gemv_transposed_f32,
+    gemv_transposed_f32: steps::gemv_transposed_f32,
     gemv_dense: dense::gemv_dense,
 };

@@ -8,7 +8,21 @@ use crate::activations::SPAN;
 use crate::isa::steps::{DECODED_SPANS, DecodedRow};
 
 /// Columns of half a span: 16 packed bytes, and half of the lanes.
-pub(super) const HALF: usize = SPAN / 2;
+const HALF: usize = SPAN / 2;
+
+/// Where each column of a span stands in the order of [`arrange`].
+pub(super) const SLOTS: [u8; SPAN] = {
+    let mut slots = [0; SPAN];
+    let mut column = 0;
+    while column < SPAN {
+        #[allow(clippy::cast_possible_truncation, reason = "a slot is below 64")]
+        {
+            slots[column] = (column / HALF * HALF + column % 2 * (HALF / 2) + column % HALF / 2) as u8;
+        }
+        column += 1;
+    }
+    slots
+};
 
 /// Puts the inputs of a span into the order in which its packed bytes are decoded: of each half first the even columns, then
 /// the odd ones. That is [`crate::spec::F32_SLOTS`] with four lanes at a time.
@@ -82,6 +96,33 @@ fn add_products_f32(w: [float32x4_t; 8], x: [float32x4_t; 8]) -> float32x4_t {
     let even = vaddq_f32(vaddq_f32(place(0), place(1)), vaddq_f32(place(2), place(3)));
     let odd = vaddq_f32(vaddq_f32(place(4), place(5)), vaddq_f32(place(6), place(7)));
     vaddq_f32(even, odd)
+}
+
+/// Adds the weights of a span of four rows, times their factors, to the sums of the columns.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn add_four<const GROUPS: usize>(
+    planes: &[uint8x16_t; 4],
+    packed: [&[u8; SPAN / 2]; 4],
+    factors: [&[f32; GROUPS]; 4],
+    sums: &mut [f32; SPAN],
+) {
+    for (half, sums) in sums.as_chunks_mut::<HALF>().0.iter_mut().enumerate() {
+        let codes = packed.map(|packed| split_codes(&packed.as_chunks().0[half]));
+        for (odd, sums) in sums.as_chunks_mut::<{ HALF / 2 }>().0.iter_mut().enumerate() {
+            let scaled = |row: usize| {
+                let [a, b, c, d] = look_up_f32(codes[row][odd], planes);
+                let factor = [vdupq_n_f32(factors[row][half * GROUPS / 2]); 2];
+                [product([a, b], factor), product([c, d], factor)]
+            };
+            let pair = |a: [F32x8; 2], b: [F32x8; 2]| [sum(a[0], b[0]), sum(a[1], b[1])];
+            let fours = pair(pair(scaled(0), scaled(1)), pair(scaled(2), scaled(3)));
+            for (sums, four) in sums.as_chunks_mut().0.iter_mut().zip(fours) {
+                let total = sum(load_f32(sums), four);
+                store_f32(sums, total);
+            }
+        }
+    }
 }
 
 /// Adds the products of `R` rows, which share the loads of the inputs, and a vector in a tile to their lanes. The two

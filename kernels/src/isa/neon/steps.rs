@@ -4,7 +4,7 @@ use core::arch::aarch64::*;
 
 use super::dequantize::{f32_planes, u16_planes};
 use super::products::add_span;
-use super::products_f32::{add_rows, add_span_f32, arrange, decode_f32};
+use super::products_f32::{SLOTS, add_four, add_rows, add_span_f32, arrange, decode_f32};
 use super::vector::*;
 use crate::isa::steps::implement_steps;
 use crate::spec;
@@ -28,4 +28,4 @@ impl Neon {
 
 // With eight vectors the compiler makes a loop over them, whose lanes are then in memory; with four rows it runs out of
 // registers.
-implement_steps!(Neon, "neon", lanes: F32x8, vectors: 4, rows: 2);
+implement_steps!(Neon, "neon", lanes: F32x8, vectors: 4, rows: 2, slots: SLOTS);

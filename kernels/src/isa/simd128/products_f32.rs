@@ -56,6 +56,37 @@ pub(super) fn decode_f32(planes: &[v128; 4], packed: &[u8; SPAN / 2], out: &mut 
     }
 }
 
+/// Adds the weights of a span of four rows, times their factors, to the sums of the columns.
+#[inline]
+pub(super) fn add_four<const GROUPS: usize>(
+    planes: &[v128; 4],
+    packed: [&[u8; SPAN / 2]; 4],
+    factors: [&[f32; GROUPS]; 4],
+    sums: &mut [f32; SPAN],
+) {
+    let (sums, _) = sums.as_chunks_mut::<4>();
+    let codes = packed.map(|packed| {
+        let (halves, _) = packed.as_chunks();
+        let ([even_0, odd_0], [even_1, odd_1]) = (split_codes(&halves[0]), split_codes(&halves[1]));
+        [even_0, even_1, odd_0, odd_1]
+    });
+    for i in 0..4 {
+        let mut scaled = [[f32x4_splat(0.0); 4]; 4];
+        for ((scaled, codes), factors) in scaled.iter_mut().zip(&codes).zip(factors) {
+            let factor = spread(factors)[i % 2];
+            *scaled = look_up_f32(codes[i], planes);
+            for w in scaled {
+                *w = f32x4_mul(*w, factor);
+            }
+        }
+        for j in 0..4 {
+            let pairs = [f32x4_add(scaled[0][j], scaled[1][j]), f32x4_add(scaled[2][j], scaled[3][j])];
+            let sum = &mut sums[2 * (4 * (i / 2) + j) + i % 2];
+            store_f32x4(sum, f32x4_add(load_f32x4(sum), f32x4_add(pairs[0], pairs[1])));
+        }
+    }
+}
+
 /// Adds the products of `R` rows, which share the loads of the inputs, and a vector in a tile to their lanes.
 #[inline]
 pub(super) fn add_rows<const GROUPS: usize, const R: usize>(

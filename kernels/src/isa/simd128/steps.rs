@@ -4,7 +4,7 @@ use core::arch::wasm32::*;
 
 use super::dequantize::{f32_planes, u16_planes};
 use super::products::add_span;
-use super::products_f32::{add_rows, add_span_f32, arrange, decode_f32};
+use super::products_f32::{add_four, add_rows, add_span_f32, arrange, decode_f32};
 use super::vector::*;
 use crate::isa::steps::implement_steps;
 use crate::spec;
@@ -26,4 +26,4 @@ impl Simd128 {
 }
 
 // The lanes of eight vectors are in memory on an engine with 16 registers; four were slower all the same.
-implement_steps!(Simd128, "simd128", lanes: F32x8, vectors: 8, rows: 2);
+implement_steps!(Simd128, "simd128", lanes: F32x8, vectors: 8, rows: 2, slots: spec::F32_SLOTS);
