@@ -134,7 +134,7 @@ impl LoRAAdapter {
     /// All of it is f64, sums in the order of the rank, and each weight is rounded once to f32. So the bits are the
     /// same everywhere, and what rounding adds is half an ulp of the result. Every NaN is [`f32::NAN`].
     pub(crate) fn merge_row(&self, row: usize, weights: &mut [f32]) {
-        let gain = self.magnitude().map_or(1.0, |m| dora::gain(f64::from(m.data()[row]), self.norm(row, weights)));
+        let gain = self.magnitude().map_or(1.0, |m| dora::gain(m.data()[row], to_f32(self.norm(row, weights))));
         self.adapted(row, weights, |weight, sum| *weight = to_f32(gain * sum));
     }
 

@@ -6,7 +6,7 @@
 //! gradient.
 //!
 //! A norm depends on the base, on `A` and on `B`, and takes a pass over the packed weights: each row is restored
-//! alone, `V[r]` and the sum of its squares are f64. So norms are kept, and are stale once `A`, `B` or the magnitude
+//! alone, `V[r]` and the sum of its squares are f64, and the norm is rounded to f32. So norms are kept, and are stale once `A`, `B` or the magnitude
 //! may have changed, which every access that can change them marks. What needs them then is an error that says so,
 //! until they are taken again; a backward, which may write, takes them itself.
 
@@ -38,9 +38,10 @@ impl Dora {
     }
 }
 
-/// `m / norm`, and 0 for a row of zeros, whose product is 0 whatever the gain.
-pub(crate) fn gain(magnitude: f64, norm: f64) -> f64 {
-    if norm == 0.0 { 0.0 } else { magnitude / norm }
+/// `m / norm`, and 0 for a row of zeros, whose product is 0 whatever the gain. The norm is rounded to f32, as the magnitude
+/// is: so the gains of a fresh adapter are 1, also once it was stored, or joins its base again.
+pub(crate) fn gain(magnitude: f32, norm: f32) -> f64 {
+    if norm == 0.0 { 0.0 } else { f64::from(magnitude) / f64::from(norm) }
 }
 
 /// `DoRA`; see the paper: Liu et al., "Weight-Decomposed Low-Rank Adaptation", 2024.
@@ -119,10 +120,9 @@ impl LoRAAdapter {
         let mut result = Ok(());
         for (r, (norm, gain)) in dora.norms.iter_mut().zip(&mut dora.gains).enumerate() {
             result = result.and_then(|()| base.row(r, row));
-            let exact = self.norm(r, row);
-            *norm = to_f32(exact);
-            let magnitude = dora.magnitude.as_ref().map_or(exact, |m| f64::from(m.data()[r]));
-            *gain = to_f32(self::gain(magnitude, exact));
+            *norm = to_f32(self.norm(r, row));
+            let magnitude = dora.magnitude.as_ref().map_or(*norm, |m| m.data()[r]);
+            *gain = to_f32(self::gain(magnitude, *norm));
         }
         dora.magnitude.get_or_insert_with(|| Tensor::from_vec(dora.norms.clone(), true));
         dora.stale = result.is_err();

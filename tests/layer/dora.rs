@@ -164,7 +164,7 @@ fn gradients_agree_with_differences_that_keep_the_norms() {
 
 #[test]
 fn a_fresh_adapter_with_dora_changes_nothing() {
-    let (d_out, d_in) = (6, 128);
+    let (d_out, d_in) = (64, 128);
     let base = Quantized4Bit::quantize(&normal(d_out * d_in, 0.02, 1), d_out, d_in, BlockSize::B64, false).unwrap();
     let init = LoRAAdapter::try_init(d_out, d_in, 4, 8.0, LoRAScaling::Standard, 1).unwrap();
     let plain = QLoRALayer::try_from_parts(base.clone(), init.clone()).unwrap();
@@ -177,6 +177,11 @@ fn a_fresh_adapter_with_dora_changes_nothing() {
     let (y, expected) = (layer.forward(&x), plain.forward(&x));
     // A norm is rounded to f32, and divided by itself.
     assert_eq!(bits(y.data()), bits(expected.data()));
+    // The same once the magnitude is there: after the adapter was stored, or was moved.
+    let (base, _, adapter) = layer.clone().into_parts();
+    let again = QLoRALayer::try_from_parts(base, adapter).unwrap();
+    assert_eq!(bits(again.forward(&x).data()), bits(expected.data()));
+    assert_eq!(bits(&layer.merge_to_f32()), bits(&plain.merge_to_f32()));
     assert_eq!(layer.trainable_params().iter().map(|p| p.len()).collect::<Vec<_>>(), [4 * d_in, 4 * d_out, d_out]);
     let extra = layer.memory_stats().lora_bytes - plain.memory_stats().lora_bytes;
     assert_eq!(extra, 3 * 4 * d_out);
