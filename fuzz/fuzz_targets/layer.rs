@@ -408,15 +408,8 @@ impl State<'_> {
 }
 
 /// A layer of parts that fit.
-///
-/// When a `DoRA` adapter without a magnitude joins a base its gains are exactly 1; when its norms are taken again they
-/// are the quotient of the magnitude, which is rounded, and a norm, which is not. Here they always are the latter, which
-/// is what a layer has that was loaded.
 fn joined(base: Quantized4Bit, adapter: LoRAAdapter) -> QLoRALayer {
-    let mut layer = QLoRALayer::try_from_parts(base, adapter).expect("the shapes fit");
-    layer.lora_a_mut();
-    layer.refresh_dora().expect("the lengths fit");
-    layer
+    QLoRALayer::try_from_parts(base, adapter).expect("the shapes fit")
 }
 
 /// The adapter with another alpha, or as it is if its values are not finite.

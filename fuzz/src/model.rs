@@ -69,7 +69,8 @@ pub fn check_merged(layer: &QLoRALayer, got: &[f32]) {
     let weight = |i: usize| {
         let (row, column) = (i / model.d_in, i % model.d_in);
         let ((exact, magnitude), gain) = (model.adapted(row, column), model.gains[row]);
-        Output { exact: gain * exact, bound: gain.abs() * (EPS * exact.abs() + 1e-13 * magnitude) }
+        // Two roundings: of the norm that the gain comes from, and of the weight.
+        Output { exact: gain * exact, bound: gain.abs() * (gamma(2) * exact.abs() + 1e-13 * magnitude) }
     };
     let expected: Vec<Output> = (0..model.d_out * model.d_in).map(weight).collect();
     check("merged weight", &expected, got);
@@ -85,9 +86,10 @@ pub fn check_forward(layer: &QLoRALayer, plain: &QLoRALayer, x: &[f32], got: &[f
         let base = y.clone();
         add_adapter(layer.adapter(), x, &mut y);
         for ((y, base), gain) in y.iter_mut().zip(base).zip(gains) {
-            // Both parts are multiplied by the gain, which is rounded, alone: three roundings each beyond those of `y`.
+            // Both parts are multiplied by the gain alone, which is rounded, and whose norm is: four roundings each beyond
+            // those of `y`.
             let parts = base.exact.abs() + (y.exact - base.exact).abs() + base.bound + y.bound;
-            *y = Output { exact: gain * y.exact, bound: gain.abs() * (y.bound + gamma(3) * parts) };
+            *y = Output { exact: gain * y.exact, bound: gain.abs() * (y.bound + gamma(4) * parts) };
         }
     }
     for (y, b) in y.iter_mut().zip(layer.bias().unwrap_or_default()) {
@@ -104,9 +106,9 @@ pub fn check_gradients(layer: &QLoRALayer, x: &[f32], dy: &[f32], got: [&[f32]; 
     let Dense { d_out, d_in, rank, scale, .. } = model;
     let batch = x.len().checked_div(d_in).unwrap_or(0);
     let (x, dy) = (wide(x), wide(dy));
-    // With `DoRA`, `dy` is multiplied by the gain, which is rounded.
+    // With `DoRA`, `dy` is multiplied by the gain, which is rounded, and whose norm is.
     let dy: Vec<f64> = dy.iter().enumerate().map(|(i, dy)| dy * model.gains[i % d_out]).collect();
-    let dora = if layer.lora_magnitude().is_some() { 2 } else { 0 };
+    let dora = if layer.lora_magnitude().is_some() { 3 } else { 0 };
     // A sum of the given terms of exact factors, each rounded so often, on top of an old value.
     let sum = |old: f64, roundings: usize, terms: &mut dyn Iterator<Item = (f64, f64)>| {
         let (exact, magnitude) = terms.fold((old, old.abs()), |(e, m), (term, of)| (e + term, m + of));
