@@ -99,8 +99,12 @@ pub(super) struct DecodedRow<const GROUPS: usize> {
 
 /// Implements the traits for the token of an instruction set, which only code that has its features can make, by the
 /// functions of the same names around it; and makes from them the products of its table.
+#[allow(unused_macros, reason = "only instruction sets with vectors use it")]
 macro_rules! implement_steps {
-    ($token:ident, $features:literal, lanes: $lanes:ty, vectors: $vectors:literal, rows: $rows:literal, slots: $slots:expr) => {
+    (
+        $token:ident, $features:literal,
+        lanes: $lanes:ty, vectors: $vectors:literal, rows: $rows:literal, slots: $slots:expr
+    ) => {
         use $crate::activations::{Activations, SPAN};
         use $crate::isa::steps::{DecodedRow, Steps16x4, StepsF32, Vectors};
         use $crate::isa::{products, products_f32};
