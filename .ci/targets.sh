@@ -46,13 +46,13 @@ check_neon_lint() {
     local target clippy
     use_aarch64
     clippy=$(from_package rust-web-clippy cargo-clippy)
-    "$clippy" clippy -q --locked --workspace --target "$target" --lib --tests -- -D warnings
+    "$clippy" clippy -q --locked --workspace --exclude nf4-cli --target "$target" --lib --tests -- -D warnings
 }
 
 check_neon_test() {
     local target
     use_aarch64
-    NF4_REQUIRE_ISA=neon cargo test --locked --workspace --target "$target" --lib --tests
+    NF4_REQUIRE_ISA=neon cargo test --locked --workspace --exclude nf4-cli --target "$target" --lib --tests
 }
 
 check_neon_count() {

@@ -19,7 +19,7 @@ check_asan() {
     export RUSTFLAGS="-Zsanitizer=address"
     export CARGO_TARGET_DIR=target/asan
     # With a target, scripts and macros that run in the compiler are built without it.
-    cargo test --locked --workspace --features safetensors,rayon --target x86_64-unknown-linux-gnu "${memory_tests[@]}"
+    cargo test --locked -p nf4 -p nf4-kernels --features nf4/safetensors,nf4/rayon --target x86_64-unknown-linux-gnu "${memory_tests[@]}"
 }
 
 # The code that is shipped, but with the checks of debug builds.

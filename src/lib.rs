@@ -36,62 +36,37 @@ extern crate alloc;
 #[cfg(feature = "alloc")]
 mod adapter;
 #[cfg(feature = "alloc")]
-mod backward;
-#[cfg(feature = "alloc")]
-mod base;
-#[cfg(feature = "alloc")]
 mod buffer;
 #[cfg(feature = "safetensors")]
 pub mod checkpoint;
 #[cfg(feature = "alloc")]
-mod dense;
-#[cfg(feature = "alloc")]
-mod dora;
-#[cfg(feature = "alloc")]
 mod error;
 #[cfg(feature = "alloc")]
-mod forward;
-#[cfg(feature = "alloc")]
-mod linear;
-#[cfg(feature = "alloc")]
-mod lora;
-#[cfg(feature = "alloc")]
-mod memory;
-#[cfg(feature = "alloc")]
-mod merge;
-#[cfg(feature = "alloc")]
-mod multi;
+mod layer;
 #[cfg(feature = "alloc")]
 pub mod optim;
 #[cfg(feature = "alloc")]
 mod parallel;
 #[cfg(feature = "alloc")]
-mod qlora;
-#[cfg(feature = "alloc")]
-mod quantized;
-#[cfg(feature = "alloc")]
-mod requantize;
-#[cfg(feature = "alloc")]
-mod scratch;
-#[cfg(feature = "alloc")]
 mod tensor;
+#[cfg(feature = "alloc")]
+mod weight;
 
 pub use nf4_kernels::*;
 
 #[cfg(feature = "alloc")]
 pub use {
-    adapter::{DEFAULT_SEED, LoRAAdapter, LoRAScaling},
-    backward::BackwardScratch,
+    adapter::{
+        backward::BackwardScratch,
+        lora::{DEFAULT_SEED, LoRAAdapter, LoRAScaling},
+    },
     error::Error,
-    linear::Arithmetic,
-    lora::LoRALayer,
-    memory::MemoryStats,
-    multi::MultiAdapterLayer,
-    qlora::QLoRALayer,
-    quantized::{AbsmaxBuf, Quantized4Bit},
-    requantize::RequantizeError,
-    scratch::Scratch,
+    layer::{
+        linear::Arithmetic, lora::LoRALayer, memory::MemoryStats, multi::MultiAdapterLayer, qlora::QLoRALayer,
+        requantize::RequantizeError, scratch::Scratch,
+    },
     tensor::Tensor,
+    weight::quantized::{AbsmaxBuf, Quantized4Bit},
 };
 
 /// The examples of the README are tests.

@@ -12,7 +12,7 @@ use super::quant_state::{ABSMAX, NESTED_ABSMAX, NESTED_QUANT_MAP, QUANT_MAP, Qua
 use super::source::{TensorData, TensorMap, TensorSource, bytes_of, check_shape};
 use super::{CheckpointError, join};
 use crate::error::{check_finite, check_len};
-use crate::quantized::{AbsmaxBuf, Quantized4Bit};
+use crate::weight::quantized::{AbsmaxBuf, Quantized4Bit};
 
 /// A 4-bit layer as `bitsandbytes` keeps it: packed weight, bias, and what is needed to write the same bytes again.
 #[derive(Debug, Clone)]

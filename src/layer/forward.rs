@@ -1,13 +1,13 @@
 //! The forwards of the layers on an NF4 base: one vector or a batch, with or without buffers of the caller, in every
-//! type. What all of them compute is in [`crate::linear`].
+//! type. What all of them compute is in [`crate::layer::linear`].
 
 use nf4_kernels::Float;
 
 use crate::error::{Error, check_batch, check_len, or_panic};
-use crate::linear::Term;
-use crate::multi::MultiAdapterLayer;
-use crate::qlora::QLoRALayer;
-use crate::scratch::Scratch;
+use crate::layer::linear::Term;
+use crate::layer::multi::MultiAdapterLayer;
+use crate::layer::qlora::QLoRALayer;
+use crate::layer::scratch::Scratch;
 use crate::tensor::Tensor;
 
 impl QLoRALayer {

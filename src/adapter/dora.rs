@@ -12,12 +12,12 @@
 
 use alloc::vec::Vec;
 
-use crate::adapter::{LoRAAdapter, to_f32};
-use crate::base::Base;
+use crate::adapter::lora::{LoRAAdapter, to_f32};
 use crate::buffer::zeros;
 use crate::error::{Error, check_finite, check_len};
-use crate::qlora::QLoRALayer;
+use crate::layer::qlora::QLoRALayer;
 use crate::tensor::Tensor;
+use crate::weight::base::Base;
 
 /// What `DoRA` adds to an adapter.
 #[derive(Debug, Clone)]

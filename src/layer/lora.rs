@@ -5,12 +5,12 @@ use alloc::vec::Vec;
 
 use nf4_kernels::{Float, Kernels};
 
-use crate::adapter::{DEFAULT_SEED, LoRAAdapter, LoRAScaling};
-use crate::backward::BackwardScratch;
-use crate::base::Base;
+use crate::adapter::backward::BackwardScratch;
+use crate::adapter::lora::{DEFAULT_SEED, LoRAAdapter, LoRAScaling};
 use crate::buffer::zeros;
 use crate::error::{Error, check_finite, check_len, check_matrix, or_panic};
 use crate::tensor::Tensor;
+use crate::weight::base::Base;
 
 /// A linear layer with a dense, frozen base weight `W` `[d_out, d_in]`, a `LoRA` adapter and, if
 /// [`Self::try_with_bias`] gave it one, a frozen bias: `y = W x + scale * B (A x) + bias`; with `DoRA` (see

@@ -1,6 +1,6 @@
 //! What a layer holds in memory.
 
-use crate::linear::Linear;
+use crate::layer::linear::Linear;
 
 /// Bytes on the heap of a layer on a [`crate::Quantized4Bit`] base; all that it holds, exactly. The layer's own struct
 /// is not counted, nor are the names of adapters.

@@ -2,9 +2,9 @@
 
 use nf4_kernels::{Kernels, Nf4Matrix};
 
-use crate::dense::add_rows;
 use crate::error::Error;
 use crate::parallel;
+use crate::weight::dense::add_rows;
 
 /// A weight `[d_out, d_in]`, neither of them 0 where it is multiplied, and the kernels to multiply it with.
 #[derive(Debug, Clone, Copy)]

@@ -4,13 +4,13 @@ use alloc::vec::Vec;
 
 use nf4_kernels::{BlockSize, Kernels};
 
-use crate::adapter::{DEFAULT_SEED, LoRAAdapter, LoRAScaling};
+use crate::adapter::lora::{DEFAULT_SEED, LoRAAdapter, LoRAScaling};
 use crate::error::{Error, or_panic};
-use crate::linear::{Arithmetic, Linear};
-use crate::lora::LoRALayer;
-use crate::memory::MemoryStats;
-use crate::quantized::Quantized4Bit;
+use crate::layer::linear::{Arithmetic, Linear};
+use crate::layer::lora::LoRALayer;
+use crate::layer::memory::MemoryStats;
 use crate::tensor::Tensor;
+use crate::weight::quantized::Quantized4Bit;
 
 /// A linear layer with a frozen NF4 base weight `W` `[d_out, d_in]`, a `LoRA` adapter and, if [`Self::try_with_bias`]
 /// gave it one, a frozen bias: `y = W x + scale * B (A x) + bias`.

@@ -1,5 +1,4 @@
 //! The tool `nf4`, run as a program.
-#![cfg(feature = "cli")]
 #![allow(
     clippy::unwrap_used,
     clippy::std_instead_of_alloc,
@@ -7,7 +6,7 @@
     reason = "tests panic, have std"
 )]
 
-#[path = "../support/mod.rs"]
+#[path = "../../../tests/support/mod.rs"]
 mod support;
 
 mod bench;

@@ -1,5 +1,5 @@
 //! How long `quantize` takes beside a copy of the file. Not run by itself:
-//! `cargo test --release --features cli --test cli -- --ignored --nocapture speed`.
+//! `cargo test --release -p nf4-cli --test cli -- --ignored --nocapture speed`.
 
 use std::fs::{self, File};
 use std::io::Write;

@@ -49,7 +49,7 @@ pub(crate) fn fails<S: AsRef<OsStr>>(args: &[S], parts: &[&str]) {
 /// A file or directory of the reference data.
 pub(crate) fn reference(path: &str) -> PathBuf {
     let root = std::env::var_os("NF4_REFERENCE")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/reference"), PathBuf::from);
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/reference"), PathBuf::from);
     root.join(path)
 }
 

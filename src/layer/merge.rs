@@ -8,8 +8,8 @@ use nf4_kernels::Float;
 
 use crate::buffer::zeros;
 use crate::error::{Error, check_len};
+use crate::layer::qlora::QLoRALayer;
 use crate::parallel::{self, cost};
-use crate::qlora::QLoRALayer;
 
 impl QLoRALayer {
     /// The merged weight `dequantize(base) + scale * B A`, row-major `[d_out, d_in]`; with `DoRA` each row times its

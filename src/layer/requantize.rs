@@ -4,8 +4,8 @@ use nf4_kernels::{BlockSize, packed_len};
 
 use crate::buffer::zeros;
 use crate::error::{Error, check_finite};
-use crate::qlora::QLoRALayer;
-use crate::quantized::{AbsmaxBuf, Quantized4Bit};
+use crate::layer::qlora::QLoRALayer;
+use crate::weight::quantized::{AbsmaxBuf, Quantized4Bit};
 
 /// What quantizing a merged weight did to it. All are taken over the whole matrix, in f64; 0 if it has no weights.
 ///

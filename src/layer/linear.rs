@@ -6,12 +6,12 @@ use core::ops::Range;
 
 use nf4_kernels::{Float, Kernels};
 
-use crate::adapter::{LoRAAdapter, to_f32};
-use crate::base::Base;
+use crate::adapter::lora::{LoRAAdapter, to_f32};
 use crate::error::{Error, check_batch, check_finite, check_len};
+use crate::layer::scratch::{Scratch, Work};
 use crate::parallel;
-use crate::quantized::Quantized4Bit;
-use crate::scratch::{Scratch, Work};
+use crate::weight::base::Base;
+use crate::weight::quantized::Quantized4Bit;
 
 /// Rows of the base product that are finished at a time, on the stack.
 const ROWS: usize = 128;

@@ -91,7 +91,9 @@ impl Command {
     }
 }
 
-fn main() -> ExitCode {
+/// Runs the command line of this process; see `nf4 --help`.
+#[must_use]
+pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = output::clean_up_when_interrupted().and_then(|()| cli.command.run(&cli.global));
     match result {

@@ -4,8 +4,8 @@ use alloc::vec::Vec;
 
 use nf4_kernels::{Float, Kernels};
 
+use crate::adapter::dora::{self, Dora};
 use crate::buffer::reserved;
-use crate::dora::{self, Dora};
 use crate::error::{Error, check_finite, check_len, check_matrix};
 use crate::tensor::Tensor;
 

@@ -5,11 +5,11 @@ use alloc::vec::Vec;
 
 use nf4_kernels::Kernels;
 
-use crate::adapter::LoRAAdapter;
+use crate::adapter::lora::LoRAAdapter;
 use crate::error::Error;
-use crate::linear::{Arithmetic, Linear, Term};
-use crate::memory::MemoryStats;
-use crate::quantized::Quantized4Bit;
+use crate::layer::linear::{Arithmetic, Linear, Term};
+use crate::layer::memory::MemoryStats;
+use crate::weight::quantized::Quantized4Bit;
 
 /// A linear layer with a frozen NF4 base weight `W` `[d_out, d_in]` and any number of named adapters, each with a
 /// weight: `y = W x + sum of weight * scale * B (A x) + bias` over the active ones, or over the one that was chosen for

@@ -4,13 +4,13 @@ use alloc::vec::Vec;
 
 use nf4_kernels::{Float, ShapeError};
 
-use crate::adapter::LoRAAdapter;
-use crate::base::Base;
+use crate::adapter::lora::LoRAAdapter;
 use crate::buffer::grow;
-use crate::dense::add_rows;
 use crate::error::{Error, check_batch, check_len, or_panic};
-use crate::qlora::QLoRALayer;
+use crate::layer::qlora::QLoRALayer;
 use crate::tensor::Tensor;
+use crate::weight::base::Base;
+use crate::weight::dense::add_rows;
 
 /// Working memory of [`QLoRALayer::backward_into`], made once and used for any number of steps and layers.
 ///

@@ -1,0 +1,11 @@
+//! Linear layers on a frozen weight: forward, training and merge.
+
+pub(crate) mod forward;
+pub(crate) mod linear;
+pub(crate) mod lora;
+pub(crate) mod memory;
+pub(crate) mod merge;
+pub(crate) mod multi;
+pub(crate) mod qlora;
+pub(crate) mod requantize;
+pub(crate) mod scratch;
