@@ -1,4 +1,17 @@
-//! The tool `nf4`: looks into, quantizes, restores, merges and checks model files; measures this machine.
+//! The command-line tool `nf4` as a library: inspects, quantizes, dequantizes, merges and verifies model files, and
+//! measures this machine.
+//!
+//! The program itself is [`main`]. Other programs parse a command line with `clap`'s traits and run it:
+//!
+//! ```
+//! use clap::Parser;
+//! use nf4_cli::{Cli, Report};
+//!
+//! let cli = Cli::try_parse_from(["nf4", "bench", "--shape", "64x64", "--rounds", "1"])?;
+//! let Report { json, good, .. } = nf4_cli::run(&cli)?;
+//! assert!(good && json["results"].is_array());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![forbid(unsafe_code)]
 #![allow(clippy::std_instead_of_alloc, clippy::std_instead_of_core, reason = "a program, which has std")]
 #![allow(clippy::doc_markdown, reason = "comments on commands and options are their help texts")]
@@ -31,7 +44,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 
-use crate::report::Report;
+pub use crate::report::Report;
 
 /// 4-bit NormalFloat (NF4) weights and QLoRA adapters in safetensors files.
 ///
@@ -39,7 +52,7 @@ use crate::report::Report;
 /// `model.safetensors.index.json`. Tensors are streamed: a model need not fit in memory.
 #[derive(Debug, Parser)]
 #[command(version, after_long_help = EXIT_CODES, disable_help_subcommand = true)]
-struct Cli {
+pub struct Cli {
     #[command(subcommand)]
     command: Command,
     #[command(flatten)]
@@ -91,11 +104,19 @@ impl Command {
     }
 }
 
+/// Runs a command line, and returns what it has to say.
+///
+/// # Errors
+/// Whatever makes the program end with status 1: the message names the file, the tensor and the numbers.
+pub fn run(cli: &Cli) -> Result<Report> {
+    cli.command.run(&cli.global)
+}
+
 /// Runs the command line of this process; see `nf4 --help`.
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let result = output::clean_up_when_interrupted().and_then(|()| cli.command.run(&cli.global));
+    let result = output::clean_up_when_interrupted().and_then(|()| run(&cli));
     match result {
         Ok(Report { text, json, good }) => {
             report::print(&if cli.global.json { format!("{json:#}\n") } else { text });

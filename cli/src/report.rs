@@ -6,11 +6,13 @@ use serde_json::Value;
 
 /// The result of a command.
 #[derive(Debug)]
-pub(crate) struct Report {
-    pub(crate) text: String,
-    pub(crate) json: Value,
-    /// False if the command did its work and what it found is bad.
-    pub(crate) good: bool,
+pub struct Report {
+    /// For people: lines.
+    pub text: String,
+    /// For machines: one object.
+    pub json: Value,
+    /// False if the command did its work and what it found is bad: the program ends with status 3.
+    pub good: bool,
 }
 
 impl Report {

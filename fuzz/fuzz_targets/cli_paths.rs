@@ -3,10 +3,8 @@
 //! what succeeds changes what is named by `--out` alone, that only if it was not there or with `--force`, and never an
 //! input.
 //!
-//! The tool is compiled into the target (`build.rs`), so the fuzzer sees its branches. What is left out is `main`
-//! itself, the handler for interrupts, and large matrices of `bench`.
+//! Left out are the program's `main`, the handler for interrupts, and large matrices of `bench`.
 #![no_main]
-#![allow(dead_code, reason = "the tool's `main` is not called")]
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -16,10 +14,9 @@ use std::sync::LazyLock;
 use arbitrary::Arbitrary;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use libfuzzer_sys::fuzz_target;
+use nf4_cli::{Cli, Report};
 use nf4_fuzz::files::{self, parts, with_header};
 use nf4_fuzz::folder::{Contents, FILES, Folder, WORDS};
-
-include!(concat!(env!("OUT_DIR"), "/cli.rs"));
 
 #[derive(Debug, Arbitrary)]
 struct Input<'a> {
@@ -83,8 +80,8 @@ fn check(arguments: &[OsString]) {
         }
     };
     let cli = Cli::from_arg_matches(&matches).expect("they are its own");
-    let (_, options) = matches.subcommand().expect("there must be one");
-    if matches!(cli.command, Command::Bench(_)) && !is_small(options) {
+    let (name, options) = matches.subcommand().expect("there must be one");
+    if name == "bench" && !is_small(options) {
         return;
     }
     let paths = |ids: &[&str]| -> Vec<PathBuf> {
@@ -101,7 +98,7 @@ fn check(arguments: &[OsString]) {
     let force = matches!(options.try_get_one("force"), Ok(Some(true)));
 
     let before = FOLDER.contents();
-    let result = cli.command.run(&cli.global);
+    let result = nf4_cli::run(&cli);
     let after = FOLDER.contents();
     match result {
         Err(error) => {
