@@ -7,8 +7,10 @@ use nf4::LoRAScaling;
 use nf4::checkpoint::{PeftAdapter, TensorSource};
 use serde_json::json;
 
-use crate::model::{Model, read_small};
-use crate::report::{Report, bytes, shape, table};
+use crate::inputs::Inputs;
+use crate::model::{MAX_CONFIG, Model, is_there, read_small};
+use crate::report::Prepared;
+use crate::text::{Text, bytes, shape};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -19,31 +21,31 @@ pub(crate) struct Adapter {
     pub(crate) path: PathBuf,
     pub(crate) peft: PeftAdapter,
     file: Model,
+    /// All that was read.
+    pub(crate) inputs: Inputs,
 }
 
 impl Adapter {
     /// Whether there is an adapter in this directory.
-    pub(crate) fn is_at(path: &Path) -> bool {
-        path.join(CONFIG).exists()
+    pub(crate) fn is_at(path: &Path) -> Result<bool> {
+        Ok(path.is_dir() && is_there(&path.join(CONFIG))?)
     }
 
     /// Reads all of it.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let weights = path.join(WEIGHTS);
         ensure!(path.is_dir(), "{}: not a directory with a PEFT adapter", path.display());
-        let config = read_small(&path.join(CONFIG))?;
+        let mut inputs = Inputs::default();
+        inputs.note(path)?;
+        let config = read_small(&path.join(CONFIG), MAX_CONFIG, &mut inputs)?;
         let file = Model::open(&weights)?;
         let peft = PeftAdapter::load(&config, &file).with_context(|| path.display().to_string())?;
-        Ok(Self { path: path.to_owned(), peft, file })
-    }
-
-    /// The files that it was read from.
-    pub(crate) fn files(&self) -> [PathBuf; 2] {
-        [CONFIG, WEIGHTS].map(|name| self.path.join(name))
+        inputs.extend(&file.inputs);
+        Ok(Self { path: path.to_owned(), peft, file, inputs })
     }
 
     /// What it holds.
-    pub(crate) fn inspect(&self) -> Result<Report> {
+    pub(crate) fn inspect(&self) -> Result<Prepared> {
         let (mut rows, mut list) =
             (vec![["module", "shape", "rank", "alpha", "scale"].map(str::to_owned).to_vec()], Vec::new());
         for (name, module) in self.peft.modules() {
@@ -65,15 +67,16 @@ impl Adapter {
             .into_iter()
             .filter_map(|(name, on)| on.then_some(name))
             .collect();
-        let mut text = table(&rows);
+        let mut text = Text::default();
+        text.table(&rows);
         let replaced: Vec<&String> = self.peft.replaced().keys().collect();
         for name in &replaced {
-            text += &format!("{name} is replaced as a whole\n");
+            text.line(format_args!("{name} is replaced as a whole"));
         }
         let tensors = self.file.names().count();
-        text += &format!("\nPEFT adapter: {} modules, {tensors} tensors, {}", list.len(), bytes(self.file.data_len()));
-        text += &variants.iter().map(|v| format!(", {v}")).collect::<String>();
-        text.push('\n');
+        let variants: String = variants.iter().map(|v| format!(", {v}")).collect();
+        let size = bytes(self.file.data_len());
+        text.line("").line(format_args!("PEFT adapter: {} modules, {tensors} tensors, {size}{variants}", list.len()));
         let json = json!({
             "path": self.path.to_string_lossy(),
             "modules": list,
@@ -83,6 +86,6 @@ impl Adapter {
             "lora_bias": config.lora_bias(),
             "totals": { "modules": list.len(), "tensors": tensors, "bytes": self.file.data_len() },
         });
-        Ok(Report::good(text, json))
+        Ok(Prepared::report(text, json, true))
     }
 }

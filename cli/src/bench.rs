@@ -9,7 +9,8 @@ use clap::Args;
 use nf4::{AbsmaxBuf, BlockSize, Float, Kernels, Nf4Matrix, bf16, packed_len};
 use serde_json::json;
 
-use crate::report::{Report, table};
+use crate::report::Prepared;
+use crate::text::Text;
 
 /// Measure every instruction set of this machine.
 ///
@@ -70,7 +71,7 @@ struct Operation<'a> {
 }
 
 impl Bench {
-    pub(crate) fn run(&self) -> Result<Report> {
+    pub(crate) fn run(&self) -> Result<Prepared> {
         ensure!(self.batch > 0, "--batch 0: expected at least 1");
         let Shape { rows, cols } = self.shape;
         let large = || format!("--shape {} --batch {} does not fit in memory", self.shape, self.batch);
@@ -150,7 +151,7 @@ impl Bench {
         times.into_iter().map(median).collect()
     }
 
-    fn report(&self, operations: &[Operation<'_>], medians: &[f64], weights: usize, bytes: usize) -> Report {
+    fn report(&self, operations: &[Operation<'_>], medians: &[f64], weights: usize, bytes: usize) -> Prepared {
         let read = medians[medians.len() - 1];
         let mut rows = vec![["", "", "weights/ns", "GB/s", "of read"].map(str::to_owned).to_vec()];
         let mut results = Vec::new();
@@ -170,8 +171,11 @@ impl Bench {
         let (shape, batch, block) = (self.shape, self.batch, self.block_size.get());
         let scales = if self.double_quant { "double-quantized" } else { "plain" };
         let rounds = self.rounds;
-        let title =
-            format!("{shape}, batch {batch}, block {block}, {scales} scales, one thread, medians of {rounds} rounds\n");
+        let mut text = Text::default();
+        text.line(format_args!(
+            "{shape}, batch {batch}, block {block}, {scales} scales, one thread, medians of {rounds} rounds"
+        ));
+        text.table(&rows);
         let json = json!({
             "shape": [shape.rows, shape.cols],
             "batch": batch,
@@ -181,7 +185,7 @@ impl Bench {
             "packed_bytes": bytes,
             "results": results,
         });
-        Report::good(title + &table(&rows), json)
+        Prepared::report(text, json, true)
     }
 }
 

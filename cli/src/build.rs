@@ -1,15 +1,17 @@
 //! A new model beside an old one: for each shard a shard of the same name, the index, `config.json`, the other files.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::{Map, Value};
 
+use crate::inputs::Inputs;
+use crate::memory;
 use crate::model::{CONFIG, INDEX, Model};
-use crate::output::Output;
+use crate::output::{Output, Sealed};
 use crate::progress::Progress;
 use crate::shard::Shard;
 use crate::workers::Workers;
@@ -60,6 +62,8 @@ pub(crate) struct Built {
     pub(crate) bytes: u64,
     /// Files and directories of the old model that were not copied.
     pub(crate) left: Vec<String>,
+    /// It is complete, but does not have its name yet.
+    pub(crate) output: Sealed,
 }
 
 /// Bytes that are copied at a time.
@@ -80,15 +84,18 @@ pub(crate) trait Conversion {
     fn config(&self, old: &[u8]) -> Result<String>;
 }
 
-/// Builds the new model at `target`, where nothing is before all is done.
+/// Builds the new model, which is at `target` once the output is committed; `inputs` is all that was read for it.
 pub(crate) fn build<C: Conversion>(
     model: &Model,
     target: &Target,
-    inputs: &[&Path],
+    inputs: &Inputs,
     threads: usize,
     progress: &Progress,
     conversion: &C,
 ) -> Result<Built> {
+    let mut inputs = inputs.clone();
+    let (others, left) = model.other_files()?;
+    others.iter().try_for_each(|file| inputs.note(file))?;
     let output = Output::new(&target.out, model.directory.is_some(), target.force, inputs)?;
     let (mut workers, mut bytes, mut weight_map) = (Workers::new(threads), 0, BTreeMap::new());
     for shard in &model.shards {
@@ -106,11 +113,11 @@ pub(crate) fn build<C: Conversion>(
             steps.push((name, step));
         }
         weight_map.extend(entries.iter().map(|e| (e.name.clone(), Value::from(shard.name()))));
-        let path = if model.directory.is_some() { output.path().join(shard.name()) } else { output.path().to_owned() };
         // Without `format` transformers does not load a file.
         let mut metadata = shard.header.metadata().clone();
         metadata.entry("format".to_owned()).or_insert("pt".to_owned());
-        let writer = Writer::create(&path, entries, metadata)?;
+        let file = output.create(shard.name())?;
+        let writer = Writer::new(file, &output.path(shard.name()), entries, metadata)?;
         let mut job = Job { shard, writer: &writer, workers: &mut workers, progress };
         for (name, step) in steps {
             progress.at(name);
@@ -122,24 +129,23 @@ pub(crate) fn build<C: Conversion>(
         }
         bytes += writer.finish()?;
     }
-    let mut left = Vec::new();
     if let Some(directory) = &model.directory {
         if let Some(index) = &model.index {
-            write_json(&output.path().join(INDEX), &new_index(index, weight_map, bytes))?;
+            let text = serde_json::to_string_pretty(&new_index(index, weight_map, bytes))? + "\n";
+            write(&output, INDEX, &text)?;
         }
         if let Some(old) = &model.config {
             let text = conversion.config(old).with_context(|| directory.join(CONFIG).display().to_string())?;
-            write_text(&output.path().join(CONFIG), &text)?;
+            write(&output, CONFIG, &text)?;
         }
-        let (files, others) = model.other_files()?;
-        for file in files {
-            let to = output.path().join(file.file_name().unwrap_or_default());
-            fs::copy(&file, &to).with_context(|| format!("{} to {}", file.display(), to.display()))?;
+        for path in others {
+            let name = path.file_name().unwrap_or_default();
+            let (mut from, mut to) = (Inputs::default().open(&path)?, output.create(name)?);
+            let copied = std::io::copy(&mut from, &mut to);
+            copied.with_context(|| format!("{} to {}", path.display(), output.path(name).display()))?;
         }
-        left = others;
     }
-    output.commit()?;
-    Ok(Built { bytes, left })
+    Ok(Built { bytes, left, output: output.seal()? })
 }
 
 /// Copies a tensor.
@@ -148,7 +154,7 @@ fn copy(name: &str, job: &mut Job<'_, Buffers>) -> Result<()> {
     let range = shard.header.file_range(name).unwrap_or_default();
     let length = usize::try_from(range.end - range.start)?;
     job.workers.run(length, COPY_CHUNK, |buffers, part| {
-        buffers.bytes.resize(part.len(), 0);
+        memory::resize(&mut buffers.bytes, part.len(), 0)?;
         shard.read_part(name, part.start as u64, &mut buffers.bytes)?;
         writer.write(name, part.start as u64, &buffers.bytes)?;
         progress.add(part.len() as u64);
@@ -167,10 +173,6 @@ fn new_index(old: &Map<String, Value>, weight_map: BTreeMap<String, Value>, byte
     index
 }
 
-fn write_json(path: &Path, object: &Map<String, Value>) -> Result<()> {
-    write_text(path, &(serde_json::to_string_pretty(object)? + "\n"))
-}
-
-fn write_text(path: &Path, text: &str) -> Result<()> {
-    fs::write(path, text).with_context(|| path.display().to_string())
+fn write(output: &Output, name: &str, text: &str) -> Result<()> {
+    output.create(name)?.write_all(text.as_bytes()).with_context(|| output.path(name).display().to_string())
 }

@@ -16,8 +16,9 @@ use crate::layers::{Layer, Layers, load};
 use crate::model::Model;
 use crate::progress::Progress;
 use crate::quantize::{float_type, left};
-use crate::report::{Report, bytes};
+use crate::report::Prepared;
 use crate::rows::{convert, write_rows};
+use crate::text::{Text, bytes};
 use crate::writer::Entry;
 
 /// Restore the 4-bit layers of a model to plain weights.
@@ -41,7 +42,7 @@ pub(crate) struct Dequantize {
 }
 
 impl Dequantize {
-    pub(crate) fn run(&self, global: &Global) -> Result<Report> {
+    pub(crate) fn run(&self, global: &Global) -> Result<Prepared> {
         let start = Instant::now();
         let model = Model::open(&self.model)?;
         let layers = Layers::read_all(&model)?;
@@ -51,17 +52,18 @@ impl Dequantize {
         let main_type = self.dtype.unwrap_or(first.state.dtype);
         let progress = Progress::new("dequantize", restored_bytes(&model, &layers, self.dtype), global.quiet);
         let conversion = Restore { model: &model, layers: &layers, dtype: self.dtype, main_type };
-        let built = build(&model, &self.target, &[&self.model], global.threads, &progress, &conversion)?;
+        let built = build(&model, &self.target, &model.inputs, global.threads, &progress, &conversion)?;
         drop(progress);
         let seconds = start.elapsed().as_secs_f64();
-        let text = format!(
-            "{}: {} layers restored, {} -> {}, {seconds:.2} s\n{}",
+        let mut text = Text::default();
+        text.line(format_args!(
+            "{}: {} layers restored, {} -> {}, {seconds:.2} s",
             self.target.out.display(),
             layers.by_weight.len(),
             bytes(model.data_len()),
             bytes(built.bytes),
-            left(&built.left),
-        );
+        ));
+        left(&built.left, &mut text);
         let json = json!({
             "output": self.target.out.to_string_lossy(),
             "dequantized": layers.by_weight.values().map(|l| &l.prefix).collect::<Vec<_>>(),
@@ -71,7 +73,7 @@ impl Dequantize {
             "not_copied": built.left,
             "seconds": seconds,
         });
-        Ok(Report::good(text, json))
+        Ok(Prepared::output(built.output, text, json))
     }
 }
 

@@ -7,6 +7,7 @@ use nf4::checkpoint::{FloatType, Linear4bit};
 use nf4::{Absmax, Kernels, NESTED_BLOCK, Nf4Matrix};
 
 use crate::layers::{Layers, load};
+use crate::memory;
 use crate::model::Model;
 use crate::shard::Shard;
 
@@ -75,18 +76,18 @@ impl<'a> Flat<'a> {
     pub(crate) fn values(&self, range: Range<usize>) -> Result<Vec<f32>> {
         match self {
             Self::Dense { shard, name, float, .. } => {
-                let mut bytes = vec![0; range.len() * float.size()];
+                let mut bytes = memory::filled(range.len() * float.size(), 0)?;
                 shard.read_part(name, (range.start * float.size()) as u64, &mut bytes)?;
                 Ok(float.values(&bytes))
             }
             Self::Other { shard, name, .. } => {
-                let mut bytes = vec![0; range.len()];
+                let mut bytes = memory::filled(range.len(), 0)?;
                 shard.read_part(name, range.start as u64, &mut bytes)?;
                 Ok(bytes.into_iter().map(f32::from).collect())
             }
             Self::Packed(layer) => {
                 let weight = layer.weight();
-                let mut values = vec![0.0; range.len()];
+                let mut values = memory::filled(range.len(), 0.0)?;
                 // Blocks as rows, if all are whole; else there is one row.
                 let cols = if self.is_divisible() { weight.block_size().get() } else { weight.len() };
                 let (rows, absmax) = (weight.len() / cols.max(1), weight.absmax().view());

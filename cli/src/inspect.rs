@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use crate::adapters::Adapter;
 use crate::layers::{Layer, Layers};
 use crate::model::Model;
-use crate::report::{Report, bytes, shape, table};
+use crate::report::Prepared;
+use crate::text::{Text, bytes, shape};
 
 /// Show every layer of a model or an adapter: shape, type, block size, scales, bits a weight; and totals.
 ///
@@ -27,8 +28,8 @@ pub(crate) struct Inspect {
 }
 
 impl Inspect {
-    pub(crate) fn run(&self) -> Result<Report> {
-        if Adapter::is_at(&self.path) {
+    pub(crate) fn run(&self) -> Result<Prepared> {
+        if Adapter::is_at(&self.path)? {
             return Adapter::open(&self.path)?.inspect();
         }
         let model = Model::open(&self.path)?;
@@ -60,20 +61,20 @@ impl Inspect {
             }
         }
         let broken: Vec<String> = layers.broken.iter().map(ToString::to_string).collect();
-        let mut text = table(&rows);
+        let mut text = Text::default();
+        text.table(&rows).line("");
         for (name, total) in [("4-bit layers", &packed), ("other tensors", &dense)] {
-            text += &format!(
-                "{}{name}: {}, {} weights, {}, {:.3} bits a weight\n",
-                if name.starts_with('4') { "\n" } else { "" },
+            text.line(format_args!(
+                "{name}: {}, {} weights, {}, {:.3} bits per weight",
                 total.count,
                 total.weights,
                 bytes(total.bytes),
                 total.bits()
-            );
+            ));
         }
-        text += &format!("total: {} in {} file(s)\n", bytes(model.data_len()), model.shards.len());
+        text.line(format_args!("total: {} in {} file(s)", bytes(model.data_len()), model.shards.len()));
         for error in &broken {
-            text += &format!("broken layer: {error}\n");
+            text.line(format_args!("broken layer: {error}"));
         }
         let json = json!({
             "path": self.path.to_string_lossy(),
@@ -86,7 +87,7 @@ impl Inspect {
                 "shards": model.shards.len(),
             },
         });
-        Ok(Report { text, json, good: broken.is_empty() })
+        Ok(Prepared::report(text, json, broken.is_empty()))
     }
 }
 

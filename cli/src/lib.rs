@@ -8,7 +8,7 @@
 //! use nf4_cli::{Cli, Report};
 //!
 //! let cli = Cli::try_parse_from(["nf4", "bench", "--shape", "64x64", "--rounds", "1"])?;
-//! let Report { json, good, .. } = nf4_cli::run(&cli)?;
+//! let Report { json, good, .. } = cli.run()?;
 //! assert!(good && json["results"].is_array());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -22,18 +22,23 @@ mod build;
 mod dequantize;
 mod flat;
 mod floats;
+mod inputs;
 mod inspect;
+mod interrupt;
 mod io;
 mod layers;
+mod memory;
 mod merge;
 mod model;
 mod output;
 mod progress;
 mod quantize;
+mod rename;
 mod report;
 mod rows;
 mod rule;
 mod shard;
+mod text;
 mod verify;
 mod workers;
 mod writer;
@@ -44,7 +49,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 
-pub use crate::report::Report;
+pub use crate::report::{Prepared, Report};
 
 /// 4-bit NormalFloat (NF4) weights and QLoRA adapters in safetensors files.
 ///
@@ -92,7 +97,7 @@ enum Command {
 }
 
 impl Command {
-    fn run(&self, global: &Global) -> Result<Report> {
+    fn prepare(&self, global: &Global) -> Result<Prepared> {
         match self {
             Self::Inspect(command) => command.run(),
             Self::Quantize(command) => command.run(global),
@@ -104,29 +109,61 @@ impl Command {
     }
 }
 
-/// Runs a command line, and returns what it has to say.
-///
-/// # Errors
-/// Whatever makes the program end with status 1: the message names the file, the tensor and the numbers.
-pub fn run(cli: &Cli) -> Result<Report> {
-    cli.command.run(&cli.global)
+impl Cli {
+    /// Does all the work of the command, except giving the output its name.
+    ///
+    /// # Errors
+    /// Whatever makes the program end with status 1: the message names the file, the tensor and the numbers.
+    pub fn prepare(&self) -> Result<Prepared> {
+        self.command.prepare(&self.global)
+    }
+
+    /// Runs the command: [`Self::prepare`] and [`Prepared::commit`].
+    ///
+    /// # Errors
+    /// As those of the two.
+    pub fn run(&self) -> Result<Report> {
+        self.prepare()?.commit()
+    }
 }
 
 /// Runs the command line of this process; see `nf4 --help`.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let result = output::clean_up_when_interrupted().and_then(|()| run(&cli));
-    match result {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let result = interrupt::handle().and_then(|()| cli.run());
+    let (output, status) = match &result {
         Ok(Report { text, json, good }) => {
-            report::print(&if cli.global.json { format!("{json:#}\n") } else { text });
-            if good { ExitCode::SUCCESS } else { ExitCode::from(3) }
+            let output = if cli.global.json { text::json(json) } else { text.clone() };
+            (output, if *good { 0 } else { 3 })
         }
         Err(error) => {
-            if cli.global.json {
-                report::print(&format!("{:#}\n", json!({ "error": format!("{error:#}") })));
-            }
-            eprintln!("nf4: {error:#}");
+            let message = text::message(format_args!("{error:#}"));
+            report::print_error(&format!("nf4: {message}"));
+            (if cli.global.json { text::json(&json!({ "error": message })) } else { String::new() }, 1)
+        }
+    };
+    printed(report::print(&output), status)
+}
+
+/// Prints help, version, or what is wrong with the command line.
+fn usage(error: &clap::Error) -> ExitCode {
+    let status = u8::try_from(error.exit_code()).unwrap_or(2);
+    match error.print() {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::from(status),
+        result => printed(result, status),
+    }
+}
+
+/// The status, unless the result that it stands for could not be told.
+fn printed(result: std::io::Result<()>, status: u8) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::from(status),
+        Err(error) => {
+            report::print_error(&format!("nf4: cannot write the result: {error}"));
             ExitCode::FAILURE
         }
     }

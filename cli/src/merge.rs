@@ -18,8 +18,9 @@ use crate::layers::{Layer, Layers, load};
 use crate::model::Model;
 use crate::progress::Progress;
 use crate::quantize::{float_type, left};
-use crate::report::{Report, bytes};
+use crate::report::Prepared;
 use crate::rows::{convert, write_rows};
+use crate::text::{Text, bytes};
 use crate::writer::Entry;
 
 /// Merge a PEFT adapter into its base model: the result needs neither PEFT nor bitsandbytes.
@@ -60,7 +61,7 @@ enum Make {
 }
 
 impl Merge {
-    pub(crate) fn run(&self, global: &Global) -> Result<Report> {
+    pub(crate) fn run(&self, global: &Global) -> Result<Prepared> {
         let start = Instant::now();
         let model = Model::open(&self.base)?;
         let layers = Layers::read_all(&model)?;
@@ -68,22 +69,23 @@ impl Merge {
         let merger = Merger { base: &model, layers: &layers, adapter: &adapter, dtype: self.dtype };
         merger.check_fits()?;
         let progress = Progress::new("merge", restored_bytes(&model, &layers, Some(self.dtype)), global.quiet);
-        let [config, weights] = &adapter.files();
-        let inputs = [&*self.base, &*self.adapter, &**config, &**weights];
+        let mut inputs = model.inputs.clone();
+        inputs.extend(&adapter.inputs);
         let built = build(&model, &self.target, &inputs, global.threads, &progress, &merger)?;
         drop(progress);
         let seconds = start.elapsed().as_secs_f64();
         let merged: Vec<&str> = adapter.peft.modules().map(|(name, _)| name).collect();
         let replaced: Vec<&String> = adapter.peft.replaced().keys().collect();
-        let text = format!(
-            "{}: {} modules merged, {} tensors replaced, {} -> {}, {seconds:.2} s\n{}",
+        let mut text = Text::default();
+        text.line(format_args!(
+            "{}: {} modules merged, {} tensors replaced, {} -> {}, {seconds:.2} s",
             self.target.out.display(),
             merged.len(),
             replaced.len(),
             bytes(model.data_len()),
             bytes(built.bytes),
-            left(&built.left),
-        );
+        ));
+        left(&built.left, &mut text);
         let json = json!({
             "output": self.target.out.to_string_lossy(),
             "merged": merged,
@@ -94,7 +96,7 @@ impl Merge {
             "not_copied": built.left,
             "seconds": seconds,
         });
-        Ok(Report::good(text, json))
+        Ok(Prepared::output(built.output, text, json))
     }
 }
 

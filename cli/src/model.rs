@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -11,14 +11,17 @@ use nf4::checkpoint::{CheckpointError, TensorSource};
 use safetensors::tensor::TensorInfo;
 use serde_json::{Map, Value};
 
+use crate::inputs::Inputs;
+use crate::memory;
 use crate::shard::Shard;
 
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 pub(crate) const CONFIG: &str = "config.json";
 
-/// No JSON file of a model is larger than the largest header of a shard.
-const MAX_JSON: u64 = 100_000_000;
+/// No index is larger than the largest header of a shard, and no configuration as large.
+const MAX_INDEX: u64 = 100_000_000;
+pub(crate) const MAX_CONFIG: u64 = 4_000_000;
 
 /// All shards of a model, open, and where each tensor is.
 #[derive(Debug)]
@@ -32,6 +35,8 @@ pub(crate) struct Model {
     pub(crate) index: Option<Map<String, Value>>,
     /// The text of `config.json`, if there is one; a JSON object.
     pub(crate) config: Option<Vec<u8>>,
+    /// All that was opened.
+    pub(crate) inputs: Inputs,
     homes: HashMap<String, usize>,
 }
 
@@ -39,34 +44,41 @@ impl Model {
     /// Opens a file or a directory; reads headers and JSON, no data.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let kind = fs::metadata(path).with_context(|| path.display().to_string())?;
+        let mut inputs = Inputs::default();
         if !kind.is_dir() {
-            return Self::from_shards(path, None, vec![Shard::open(path)?], None, None);
+            let shard = Shard::open(path, &mut inputs)?;
+            return Self::from_shards(path, None, vec![shard], None, None, inputs);
         }
+        inputs.note(path)?;
         let config_path = path.join(CONFIG);
-        let config = if config_path.exists() { Some(read_small(&config_path)?) } else { None };
+        let config =
+            if is_there(&config_path)? { Some(read_small(&config_path, MAX_CONFIG, &mut inputs)?) } else { None };
         // As transformers does: the single file comes first.
         let (single, index_path) = (path.join(SINGLE), path.join(INDEX));
-        if single.exists() {
-            return Self::from_shards(path, Some(path.to_owned()), vec![Shard::open(&single)?], None, config);
+        if is_there(&single)? {
+            let shard = Shard::open(&single, &mut inputs)?;
+            return Self::from_shards(path, Some(path.to_owned()), vec![shard], None, config, inputs);
         }
-        if !index_path.exists() {
+        if !is_there(&index_path)? {
             bail!("{}: no {SINGLE} and no {INDEX}", path.display());
         }
-        let index = read_object(&index_path)?;
+        let index = read_small(&index_path, MAX_INDEX, &mut inputs)?;
+        let index = parse_object(&index).with_context(|| index_path.display().to_string())?;
         let map = weight_map(&index).with_context(|| index_path.display().to_string())?;
         let mut names: Vec<&str> = map.iter().map(|(_, shard)| *shard).collect();
         names.sort_unstable();
         names.dedup();
-        let open = |name: &&str| {
-            Shard::open(&path.join(name)).with_context(|| format!("{} names this shard", index_path.display()))
+        let mut open = |name: &&str| {
+            Shard::open(&path.join(name), &mut inputs)
+                .with_context(|| format!("{} names this shard", index_path.display()))
         };
-        let shards = names.iter().map(open).collect::<Result<Vec<_>>>()?;
+        let shards = names.iter().map(&mut open).collect::<Result<Vec<_>>>()?;
         for (tensor, shard) in &map {
             let home = names.binary_search(shard).map(|i| &shards[i]);
             let found = home.is_ok_and(|home| home.header.get(tensor).is_some());
             ensure!(found, "{}: tensor {tensor} is not in {shard}", index_path.display());
         }
-        Self::from_shards(path, Some(path.to_owned()), shards, Some(index), config)
+        Self::from_shards(path, Some(path.to_owned()), shards, Some(index), config, inputs)
     }
 
     fn from_shards(
@@ -75,6 +87,7 @@ impl Model {
         shards: Vec<Shard>,
         index: Option<Map<String, Value>>,
         config: Option<Vec<u8>>,
+        inputs: Inputs,
     ) -> Result<Self> {
         let mut homes = HashMap::new();
         for (i, shard) in shards.iter().enumerate() {
@@ -84,7 +97,7 @@ impl Model {
                 }
             }
         }
-        Ok(Self { path: path.to_owned(), directory, shards, index, config, homes })
+        Ok(Self { path: path.to_owned(), directory, shards, index, config, inputs, homes })
     }
 
     /// The shard that holds a tensor, and the tensor's type and shape.
@@ -148,24 +161,33 @@ impl TensorSource for Model {
     }
 }
 
-/// A JSON file that must hold an object.
-pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    parse_object(&read_small(path)?).with_context(|| path.display().to_string())
+/// Whether a directory has an entry of this name, even if that is a link to nothing.
+pub(crate) fn is_there(path: &Path) -> Result<bool> {
+    match path.symlink_metadata() {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        result => result.map(|_| true).with_context(|| path.display().to_string()),
+    }
 }
 
+/// The most memory that JSON takes, parsed, for each byte of its text: a value of two characters is 32 bytes long, and
+/// an array moves to one of twice its size when it is full.
+const JSON_FACTOR: usize = 48;
+
 fn parse_object(text: &[u8]) -> Result<Map<String, Value>> {
+    memory::probe(text.len().saturating_mul(JSON_FACTOR))?;
     match serde_json::from_slice(text).context("not JSON")? {
         Value::Object(object) => Ok(object),
         _ => bail!("JSON, but not an object"),
     }
 }
 
-/// A whole file, no longer than JSON can be.
-pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>> {
+/// A whole file of JSON, of at most this many bytes.
+pub(crate) fn read_small(path: &Path, most: u64, inputs: &mut Inputs) -> Result<Vec<u8>> {
+    let file = inputs.open(path)?;
     let read = || -> Result<_> {
         let mut text = Vec::new();
-        fs::File::open(path)?.take(MAX_JSON + 1).read_to_end(&mut text)?;
-        ensure!(text.len() as u64 <= MAX_JSON, "more than {MAX_JSON} bytes of JSON");
+        file.take(most + 1).read_to_end(&mut text)?;
+        ensure!(text.len() as u64 <= most, "more than {most} bytes of JSON");
         Ok(text)
     };
     read().with_context(|| path.display().to_string())

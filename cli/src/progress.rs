@@ -2,6 +2,8 @@
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::text::printable;
+
 /// A bar that counts bytes.
 #[derive(Debug)]
 pub(crate) struct Progress(ProgressBar);
@@ -20,7 +22,7 @@ impl Progress {
 
     /// Names what is being worked on.
     pub(crate) fn at(&self, tensor: &str) {
-        self.0.set_message(tensor.to_owned());
+        self.0.set_message(printable(tensor, 200));
     }
 
     /// Counts bytes that are done.

@@ -17,10 +17,12 @@ use crate::Global;
 use crate::build::{Buffers, Conversion, Job, Step, Target, build};
 use crate::floats::with_float;
 use crate::io::FileFloat;
+use crate::memory;
 use crate::model::Model;
 use crate::progress::Progress;
-use crate::report::{Report, bytes};
+use crate::report::Prepared;
 use crate::rule::{Skip, TRANSPOSED};
+use crate::text::{Text, bytes};
 use crate::writer::Entry;
 
 /// Quantize the Linear weights of a model to NF4, so that transformers loads it as 4-bit.
@@ -66,7 +68,7 @@ struct Weight {
 }
 
 impl Quantize {
-    pub(crate) fn run(&self, global: &Global) -> Result<Report> {
+    pub(crate) fn run(&self, global: &Global) -> Result<Prepared> {
         let start = Instant::now();
         let model = Model::open(&self.model)?;
         check_is_dense(&model)?;
@@ -86,21 +88,22 @@ impl Quantize {
         config.skip_modules = Some(skip.list.clone());
         let progress = Progress::new("quantize", model.data_len(), global.quiet);
         let conversion = Conversion4bit { command: self, model: &model, skip: &skip, config: &config };
-        let built = build(&model, &self.target, &[&self.model], global.threads, &progress, &conversion)?;
+        let built = build(&model, &self.target, &model.inputs, global.threads, &progress, &conversion)?;
         drop(progress);
 
         let seconds = start.elapsed().as_secs_f64();
         let elements: u64 = weights.iter().map(|w| w.state.shape.iter().product::<usize>() as u64).sum();
         let (before, after) = (model.data_len(), built.bytes);
-        let text = format!(
-            "{}: {} weights of {} tensors quantized, {} -> {}, {seconds:.2} s\n{}",
+        let mut text = Text::default();
+        text.line(format_args!(
+            "{}: {} weights of {} tensors quantized, {} -> {}, {seconds:.2} s",
             self.target.out.display(),
             weights.len(),
             model.names().count(),
             bytes(before),
             bytes(after),
-            left(&built.left),
-        );
+        ));
+        left(&built.left, &mut text);
         let json = json!({
             "output": self.target.out.to_string_lossy(),
             "block_size": self.block_size.get(),
@@ -113,7 +116,7 @@ impl Quantize {
             "not_copied": built.left,
             "seconds": seconds,
         });
-        Ok(Report::good(text, json))
+        Ok(Prepared::output(built.output, text, json))
     }
 
     /// What a tensor becomes if it is to be quantized.
@@ -161,8 +164,8 @@ impl Conversion for Conversion4bit<'_> {
         let Quantize { block_size, double_quant, .. } = *self.command;
         let [rows, cols] = weight.state.matrix_shape();
         let (elements, dtype) = (rows * cols, weight.state.dtype);
-        let mut packed = vec![0; packed_len(elements)];
-        let mut absmax = vec![0.0; block_size.blocks(elements)];
+        let mut packed = memory::filled(packed_len(elements), 0)?;
+        let mut absmax = memory::filled(block_size.blocks(elements), 0.0)?;
         with_float!(dtype, T => quantize_chunks::<T>(name, block_size, [rows, cols], &mut packed, &mut absmax, job))?;
         let scales = if double_quant { AbsmaxBuf::double_quantize(&absmax) } else { AbsmaxBuf::plain(absmax) };
         let quantized = Quantized4Bit::from_parts(packed, scales, rows, cols, block_size);
@@ -201,7 +204,7 @@ fn quantize_chunks<T: FileFloat>(
     let outputs: Vec<_> = chunks.map(Mutex::new).collect();
     job.workers.run(rows * cols, CHUNK, |buffers, part| {
         let size = part.len() * size_of::<T>();
-        buffers.bytes.resize(size, 0);
+        memory::resize(&mut buffers.bytes, size, 0)?;
         shard.read_part(name, (part.start * size_of::<T>()) as u64, &mut buffers.bytes)?;
         let mut weights = Vec::new();
         T::read(&buffers.bytes, &mut weights);
@@ -239,8 +242,10 @@ fn check_is_dense(model: &Model) -> Result<()> {
 }
 
 /// A line about what was not copied.
-pub(crate) fn left(names: &[String]) -> String {
-    if names.is_empty() { String::new() } else { format!("not copied: {}\n", names.join(", ")) }
+pub(crate) fn left(names: &[String], text: &mut Text) {
+    if !names.is_empty() {
+        text.line(format_args!("not copied: {}", names.join(", ")));
+    }
 }
 
 pub(crate) fn block_size(text: &str) -> Result<BlockSize, String> {

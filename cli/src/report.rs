@@ -1,13 +1,17 @@
-//! What a command prints: text for people, or one JSON object for machines.
+//! What a command has to say, and how it reaches whoever asked.
 
-use std::io::Write;
+use std::io::{self, ErrorKind, Write};
 
+use anyhow::Result;
 use serde_json::Value;
+
+use crate::output::Sealed;
+use crate::text::Text;
 
 /// The result of a command.
 #[derive(Debug)]
 pub struct Report {
-    /// For people: lines.
+    /// For people: lines, without control characters.
     pub text: String,
     /// For machines: one object.
     pub json: Value,
@@ -15,46 +19,52 @@ pub struct Report {
     pub good: bool,
 }
 
-impl Report {
-    /// A result with nothing bad in it.
-    pub(crate) fn good(text: String, json: Value) -> Self {
-        Self { text, json, good: true }
+/// The work of a command, done; its output, if it makes one, does not have its name yet.
+///
+/// Dropped, it leaves nothing behind.
+#[derive(Debug)]
+pub struct Prepared {
+    report: Report,
+    output: Option<Sealed>,
+}
+
+impl Prepared {
+    /// A command without an output. `good`: nothing bad was found.
+    pub(crate) fn report(text: Text, json: Value, good: bool) -> Self {
+        Self { report: Report { text: text.into(), json, good }, output: None }
+    }
+
+    /// A command that made an output.
+    pub(crate) fn output(output: Sealed, text: Text, json: Value) -> Self {
+        Self { report: Report { text: text.into(), json, good: true }, output: Some(output) }
+    }
+
+    /// Gives the output its name; what stands there is checked again, whatever it was when the command began.
+    ///
+    /// # Errors
+    /// Something stands there that may not be replaced, or the system refuses. Then the output is removed.
+    pub fn commit(self) -> Result<Report> {
+        let Self { mut report, output } = self;
+        if let Some(left) = output.map(Sealed::commit).transpose()?.flatten() {
+            let mut text = Text::default();
+            text.line(&left);
+            report.text += &String::from(text);
+            report.json["left_behind"] = left.into();
+        }
+        Ok(report)
     }
 }
 
 /// Prints to standard output. A reader that has gone away (`| head`) is no failure.
-pub(crate) fn print(text: &str) {
-    let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-}
-
-/// A table whose columns are aligned: the first to the left, the others to the right.
-pub(crate) fn table(rows: &[Vec<String>]) -> String {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..columns).map(width).collect();
-    let mut text = String::new();
-    for row in rows {
-        let mut line = String::new();
-        for (c, (cell, &width)) in row.iter().zip(&widths).enumerate() {
-            line += &if c == 0 { format!("{cell:width$}") } else { format!("  {cell:>width$}") };
-        }
-        text += line.trim_end();
-        text.push('\n');
+pub(crate) fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => result,
     }
-    text
 }
 
-/// A number of bytes, for people: `123 B`, `12.3 MB`; powers of 1000.
-pub(crate) fn bytes(n: u64) -> String {
-    let units = [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")];
-    let value = n as f64;
-    let unit = units.into_iter().find(|(size, _)| value >= *size);
-    unit.map_or_else(|| format!("{n} B"), |(size, name)| format!("{:.1} {name}", value / size))
-}
-
-/// A shape, for people: `4096 x 11008`.
-pub(crate) fn shape(dims: &[usize]) -> String {
-    let dims: Vec<String> = dims.iter().map(usize::to_string).collect();
-    if dims.is_empty() { "scalar".to_owned() } else { dims.join(" x ") }
+/// Prints a line to standard error. The status tells of a failure even if this cannot.
+pub(crate) fn print_error(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
 }

@@ -7,6 +7,7 @@ use nf4::checkpoint::FloatType;
 
 use crate::build::{Buffers, Job};
 use crate::io::FileFloat;
+use crate::memory;
 
 /// Weights that a thread computes at a time; at least a row.
 const CHUNK: usize = 1 << 17;
@@ -24,7 +25,7 @@ pub(crate) fn write_rows<T: FileFloat>(
     }
     job.workers.run(rows, (CHUNK / cols).max(1), |buffers, part| {
         let offset = (part.start * cols * size_of::<T>()) as u64;
-        let mut weights = vec![T::from_f32(0.0); part.len() * cols];
+        let mut weights = memory::filled(part.len() * cols, T::from_f32(0.0))?;
         fill(part, &mut weights)?;
         T::write(&weights, &mut buffers.bytes);
         writer.write(name, offset, &buffers.bytes)?;
@@ -39,7 +40,7 @@ pub(crate) fn convert(name: &str, from: FloatType, to: FloatType, job: &mut Job<
     let range = shard.header.file_range(name).unwrap_or_default();
     let elements = usize::try_from(range.end - range.start)? / from.size();
     job.workers.run(elements, CHUNK, |buffers, part| {
-        buffers.bytes.resize(part.len() * from.size(), 0);
+        memory::resize(&mut buffers.bytes, part.len() * from.size(), 0)?;
         shard.read_part(name, (part.start * from.size()) as u64, &mut buffers.bytes)?;
         let values = from.values(&buffers.bytes);
         buffers.bytes.clear();

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use nf4::checkpoint::Header;
 
+use crate::inputs::Inputs;
 use crate::io::read_exact_at;
+use crate::memory;
 
 /// An open safetensors file.
 #[derive(Debug)]
@@ -18,15 +20,14 @@ pub(crate) struct Shard {
 
 impl Shard {
     /// Reads the header and nothing else.
-    pub(crate) fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path, inputs: &mut Inputs) -> Result<Self> {
+        let file = inputs.open(path)?;
         let open = || -> Result<Self> {
-            ensure!(std::fs::metadata(path)?.is_file(), "not a regular file");
-            let file = File::open(path)?;
             let length = file.metadata()?.len();
             let mut start = [0; 8];
             let short = usize::try_from(length).map_or(8, |length| length.min(8));
             read_exact_at(&file, &mut start[..short], 0)?;
-            let mut header = vec![0; Header::len_from(&start[..short], length)?];
+            let mut header = memory::filled(Header::len_from(&start[..short], length)?, 0)?;
             read_exact_at(&file, &mut header, 0)?;
             let header = Header::parse(&header, length)?;
             Ok(Self { path: path.to_owned(), header, file })
@@ -49,7 +50,8 @@ impl Shard {
     /// All bytes of a tensor: as many as the header says, which the file has.
     pub(crate) fn read(&self, name: &str) -> std::io::Result<Vec<u8>> {
         let range = self.header.file_range(name).unwrap_or_default();
-        let mut bytes = vec![0; usize::try_from(range.end - range.start).map_err(std::io::Error::other)?];
+        let length = usize::try_from(range.end - range.start).map_err(std::io::Error::other)?;
+        let mut bytes = memory::filled(length, 0)?;
         read_exact_at(&self.file, &mut bytes, range.start)?;
         Ok(bytes)
     }

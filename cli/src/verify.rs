@@ -14,7 +14,8 @@ use crate::flat::{Flat, out_of_reach};
 use crate::layers::Layers;
 use crate::model::Model;
 use crate::progress::Progress;
-use crate::report::Report;
+use crate::report::Prepared;
+use crate::text::Text;
 use crate::workers::Workers;
 
 /// Decode every layer of a model and look for what is wrong: parts that are missing or do not fit, NaN, infinities.
@@ -54,7 +55,7 @@ struct Found {
 }
 
 impl Verify {
-    pub(crate) fn run(&self, global: &Global) -> Result<Report> {
+    pub(crate) fn run(&self, global: &Global) -> Result<Prepared> {
         let model = Model::open(&self.model)?;
         let layers = Layers::read(&model);
         let other = self.other.as_deref().map(Model::open).transpose()?;
@@ -90,13 +91,16 @@ impl Verify {
             let extra = other.names().filter(|n| !other_layers.companions.contains(*n) && model.info(n).is_none());
             findings.extend(extra.map(|name| format!("{name}: only in {}", other.path.display())));
         }
-        let mut text: String = findings.iter().map(|f| format!("{f}\n")).collect();
+        let mut text = Text::default();
+        for finding in &findings {
+            text.line(finding);
+        }
         let packed = layers.by_weight.len();
-        text += &format!("{}: {checked} tensors, {packed} of them 4-bit layers: ", model.path.display());
-        text +=
-            &if findings.is_empty() { "nothing wrong\n".to_owned() } else { format!("{} findings\n", findings.len()) };
+        let result =
+            if findings.is_empty() { "nothing wrong".to_owned() } else { format!("{} findings", findings.len()) };
+        text.line(format_args!("{}: {checked} tensors, {packed} of them 4-bit layers: {result}", model.path.display()));
         if let (Some(other), true) = (&other, findings.is_empty()) {
-            text += &format!("{}: fits\n", other.path.display());
+            text.line(format_args!("{}: fits", other.path.display()));
         }
         let good = findings.is_empty();
         let json = json!({
@@ -107,7 +111,7 @@ impl Verify {
             "layers": packed,
             "findings": findings,
         });
-        Ok(Report { text, json, good })
+        Ok(Prepared::report(text, json, good))
     }
 }
 

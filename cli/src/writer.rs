@@ -50,19 +50,23 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    /// Creates the file, which must not exist, for these tensors.
-    pub(crate) fn create(path: &Path, mut entries: Vec<Entry>, metadata: BTreeMap<String, String>) -> Result<Self> {
-        let create = || -> Result<Self> {
+    /// Will write these tensors to a new file; `path` is for messages.
+    pub(crate) fn new(
+        file: File,
+        path: &Path,
+        mut entries: Vec<Entry>,
+        metadata: BTreeMap<String, String>,
+    ) -> Result<Self> {
+        let new = || -> Result<Self> {
             // As the safetensors library orders them: aligned types first.
             entries.sort_by(|a, b| (a.is_text, b.dtype, &a.name).cmp(&(b.is_text, a.dtype, &b.name)));
             let (header, spans) = header(&entries, &metadata, &BTreeMap::new())?;
             let data_start = (8 + header.len()).next_multiple_of(8) as u64;
             let spans = spans.into_iter().map(|(name, (start, len))| (name, (data_start + start, len))).collect();
-            let file = File::options().write(true).create_new(true).open(path)?;
             let (path, texts) = (path.to_owned(), Mutex::default());
             Ok(Self { path, file, metadata, entries, spans, data_start, texts, written: AtomicU64::new(0) })
         };
-        create().with_context(|| path.display().to_string())
+        new().with_context(|| path.display().to_string())
     }
 
     /// Writes bytes of a tensor, from `offset` of its bytes on. No byte may be written twice.

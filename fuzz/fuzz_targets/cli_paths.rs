@@ -98,7 +98,7 @@ fn check(arguments: &[OsString]) {
     let force = matches!(options.try_get_one("force"), Ok(Some(true)));
 
     let before = FOLDER.contents();
-    let result = nf4_cli::run(&cli);
+    let result = cli.run();
     let after = FOLDER.contents();
     match result {
         Err(error) => {
