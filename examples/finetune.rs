@@ -10,13 +10,11 @@
 //! of the changed weight.
 
 use core::error::Error;
-use std::io::IsTerminal;
 use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use nf4::checkpoint::{CheckpointError, FloatType, TensorFile, TensorSource};
 use nf4::optim::AdamW;
 use nf4::{Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor};
-use safetensors::SafeTensors;
 
 const RANK: usize = 8;
 const ALPHA: f32 = 16.0;
@@ -29,11 +27,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut random = Random(seed);
 
     // The task: a real weight, a change of it, and inputs.
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/reference/minilm/layer0_query.safetensors");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/reference/minilm/layer0_query.safetensors");
     let file = std::fs::read(path).map_err(|e| format!("{path}: {e}"))?;
-    let file = SafeTensors::deserialize(&file)?;
-    let [d_out, d_in] = *file.tensor("weight")?.shape() else { return Err("`weight` is not a matrix".into()) };
-    let (weight, real) = (floats(&file, "weight")?, floats(&file, "x")?);
+    let file = TensorFile::parse(&file)?;
+    let Some(&[d_out, d_in]) = file.info("weight").map(|info| info.shape.as_slice()) else {
+        return Err(format!("{path}: `weight` is not a matrix").into());
+    };
+    let values = |name| Ok::<_, CheckpointError>(FloatType::F32.values(&file.read(name)?));
+    let (weight, real) = (values("weight")?, values("x")?);
     let changed = change(&weight, d_out, d_in, &mut random);
     let held_out = mixtures(&real, d_in, 256, &mut random);
 
@@ -56,7 +57,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     let before = errors(inputs.each_ref().map(|x| layer.forward_batch(x).into_vec()));
 
     // Training. Nothing in a step allocates but the list of parameters.
-    let bar = progress_bar();
     let mut optimizer = AdamW::new(LEARNING_RATE);
     let (mut scratch, mut backward_scratch) = (layer.scratch_for_batch(BATCH), layer.backward_scratch(BATCH));
     let (mut y, mut dy) = (vec![0.0; BATCH * d_out], vec![0.0; BATCH * d_out]);
@@ -74,13 +74,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         optimizer.lr = LEARNING_RATE * (1.0 - step as f64 / STEPS as f64);
         optimizer.step(layer.trainable_params())?;
 
-        bar.set_message(format!("{loss:.5}"));
-        bar.inc(1);
-        if bar.is_hidden() && (step + 1) % (STEPS / 10) == 0 {
+        if (step + 1) % (STEPS / 10) == 0 {
             println!("step {:>4} of {STEPS}: loss {loss:.5}", step + 1);
         }
     }
-    bar.finish_and_clear();
     println!("{STEPS} steps in {:.1} s", start.elapsed().as_secs_f64());
     println!();
     plot(&losses);
@@ -162,15 +159,6 @@ fn relative_error(got: &[f32], expected: &[f32]) -> f64 {
     (difference / squares(&mut expected.iter().map(|v| f64::from(*v)))).sqrt()
 }
 
-/// On a terminal a bar with the loss; elsewhere it is hidden.
-fn progress_bar() -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} steps, {elapsed} of {duration}, loss {msg}");
-    ProgressBar::new(STEPS as u64).with_style(style.expect("a valid template"))
-}
-
 /// The loss over the steps: a line for each twentieth, with a bar on a logarithmic scale.
 fn plot(losses: &[f64]) {
     const WIDTH: f64 = 60.0;
@@ -182,10 +170,6 @@ fn plot(losses: &[f64]) {
         let bar: String = (0..60).map(|i| if f64::from(i) <= share * WIDTH { '#' } else { ' ' }).collect();
         println!("{:>5} {mean:>9.5} {}", (part + 1) * (STEPS / 20), bar.trim_end());
     }
-}
-
-fn floats(file: &SafeTensors<'_>, name: &str) -> Result<Vec<f32>, safetensors::SafeTensorError> {
-    Ok(file.tensor(name)?.data().as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
 }
 
 /// `SplitMix64` (Steele, Lea, Flood, 2014).

@@ -10,8 +10,8 @@ use core::hint::black_box;
 use core::time::Duration;
 use std::time::Instant;
 
+use nf4::checkpoint::{CheckpointError, FloatType, TensorFile, TensorSource};
 use nf4::{Absmax, Activations, BlockSize, Kernels, LoRALayer, QLoRALayer, Quantized4Bit, Tensor};
-use safetensors::SafeTensors;
 
 const RANK: usize = 16;
 const ALPHA: f32 = 32.0;
@@ -24,11 +24,14 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 /// The main job: a real layer with an adapter, with and without double quantization.
 fn real_layer() -> Result<(), Box<dyn Error>> {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/reference/minilm/layer0_query.safetensors");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/reference/minilm/layer0_query.safetensors");
     let file = std::fs::read(path).map_err(|e| format!("{path}: {e}"))?;
-    let file = SafeTensors::deserialize(&file)?;
-    let [d_out, d_in] = *file.tensor("weight")?.shape() else { return Err("`weight` is not a matrix".into()) };
-    let (weight, x) = (floats(&file, "weight")?, floats(&file, "x")?);
+    let file = TensorFile::parse(&file)?;
+    let Some(&[d_out, d_in]) = file.info("weight").map(|info| info.shape.as_slice()) else {
+        return Err(format!("{path}: `weight` is not a matrix").into());
+    };
+    let values = |name| Ok::<_, CheckpointError>(FloatType::F32.values(&file.read(name)?));
+    let (weight, x) = (values("weight")?, values("x")?);
     let inputs: Vec<Tensor> = x.chunks(d_in).map(|x| Tensor::from_vec(x.to_vec(), false)).collect();
 
     // Training would fill B; here it gets small random values, so that the adapter counts.
@@ -133,10 +136,6 @@ fn large_matrices() -> Result<(), Box<dyn Error>> {
     let ns = median_ns(|| Kernels::detect().gemv_dense(&weights, black_box(&x), &mut y))?;
     println!("{:<26}{:>9.2} ms{:>13.1}", "dense f32", ns / 1e6, (N * N) as f64 / ns);
     Ok(())
-}
-
-fn floats(file: &SafeTensors<'_>, name: &str) -> Result<Vec<f32>, safetensors::SafeTensorError> {
-    Ok(file.tensor(name)?.data().as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
 }
 
 fn outputs(inputs: &[Tensor], forward: impl Fn(&Tensor) -> Tensor) -> Vec<f32> {

@@ -1,7 +1,7 @@
 //! Quantizes the layers of a model and writes them, adapters for them and the merged model: files of `bitsandbytes`,
 //! PEFT and GGUF. `tests/upstream/check.py` loads them with the real libraries.
 //!
-//!     cargo run --release --example write_checkpoint --features safetensors -- MODEL.safetensors OUT
+//!     cargo run --release --example write_checkpoint -- MODEL.safetensors OUT
 //!
 //! MODEL has dense Linear weights under the names that transformers gives them; OUT must not exist. In OUT:
 //!

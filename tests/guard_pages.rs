@@ -12,10 +12,10 @@ mod vector;
 
 use core::ops::Range;
 
+use bytemuck::{Pod, cast_slice, cast_slice_mut};
 use mmap_rs::{MmapMut, MmapNone, MmapOptions};
 use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, bf16, f16};
 use vector::Generator;
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// What bytes beside a slice hold.
 const CANARY: u8 = 0xa5;
@@ -51,7 +51,7 @@ impl Fenced {
     }
 
     /// A slice with any content. It takes the place of the one before it, beside which nothing may have been written.
-    fn take<T: FromBytes + IntoBytes + KnownLayout>(&mut self, len: usize, place: Place) -> &mut [T] {
+    fn take<T: Pod>(&mut self, len: usize, place: Place) -> &mut [T] {
         assert!(self.is_intact(), "written beside a slice");
         let (bytes, room) = (len * size_of::<T>(), self.memory.len());
         let start = match place {
@@ -60,11 +60,11 @@ impl Fenced {
         };
         self.slice = start..start + bytes;
         self.memory[start.saturating_sub(BESIDE)..room.min(start + bytes + BESIDE)].fill(CANARY);
-        <[T]>::mut_from_bytes(&mut self.memory[self.slice.clone()]).unwrap()
+        cast_slice_mut(&mut self.memory[self.slice.clone()])
     }
 
     /// A slice with this content.
-    fn put<T: FromBytes + IntoBytes + KnownLayout + Copy>(&mut self, content: &[T], place: Place) -> &mut [T] {
+    fn put<T: Pod>(&mut self, content: &[T], place: Place) -> &mut [T] {
         let slice = self.take(content.len(), place);
         slice.copy_from_slice(content);
         slice
@@ -142,7 +142,7 @@ impl Case {
     /// Every conversion of weights of type `T`; returns all results, one after the other.
     fn conversions<T>(&self, k: Kernels, place: Place, memory: &mut Memory) -> Vec<u8>
     where
-        T: Float + FromBytes + Immutable + IntoBytes + KnownLayout,
+        T: Float + Pod,
     {
         let Self { rows, cols, block_size, .. } = *self;
         let blocks = block_size.blocks(rows * cols);
@@ -151,13 +151,13 @@ impl Case {
         let weights = weights.put(&content, place);
         let (packed, absmax) = (packed.take((rows * cols).div_ceil(2), place), absmax.take(blocks, place));
         k.quantize(weights, block_size, packed, absmax).unwrap();
-        let mut results = [packed.as_bytes(), absmax.as_bytes()].concat();
+        let mut results = [bytes(packed), bytes(absmax)].concat();
 
         let (codes, nested) = (codes.take(blocks, place), nested.take(blocks.div_ceil(256), place));
         let offset = k.quantize_absmax(absmax, codes, nested).unwrap();
-        results.extend([codes.as_bytes(), nested.as_bytes()].concat());
+        results.extend([bytes(codes), bytes(nested)].concat());
         k.quantize_absmax_with_offset(absmax, 0.25, codes, nested).unwrap();
-        results.extend([codes.as_bytes(), nested.as_bytes()].concat());
+        results.extend([bytes(codes), bytes(nested)].concat());
 
         let map = <&[f32; 256]>::try_from(&*map.put(&DYNAMIC_MAP, place)).unwrap();
         let nested = Absmax::Nested(NestedAbsmax::new(codes, map, nested, offset).unwrap());
@@ -168,11 +168,11 @@ impl Case {
                 let part = matrix.row_range(first..rows).unwrap();
                 let out = out.take::<T>((rows - first) * cols, place);
                 k.dequantize(&part, out).unwrap();
-                results.extend(out.as_bytes());
+                results.extend(bytes(out));
             }
             let out = out.take::<f32>(blocks - blocks / 2, place);
             absmax.restore(blocks / 2, out).unwrap();
-            results.extend(out.as_bytes());
+            results.extend(bytes(out));
         }
         results
     }
@@ -201,24 +201,24 @@ impl Case {
                     let scales = scales.take(batch * Activations::scales_len(cols, block_size), place);
                     let activations = k.quantize_activations_batch(inputs, cols, block_size, values, scales).unwrap();
                     // Not the values: their order depends on the target.
-                    results.extend(activations.scales().as_bytes());
+                    results.extend(bytes(activations.scales()));
                     let y = out.take::<f32>(rows * batch, place);
                     if batch == 1 {
                         k.gemv(&part, &activations, y).unwrap();
-                        results.extend(y.as_bytes());
+                        results.extend(bytes(y));
                         k.gemv_f32(&part, inputs, y).unwrap();
                     } else {
                         k.gemm(&part, &activations, y).unwrap();
-                        results.extend(y.as_bytes());
+                        results.extend(bytes(y));
                         k.gemm_f32(&part, inputs, y).unwrap();
                     }
-                    results.extend(y.as_bytes());
+                    results.extend(bytes(y));
                 }
                 // One input a row; where there are fewer columns than rows, they come from the weights.
                 let x = &*inputs.put(&[&self.inputs[..], &self.weights].concat()[..rows], place);
                 let y = out.take::<f32>(cols, place);
                 k.gemv_transposed_f32(&part, x, y).unwrap();
-                results.extend(y.as_bytes());
+                results.extend(bytes(y));
             }
         }
         results
@@ -230,11 +230,15 @@ impl Case {
         let x = &*memory.inputs.put(&self.inputs[..self.cols], place);
         let y = memory.out.take::<f32>(self.rows, place);
         k.gemv_dense(a, x, y).unwrap();
-        let mut results = y.as_bytes().to_vec();
+        let mut results = bytes(y).to_vec();
         k.gemv_dense_add(a, x, 0.5, y).unwrap();
-        results.extend(y.as_bytes());
+        results.extend(bytes(y));
         results
     }
+}
+
+fn bytes<T: Pod>(slice: &[T]) -> &[u8] {
+    cast_slice(slice)
 }
 
 /// Runs `operations` with all kernels and at all places, and compares what they give.

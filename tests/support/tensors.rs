@@ -128,7 +128,8 @@ impl Tensors {
                 (name.to_owned(), Tensor { origin, dtype: view.dtype(), shape, bytes })
             })
             .collect();
-        Self { path: path_name, tensors, metadata: header.metadata().clone().unwrap_or_default() }
+        let metadata = header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect();
+        Self { path: path_name, tensors, metadata }
     }
 
     /// The tensor of this name; panics with the file's path if there is none.

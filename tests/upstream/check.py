@@ -54,7 +54,7 @@ def same_bits(a, b):
 def build(args):
     """The tool and the example."""
     if not (args.nf4 and args.write_checkpoint):
-        command = ["cargo", "build", "--release", "--features", "cli", "--bin", "nf4", "--example", "write_checkpoint"]
+        command = ["cargo", "build", "--release", "--bin", "nf4", "--example", "write_checkpoint"]
         subprocess.run(command, cwd=ROOT, check=True)
     target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
     return args.nf4 or target / "nf4", args.write_checkpoint or target / "examples/write_checkpoint"
