@@ -10,9 +10,12 @@
 mod support;
 
 mod bench;
+mod commit;
 mod files;
 mod hostile;
+mod inputs;
 mod merge;
+mod messages;
 mod output;
 mod quantize;
 mod reference;

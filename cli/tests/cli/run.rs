@@ -60,3 +60,24 @@ pub(crate) fn names(directory: &Path) -> Vec<String> {
     names.sort_unstable();
     names
 }
+
+/// Everything at and below a path: what kind it is, and the bytes of a file or the target of a link.
+pub(crate) fn contents(path: &Path) -> Vec<(PathBuf, String, Vec<u8>)> {
+    let kind = path.symlink_metadata().unwrap().file_type();
+    let bytes = if kind.is_file() {
+        std::fs::read(path).unwrap()
+    } else if kind.is_symlink() {
+        std::fs::read_link(path).unwrap().into_os_string().into_encoded_bytes()
+    } else {
+        Vec::new()
+    };
+    // The path of the root is left out, so that what was moved compares equal.
+    let mut all = vec![(PathBuf::new(), format!("{kind:?}"), bytes)];
+    if kind.is_dir() {
+        for name in names(path) {
+            let below = contents(&path.join(&name)).into_iter();
+            all.extend(below.map(|(path, kind, bytes)| (Path::new(&name).join(path), kind, bytes)));
+        }
+    }
+    all
+}
