@@ -17,7 +17,7 @@ use nf4::optim::AdamW;
 use nf4::{Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor};
 
 const RANK: usize = 8;
-const ALPHA: f32 = 16.0;
+const ALPHA: f64 = 16.0;
 const STEPS: usize = 600;
 const BATCH: usize = 32;
 const LEARNING_RATE: f64 = 2e-3;
@@ -41,8 +41,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     // The layer: the weight in NF4 with double quantization, and a fresh adapter. Training wants the f32 forward,
     // whose exact gradients a backward gives; the 16x4 forward is for afterwards.
     let base = Quantized4Bit::quantize(&weight, d_out, d_in, BlockSize::B64, true)?;
-    let adapter = LoRAAdapter::try_init(d_out, d_in, RANK, ALPHA, LoRAScaling::Standard, seed)?;
-    let mut layer = QLoRALayer::try_from_parts(base, adapter)?.with_arithmetic(Arithmetic::F32);
+    let adapter = LoRAAdapter::new(d_out, d_in, RANK, ALPHA, LoRAScaling::Standard, seed)?;
+    let mut layer = QLoRALayer::from_parts(base, adapter)?.with_arithmetic(Arithmetic::F32);
     let stats = layer.memory_stats();
     println!("all-MiniLM-L6-v2, first query projection, {d_out} x {d_in}, on {}", layer.kernels().isa());
     println!("NF4 base: {} bytes for {} in f32", stats.base_quantized_bytes, stats.base_unquantized_bytes);
@@ -54,18 +54,18 @@ fn main() -> Result<(), Box<dyn Error>> {
     let inputs = [&real, &held_out].map(|x| Tensor::from_vec(x.clone(), false));
     let expected = [dense_outputs(&changed, &real, d_in)?, dense_outputs(&changed, &held_out, d_in)?];
     let errors = |got: [Vec<f32>; 2]| [0, 1].map(|i| relative_error(&got[i], &expected[i]));
-    let before = errors(inputs.each_ref().map(|x| layer.forward_batch(x).into_vec()));
+    let before = errors(inputs.each_ref().map(|x| layer.forward(x).into_vec()));
 
     // Training. Nothing in a step allocates but the list of parameters.
     let mut optimizer = AdamW::new(LEARNING_RATE);
-    let (mut scratch, mut backward_scratch) = (layer.scratch_for_batch(BATCH), layer.backward_scratch(BATCH));
+    let (mut scratch, mut backward_scratch) = (layer.scratch(BATCH), layer.backward_scratch(BATCH));
     let (mut y, mut dy) = (vec![0.0; BATCH * d_out], vec![0.0; BATCH * d_out]);
     let mut losses = Vec::with_capacity(STEPS);
     let start = Instant::now();
     for step in 0..STEPS {
         let x = mixtures(&real, d_in, BATCH, &mut random);
         let target = dense_outputs(&changed, &x, d_in)?;
-        layer.forward_batch_into(&x, &mut scratch, &mut y)?;
+        layer.forward_into(&x, &mut scratch, &mut y)?;
         let loss = loss_and_gradient(&y, &target, &mut dy);
         losses.push(loss);
 
@@ -84,7 +84,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // What it brought. Serving uses the 16x4 forward; merging gives a dense weight without an adapter.
     let layer = layer.with_arithmetic(Arithmetic::SixteenByFour);
-    let after = errors(inputs.each_ref().map(|x| layer.forward_batch(x).into_vec()));
+    let after = errors(inputs.each_ref().map(|x| layer.forward(x).into_vec()));
     let merged = layer.merge_to_f32();
     let merged = errors([dense_outputs(&merged, &real, d_in)?, dense_outputs(&merged, &held_out, d_in)?]);
     println!();

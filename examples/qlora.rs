@@ -65,7 +65,7 @@ fn real_layer() -> Result<(), Box<dyn Error>> {
             let layer = layer.clone().with_kernels(kernels);
             let got = outputs(&inputs, |x| layer.forward(x));
             same &= same_bits(&got, &expected);
-            let (mut scratch, mut y) = (layer.scratch(), vec![0.0; d_out]);
+            let (mut scratch, mut y) = (layer.scratch(1), vec![0.0; d_out]);
             times.push(median_ns(|| layer.forward_into(black_box(inputs[0].data()), &mut scratch, &mut y))?);
         }
         let mut y = vec![0.0; d_out];

@@ -89,22 +89,22 @@ fn write_layers(out: &Path, weights: &Weights) -> Result<()> {
 
 /// Adapters of each kind; the first one is returned.
 fn write_adapters(out: &Path, weights: &Weights) -> Result<PeftAdapter> {
-    let make = |rank: &dyn Fn(usize) -> usize, alpha: &dyn Fn(usize) -> f32, scaling, dora: bool| {
+    let make = |rank: &dyn Fn(usize) -> usize, alpha: &dyn Fn(usize) -> f64, scaling, dora: bool| {
         let mut modules = Vec::new();
         for (i, (name, (weight, [rows, cols]))) in weights.iter().enumerate() {
-            let mut adapter = LoRAAdapter::try_init(*rows, *cols, rank(i), alpha(i), scaling, i as u64)?;
+            let mut adapter = LoRAAdapter::new(*rows, *cols, rank(i), alpha(i), scaling, i as u64)?;
             // B starts at zero; this is what training might make of it.
             adapter.b_mut().data_mut().iter_mut().enumerate().for_each(|(k, b)| *b = (k as f32 * 0.7).sin() * 0.1);
             if dora {
                 let norm = |row: &[f32]| row.iter().map(|w| w * w).sum::<f32>().sqrt() * 1.1;
-                adapter = adapter.try_with_magnitude(weight.chunks(*cols).map(norm).collect())?;
+                adapter = adapter.with_magnitude(weight.chunks(*cols).map(norm).collect())?;
             }
             modules.push((name.clone(), adapter));
         }
         Ok::<_, Box<dyn Error>>(PeftAdapter::new(modules)?.with_field("task_type", "CAUSAL_LM".into()))
     };
     let standard = make(&|_| 8, &|_| 16.0, LoRAScaling::Standard, false)?;
-    let rslora = make(&|i| 4 + i % 3, &|i| 8.0 + (i % 2) as f32 / 2.0, LoRAScaling::RsLoRA, false)?;
+    let rslora = make(&|i| 4 + i % 3, &|i| 8.0 + (i % 2) as f64 / 2.0, LoRAScaling::RsLoRA, false)?;
     let dora = make(&|_| 4, &|_| 8.0, LoRAScaling::Standard, true)?;
     for (name, adapter, float) in [
         ("standard", &standard, FloatType::F32),

@@ -1,31 +1,48 @@
-//! Buffers whose size a file or a caller decides: where there is no room for one, an error with the numbers, not the end
-//! of the process.
+//! Buffers whose size a file or a caller decides: an error where there is no memory for one, not the end of the process.
 
 use alloc::vec::Vec;
 
 use nf4_kernels::ShapeError;
 
-/// An empty vector with exactly the room for `rows * cols` values.
-pub(crate) fn reserved<T>(rows: usize, cols: usize) -> Result<Vec<T>, ShapeError> {
-    let overflow = ShapeError::Overflow { rows, cols };
+use crate::error::Error;
+
+/// An empty vector with room for exactly `rows * cols` values.
+pub(crate) fn reserved<T>(rows: usize, cols: usize) -> Result<Vec<T>, Error> {
     let mut values = Vec::new();
-    values.try_reserve_exact(rows.checked_mul(cols).ok_or(overflow)?).map_err(|_| overflow)?;
+    let len = rows.checked_mul(cols).ok_or(ShapeError::Overflow { rows, cols })?;
+    values.try_reserve_exact(len).map_err(|_| out_of_memory::<T>(len))?;
     Ok(values)
 }
 
 /// `rows * cols` zeros.
-pub(crate) fn zeros<T: Copy + Default>(rows: usize, cols: usize) -> Result<Vec<T>, ShapeError> {
+pub(crate) fn zeros<T: Copy + Default>(rows: usize, cols: usize) -> Result<Vec<T>, Error> {
     let mut values = reserved(rows, cols)?;
     values.resize(rows * cols, T::default());
     Ok(values)
 }
 
+/// A copy of the values.
+pub(crate) fn copy<T: Copy>(values: &[T]) -> Result<Vec<T>, Error> {
+    let mut copy = reserved(1, values.len())?;
+    copy.extend_from_slice(values);
+    Ok(copy)
+}
+
 /// Grows a buffer to at least `len` values; the new ones are zero.
-pub(crate) fn grow<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> Result<(), ShapeError> {
+pub(crate) fn grow<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> Result<(), Error> {
     if buffer.len() < len {
-        let overflow = ShapeError::Overflow { rows: 1, cols: len };
-        buffer.try_reserve_exact(len - buffer.len()).map_err(|_| overflow)?;
+        buffer.try_reserve_exact(len - buffer.len()).map_err(|_| out_of_memory::<T>(len))?;
         buffer.resize(len, T::default());
     }
     Ok(())
+}
+
+/// The first `len` values of a buffer that the caller provides.
+pub(crate) fn take<'a, T>(what: &'static str, buffer: &'a mut [T], len: usize) -> Result<&'a mut [T], Error> {
+    let got = buffer.len();
+    buffer.get_mut(..len).ok_or(ShapeError::Length { what, expected: len, got }.into())
+}
+
+fn out_of_memory<T>(len: usize) -> Error {
+    Error::OutOfMemory { bytes: len.saturating_mul(size_of::<T>()) }
 }

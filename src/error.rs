@@ -1,4 +1,4 @@
-//! What a layer was given that does not fit, with the numbers.
+//! Why a layer, or a part of one, could not be made or used, with the numbers.
 
 use alloc::boxed::Box;
 use core::fmt;
@@ -11,6 +11,20 @@ use nf4_kernels::{Float, ShapeError};
 pub enum Error {
     /// A slice, a range or a block size does not fit the operation.
     Shape(ShapeError),
+    /// There is no memory for a buffer.
+    OutOfMemory {
+        /// Bytes of the buffer; `usize::MAX` if there are more.
+        bytes: usize,
+    },
+    /// A range does not lie in the bytes that it is a part of.
+    Range {
+        /// First byte of the range.
+        start: usize,
+        /// One past its last byte.
+        end: usize,
+        /// Number of bytes.
+        len: usize,
+    },
     /// A matrix does not have `rows * cols` values.
     MatrixLength {
         /// Which matrix.
@@ -22,7 +36,7 @@ pub enum Error {
         /// Values that it has.
         got: usize,
     },
-    /// A base and an adapter, or a shape and an adapter, that differ in `[d_out, d_in]`.
+    /// A base and an adapter differ in `[d_out, d_in]`.
     Mismatch {
         /// `[d_out, d_in]` of the base.
         base: [usize; 2],
@@ -31,44 +45,53 @@ pub enum Error {
     },
     /// An adapter of rank 0.
     RankZero,
-    /// A NaN or infinity where one would spoil results in silence.
+    /// A value is NaN or infinite where that would silently spoil results.
     NotFinite {
-        /// In what.
+        /// Which slice it is in.
         what: &'static str,
         /// Flat index of the first such value.
         index: usize,
         /// The value.
         value: f32,
     },
-    /// A `LoRA` alpha that is NaN or infinite.
+    /// A `LoRA` alpha is NaN or infinite, or gives a scale that is.
     Alpha {
         /// The alpha that was given.
-        got: f32,
+        got: f64,
     },
-    /// A batch that does not consist of whole vectors.
+    /// A batch does not consist of whole vectors.
     Batch {
-        /// Values of a vector.
+        /// Number of values in a vector.
         d_in: usize,
-        /// Values of the batch.
+        /// Number of values in the batch.
         got: usize,
     },
-    /// A `DoRA` adapter whose `A`, `B` or magnitude may have changed since the norms of its rows were taken.
+    /// Inputs were quantized for another arithmetic than that of the layer.
+    Arithmetic {
+        /// The name of the layer's arithmetic.
+        expected: &'static str,
+        /// The name of the arithmetic that the inputs were quantized for.
+        got: &'static str,
+    },
+    /// The norms of a `DoRA` adapter's rows are older than its last change.
     StaleNorms,
-    /// A name that no adapter of a layer has.
+    /// No adapter of the layer has this name.
     UnknownAdapter {
         /// The name.
         name: Box<str>,
     },
-    /// A name that another adapter of a layer has.
+    /// The adapter that an id stood for is no longer in the layer.
+    RemovedAdapter,
+    /// Another adapter of the layer has this name.
     DuplicateAdapter {
         /// The name.
         name: Box<str>,
     },
-    /// Something about one of the adapters of a layer.
+    /// An adapter of the layer caused an error.
     Adapter {
-        /// Its name.
+        /// The name of the adapter.
         name: Box<str>,
-        /// What.
+        /// The error.
         error: Box<Error>,
     },
 }
@@ -77,6 +100,11 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Shape(error) => error.fmt(f),
+            Self::OutOfMemory { bytes: usize::MAX } => {
+                f.write_str("out of memory: a buffer would be larger than the address space")
+            }
+            Self::OutOfMemory { bytes } => write!(f, "out of memory: there is no room for a buffer of {bytes} bytes"),
+            Self::Range { start, end, len } => write!(f, "bytes {start}..{end} do not lie in 0..{len}"),
             Self::MatrixLength { what, rows, cols, got } => {
                 write!(f, "{what}: expected {rows} x {cols} values, got {got}")
             }
@@ -88,12 +116,17 @@ impl fmt::Display for Error {
             Self::NotFinite { what, index, value } => {
                 write!(f, "{what}: value {index} is {value}, which is not finite")
             }
+            Self::Alpha { got } if got.is_finite() => write!(f, "alpha {got} gives a scale that is not finite"),
             Self::Alpha { got } => write!(f, "alpha is {got}, which is not finite"),
             Self::Batch { d_in, got } => write!(f, "a batch of vectors of {d_in} values cannot have {got}"),
+            Self::Arithmetic { expected, got } => {
+                write!(f, "the inputs were quantized for the {got} arithmetic, but the layer uses {expected}")
+            }
             Self::StaleNorms => {
                 f.write_str("the norms of a DoRA adapter are stale: call refresh_dora after changing it")
             }
             Self::UnknownAdapter { name } => write!(f, "no adapter has the name `{name}`"),
+            Self::RemovedAdapter => f.write_str("the adapter with this id was removed"),
             Self::DuplicateAdapter { name } => write!(f, "there is already an adapter of the name `{name}`"),
             Self::Adapter { name, error } => write!(f, "adapter `{name}`: {error}"),
         }
@@ -116,10 +149,10 @@ impl From<ShapeError> for Error {
     }
 }
 
-/// What the infallible twin of a `try_` function does with its result.
+/// The value of a result, for the infallible twin of a `try_` function.
 ///
 /// # Panics
-/// If there is an error, with its numbers.
+/// With the message of the error, if there is one.
 #[track_caller]
 pub(crate) fn or_panic<T>(result: Result<T, Error>) -> T {
     match result {

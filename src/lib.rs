@@ -48,12 +48,16 @@ pub mod optim;
 #[cfg(feature = "alloc")]
 mod parallel;
 #[cfg(feature = "alloc")]
+mod round;
+#[cfg(feature = "alloc")]
 mod tensor;
 #[cfg(feature = "alloc")]
 mod weight;
 
 pub use nf4_kernels::*;
 
+#[cfg(feature = "rayon")]
+pub use parallel::Rayon;
 #[cfg(feature = "alloc")]
 pub use {
     adapter::{
@@ -62,12 +66,22 @@ pub use {
     },
     error::Error,
     layer::{
-        linear::Arithmetic, lora::LoRALayer, memory::MemoryStats, multi::MultiAdapterLayer, qlora::QLoRALayer,
-        requantize::RequantizeError, scratch::Scratch,
+        lora::LoRALayer,
+        memory::MemoryStats,
+        multi::{AdapterId, Adapters, MultiAdapterLayer},
+        qlora::{QLoRALayer, RequantizationStats},
+        scratch::Scratch,
     },
     tensor::Tensor,
-    weight::quantized::{AbsmaxBuf, Quantized4Bit},
+    weight::{
+        absmax::AbsmaxBuf,
+        inputs::{Arithmetic, Inputs, InputsBuf},
+        quantized::Quantized4Bit,
+        store::Store,
+    },
 };
+#[cfg(all(feature = "alloc", target_has_atomic = "ptr"))]
+pub use {parallel::Threads, weight::store::SharedBytes};
 
 /// The examples of the README are tests.
 #[cfg(all(doctest, feature = "alloc"))]

@@ -1,4 +1,4 @@
-//! Optimizers: what turns the gradients of trained tensors into a step.
+//! Optimizers, which turn the gradients of trained tensors into steps.
 //!
 //! A step goes over the tensors in the order in which they are given, and its state is kept in that order: give the
 //! same ones each time. Several layers can share an optimizer, their parameters chained:
@@ -25,10 +25,11 @@
 //! A tensor without a gradient, or one that is not trained, is left as it is. A gradient that is NaN or infinite is
 //! an error, and then nothing was changed: not a value, not a gradient, not the state.
 
-use alloc::vec;
 use alloc::vec::Vec;
 
+use crate::buffer::{reserved, zeros};
 use crate::error::{Error, check_finite, check_len};
+use crate::round::to_f32;
 use crate::tensor::Tensor;
 
 /// Stochastic gradient descent as `torch.optim.SGD`, without dampening and without Nesterov's variant.
@@ -59,11 +60,12 @@ impl Sgd {
         Self { lr, momentum: 0.0, weight_decay: 0.0, state: Vec::new() }
     }
 
-    /// One step over the tensors.
+    /// Makes one step over the tensors.
     ///
     /// # Errors
     /// [`Error::NotFinite`] if a hyperparameter or a gradient is NaN or infinite; [`Error::Shape`] if the state was
-    /// made for another number of tensors, or for tensors of other lengths. Nothing was changed then.
+    /// made for another number of tensors, or for tensors of other lengths; [`Error::OutOfMemory`] if there is no memory
+    /// for the state. Nothing was changed then.
     pub fn step<'a>(&mut self, params: impl IntoIterator<Item = &'a mut Tensor>) -> Result<(), Error> {
         let [lr, momentum, decay] = [self.lr, self.momentum, self.weight_decay].map(to_f32);
         check_finite("lr, momentum, weight decay", &[lr, momentum, decay])?;
@@ -75,7 +77,7 @@ impl Sgd {
             return Ok(());
         }
         if self.state.is_empty() {
-            self.state = params.iter().map(|p| vec![0.0; p.len()]).collect();
+            self.state = fresh_state(&params, |len| zeros(1, len))?;
         }
         check_state(&params, self.state.iter().map(Vec::len))?;
         for (param, velocity) in params.into_iter().zip(&mut self.state) {
@@ -114,7 +116,7 @@ pub struct AdamW {
     pub state: Vec<Moments>,
 }
 
-/// What [`AdamW`] remembers of a tensor.
+/// The state that [`AdamW`] keeps for a tensor.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Moments {
     /// Steps that were made.
@@ -126,24 +128,26 @@ pub struct Moments {
 }
 
 impl AdamW {
-    /// With the defaults of `PyTorch` for all but the learning rate: betas 0.9 and 0.999, eps 1e-8, weight decay 0.01.
+    /// `AdamW` with the defaults of `PyTorch` for all but the learning rate: betas 0.9 and 0.999, eps 1e-8, weight decay
+    /// 0.01.
     #[must_use]
     pub const fn new(lr: f64) -> Self {
         Self { lr, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01, state: Vec::new() }
     }
 
-    /// One step over the tensors.
+    /// Makes one step over the tensors.
     ///
     /// # Errors
     /// [`Error::NotFinite`] if a hyperparameter or a gradient is NaN or infinite; [`Error::Shape`] if the state was
-    /// made for another number of tensors, or for tensors of other lengths. Nothing was changed then.
+    /// made for another number of tensors, or for tensors of other lengths; [`Error::OutOfMemory`] if there is no memory
+    /// for the state. Nothing was changed then.
     pub fn step<'a>(&mut self, params: impl IntoIterator<Item = &'a mut Tensor>) -> Result<(), Error> {
         let Self { lr, betas: [beta1, beta2], eps, weight_decay, .. } = *self;
         check_finite("lr, betas, eps, weight decay", &[lr, beta1, beta2, eps, weight_decay].map(to_f32))?;
         let params = checked(params)?;
         if self.state.is_empty() {
-            let zeros = |p: &&mut Tensor| vec![0.0; p.len()];
-            self.state = params.iter().map(|p| Moments { step: 0, first: zeros(p), second: zeros(p) }).collect();
+            let moments = |len| Ok(Moments { step: 0, first: zeros(1, len)?, second: zeros(1, len)? });
+            self.state = fresh_state(&params, moments)?;
         }
         check_state(&params, self.state.iter().map(|m| m.first.len()))?;
         check_state(&params, self.state.iter().map(|m| m.second.len()))?;
@@ -187,16 +191,17 @@ fn checked<'a>(params: impl IntoIterator<Item = &'a mut Tensor>) -> Result<Vec<&
     Ok(params)
 }
 
+/// A state for each tensor, made of its length.
+fn fresh_state<S>(params: &[&mut Tensor], state: impl Fn(usize) -> Result<S, Error>) -> Result<Vec<S>, Error> {
+    let mut states = reserved(1, params.len())?;
+    for param in params {
+        states.push(state(param.len())?);
+    }
+    Ok(states)
+}
+
 /// `Ok` if there is a state for each tensor, of its length.
 fn check_state(params: &[&mut Tensor], state: impl ExactSizeIterator<Item = usize>) -> Result<(), Error> {
     check_len("tensors of an optimizer", state.len(), params.len())?;
     params.iter().zip(state).try_for_each(|(p, len)| check_len("tensor of an optimizer", len, p.len()))
-}
-
-/// The nearest f32.
-fn to_f32(x: f64) -> f32 {
-    #[allow(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
-    {
-        x as f32
-    }
 }

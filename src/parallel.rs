@@ -1,22 +1,96 @@
-//! Operations on the threads of a pool, by splits of rows.
+//! Operations on several threads, by splits of rows.
 //!
-//! With the feature `rayon`, large operations are cut by rows into a part for each thread of the current pool; without it, and
-//! for small ones, they run where they are called. No bit depends on that: operations give the same bits for every split,
-//! and sums over rows (the transposed product) are cut at fixed places.
+//! Large operations are cut by rows into one part per thread; small ones run where they are called. No bit depends on
+//! that: operations give the same bits for every split, and sums over rows (the transposed product) are cut at fixed
+//! places.
 
+#[cfg(target_has_atomic = "ptr")]
+use alloc::sync::Arc;
+use core::fmt;
 use core::ops::Range;
 
 use nf4_kernels::{Activations, BlockSize, Float, Kernels, Nf4Matrix, ShapeError, spec::ROW_CHUNK};
 
 use crate::buffer::zeros;
+use crate::error::Error;
 
-/// The least work of a thread, in multiply-adds of the 16x4 product, which take 70 microseconds on a core with AVX2. From
+/// A pool of threads that layers share the work of large operations with.
+///
+/// Without one, operations run on the thread that calls them; with the feature `rayon`, on the current `rayon` pool.
+///
+/// ```
+/// use std::sync::Arc;
+/// use nf4::{QLoRALayer, Tensor, Threads};
+///
+/// /// A new thread for every split: simple, and slower than a pool.
+/// struct Spawn(usize);
+///
+/// impl Threads for Spawn {
+///     fn count(&self) -> usize {
+///         self.0
+///     }
+///     fn join(&self, a: &mut (dyn FnMut() + Send), b: &mut (dyn FnMut() + Send)) {
+///         std::thread::scope(|scope| {
+///             scope.spawn(b);
+///             a();
+///         });
+///     }
+/// }
+///
+/// let layer = QLoRALayer::new(Tensor::zeros(64 * 64, false), 64, 64, 4, 8.0).with_threads(Arc::new(Spawn(2)));
+/// # assert_eq!(layer.forward(&Tensor::zeros(64, false)).len(), 64);
+/// ```
+pub trait Threads: Send + Sync {
+    /// How many threads work at once at most: an operation is cut into no more parts than that.
+    fn count(&self) -> usize;
+
+    /// Calls both functions once each, at the same time if a thread is free, and returns when both have returned. Calls
+    /// are nested: `a` and `b` call this again to cut their work further.
+    ///
+    /// A function that is called again does nothing, and one that was left out is called afterwards, so no pool can
+    /// change a result.
+    fn join(&self, a: &mut (dyn FnMut() + Send), b: &mut (dyn FnMut() + Send));
+}
+
+/// The current pool of `rayon`: the one that `ThreadPool::install` was called on, or the global one.
+#[cfg(feature = "rayon")]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Rayon;
+
+#[cfg(feature = "rayon")]
+impl Threads for Rayon {
+    fn count(&self) -> usize {
+        rayon::current_num_threads()
+    }
+
+    fn join(&self, a: &mut (dyn FnMut() + Send), b: &mut (dyn FnMut() + Send)) {
+        rayon::join(a, b);
+    }
+}
+
+/// The thread that calls.
+#[cfg(not(feature = "rayon"))]
+struct ThisThread;
+
+#[cfg(not(feature = "rayon"))]
+impl Threads for ThisThread {
+    fn count(&self) -> usize {
+        1
+    }
+
+    fn join(&self, a: &mut (dyn FnMut() + Send), b: &mut (dyn FnMut() + Send)) {
+        a();
+        b();
+    }
+}
+
+/// The least work per thread, in multiply-adds of the 16x4 product, which take 70 microseconds on a core with AVX2. From
 /// outside of the pool, two sleeping threads made work of 70 microseconds 0.75 times as fast as one thread did, of 140
 /// microseconds 0.9 to 1.3 times, of 220 microseconds 1.1 to 1.7 times. Measured with
 /// `cargo bench --features rayon --bench kernels -- --ratios` on two cores of a virtual machine.
 const LEAST: usize = 1 << 21;
 
-/// What the other operations take for a weight, or a weight and a vector, by the same measurement.
+/// What other operations cost per weight, or per weight and vector, by the same measurement.
 pub(crate) mod cost {
     pub(crate) const PRODUCT_16X4: usize = 1;
     pub(crate) const PRODUCT_F32: usize = 2;
@@ -25,137 +99,212 @@ pub(crate) mod cost {
     pub(crate) const QUANTIZE: usize = 11;
 }
 
-#[cfg(feature = "rayon")]
-use rayon::{current_num_threads as threads, join};
-
-#[cfg(not(feature = "rayon"))]
-fn threads() -> usize {
-    1
+/// What operations run on: the kernels of an instruction set, and threads.
+#[derive(Clone)]
+pub(crate) struct Executor {
+    pub(crate) kernels: Kernels,
+    /// `None` stands for [`Executor::threads`]'s default.
+    #[cfg(target_has_atomic = "ptr")]
+    threads: Option<Arc<dyn Threads>>,
 }
 
-#[cfg(not(feature = "rayon"))]
-fn join<A, B>(a: impl FnOnce() -> A, b: impl FnOnce() -> B) -> (A, B) {
-    (a(), b())
-}
-
-/// Parts that an operation with so much work is cut into.
-fn parts(work: usize) -> usize {
-    (work / LEAST).clamp(1, threads())
-}
-
-/// Runs `run` on ranges that make up `rows`, each with its part of `out`, `per_row` elements a row. `work` is what it takes in
-/// all; see [`cost`].
-///
-/// # Errors
-/// Those of `run`; of several, that of the first rows.
-pub(crate) fn by_rows<T: Send, E: Send>(
-    work: usize,
-    rows: Range<usize>,
-    per_row: usize,
-    out: &mut [T],
-    run: &(impl Fn(Range<usize>, &mut [T]) -> Result<(), E> + Sync),
-) -> Result<(), E> {
-    // A wrong length is for the operation itself to report.
-    let fits = rows.len().checked_mul(per_row) == Some(out.len());
-    split_rows(if fits { parts(work) } else { 1 }, rows, per_row, out, run)
-}
-
-fn split_rows<T: Send, E: Send>(
-    parts: usize,
-    rows: Range<usize>,
-    per_row: usize,
-    out: &mut [T],
-    run: &(impl Fn(Range<usize>, &mut [T]) -> Result<(), E> + Sync),
-) -> Result<(), E> {
-    if parts <= 1 || rows.len() <= 1 {
-        return run(rows, out);
+impl fmt::Debug for Executor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Executor").field("kernels", &self.kernels).field("threads", &self.threads().count()).finish()
     }
-    let count = rows.len() / parts * (parts / 2) + rows.len() % parts * (parts / 2) / parts;
-    let middle = rows.start + count;
-    let (top, bottom) = out.split_at_mut(count * per_row);
-    let (top, bottom) = join(
-        || split_rows(parts / 2, rows.start..middle, per_row, top, run),
-        || split_rows(parts - parts / 2, middle..rows.end, per_row, bottom, run),
-    );
-    top.and(bottom)
 }
 
-/// [`Kernels::gemm`].
-pub(crate) fn gemm(k: Kernels, m: &Nf4Matrix<'_>, x: &Activations<'_>, out: &mut [f32]) -> Result<(), ShapeError> {
-    let run = |rows, out: &mut [f32]| k.gemm(&m.row_range(rows)?, x, out);
-    by_rows(work(m, x.batch() * cost::PRODUCT_16X4), 0..m.rows(), x.batch(), out, &run)
-}
-
-/// [`Kernels::gemm_f32`].
-pub(crate) fn gemm_f32(k: Kernels, m: &Nf4Matrix<'_>, x: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
-    let batch = x.len().checked_div(m.cols()).unwrap_or(0);
-    let run = |rows, out: &mut [f32]| k.gemm_f32(&m.row_range(rows)?, x, out);
-    by_rows(work(m, batch * cost::PRODUCT_F32), 0..m.rows(), batch, out, &run)
-}
-
-/// [`Kernels::dequantize`].
-pub(crate) fn dequantize<T: Float>(k: Kernels, m: &Nf4Matrix<'_>, out: &mut [T]) -> Result<(), ShapeError> {
-    let run = |rows, out: &mut [T]| k.dequantize(&m.row_range(rows)?, out);
-    by_rows(work(m, cost::DEQUANTIZE), 0..m.rows(), m.cols(), out, &run)
-}
-
-/// [`Kernels::gemv_transposed_f32`]. Threads take row chunks, whose sums are added in order; they need a vector of outputs for
-/// each chunk, which one thread does not.
-pub(crate) fn gemv_transposed_f32(k: Kernels, m: &Nf4Matrix<'_>, x: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
-    let (chunks, cols) = (m.rows().div_ceil(ROW_CHUNK), m.cols());
-    let work = work(m, cost::TRANSPOSED);
-    if parts(work) == 1 || chunks <= 1 || x.len() != m.rows() || out.len() != cols {
-        return k.gemv_transposed_f32(m, x, out);
+impl Executor {
+    /// The fastest kernels of this CPU, on the default threads.
+    pub(crate) fn detect() -> Self {
+        Self {
+            kernels: Kernels::detect(),
+            #[cfg(target_has_atomic = "ptr")]
+            threads: None,
+        }
     }
-    let mut sums = zeros(chunks, cols)?;
-    by_rows(work, 0..chunks, cols, &mut sums, &|chunks: Range<usize>, sums: &mut [f32]| {
-        chunks.zip(sums.chunks_mut(cols)).try_for_each(|(chunk, sums)| {
-            let rows = chunk * ROW_CHUNK..m.rows().min((chunk + 1) * ROW_CHUNK);
-            k.gemv_transposed_f32(&m.row_range(rows.clone())?, &x[rows], sums)
-        })
-    })?;
-    out.fill(0.0);
-    for sums in sums.chunks(cols) {
-        out.iter_mut().zip(sums).for_each(|(out, sum)| *out = f32::from_f32(*out + sum));
+
+    #[cfg(target_has_atomic = "ptr")]
+    pub(crate) fn set_threads(&mut self, threads: Arc<dyn Threads>) {
+        self.threads = Some(threads);
     }
-    Ok(())
-}
 
-/// [`Kernels::quantize`], by splits between blocks.
-pub(crate) fn quantize<T: Float>(
-    k: Kernels,
-    weights: &[T],
-    block_size: BlockSize,
-    packed: &mut [u8],
-    absmax: &mut [f32],
-) -> Result<(), ShapeError> {
-    split_blocks(parts(weights.len().saturating_mul(cost::QUANTIZE)), k, weights, block_size, packed, absmax)
-}
-
-fn split_blocks<T: Float>(
-    parts: usize,
-    k: Kernels,
-    weights: &[T],
-    block_size: BlockSize,
-    packed: &mut [u8],
-    absmax: &mut [f32],
-) -> Result<(), ShapeError> {
-    let blocks = block_size.blocks(weights.len()) / parts.max(1) * (parts / 2);
-    let elements = blocks * block_size.get();
-    // A wrong length is for the operation itself to report.
-    if parts <= 1 || blocks == 0 || packed.len() < elements / 2 || absmax.len() < blocks {
-        return k.quantize(weights, block_size, packed, absmax);
+    fn threads(&self) -> &dyn Threads {
+        #[cfg(feature = "rayon")]
+        let default = &Rayon;
+        #[cfg(not(feature = "rayon"))]
+        let default = &ThisThread;
+        #[cfg(target_has_atomic = "ptr")]
+        if let Some(threads) = &self.threads {
+            return &**threads;
+        }
+        default
     }
-    let ((w, weights), (p, packed)) = (weights.split_at(elements), packed.split_at_mut(elements / 2));
-    let (a, absmax) = absmax.split_at_mut(blocks);
-    let (first, second) = join(
-        || split_blocks(parts / 2, k, w, block_size, p, a),
-        || split_blocks(parts - parts / 2, k, weights, block_size, packed, absmax),
-    );
-    first.and(second)
+
+    /// Into how many parts an operation with this work is cut.
+    fn parts(&self, work: usize) -> usize {
+        match work / LEAST {
+            0 | 1 => 1,
+            parts => parts.min(self.threads().count()).max(1),
+        }
+    }
+
+    /// Runs `a` and `b`, on two threads if two are free.
+    fn join<A: Send, B: Send>(&self, a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
+        let (mut a, mut b) = (Task::new(a), Task::new(b));
+        self.threads().join(&mut || a.run(), &mut || b.run());
+        (a.result(), b.result())
+    }
+
+    /// Runs `run` on ranges that make up `rows`, each with its part of `out`, `per_row` elements per row. `work` is the
+    /// work of all rows; see [`cost`].
+    ///
+    /// # Errors
+    /// The first error of `run` in the order of the rows.
+    pub(crate) fn by_rows<T: Send, E: Send>(
+        &self,
+        work: usize,
+        rows: Range<usize>,
+        per_row: usize,
+        out: &mut [T],
+        run: &(impl Fn(Range<usize>, &mut [T]) -> Result<(), E> + Sync),
+    ) -> Result<(), E> {
+        // `run` reports a wrong length.
+        let fits = rows.len().checked_mul(per_row) == Some(out.len());
+        self.split_rows(if fits { self.parts(work) } else { 1 }, rows, per_row, out, run)
+    }
+
+    fn split_rows<T: Send, E: Send>(
+        &self,
+        parts: usize,
+        rows: Range<usize>,
+        per_row: usize,
+        out: &mut [T],
+        run: &(impl Fn(Range<usize>, &mut [T]) -> Result<(), E> + Sync),
+    ) -> Result<(), E> {
+        if parts <= 1 || rows.len() <= 1 {
+            return run(rows, out);
+        }
+        let count = rows.len() / parts * (parts / 2) + rows.len() % parts * (parts / 2) / parts;
+        let middle = rows.start + count;
+        let (top, bottom) = out.split_at_mut(count * per_row);
+        let (top, bottom) = self.join(
+            || self.split_rows(parts / 2, rows.start..middle, per_row, top, run),
+            || self.split_rows(parts - parts / 2, middle..rows.end, per_row, bottom, run),
+        );
+        top.and(bottom)
+    }
 }
 
-/// What all weights of a matrix take at this cost of one.
-fn work(m: &Nf4Matrix<'_>, cost: usize) -> usize {
-    m.rows().saturating_mul(m.cols()).saturating_mul(cost)
+/// A function to be called once, by whichever thread, and what it returned.
+struct Task<F, R> {
+    run: Option<F>,
+    result: Option<R>,
+}
+
+impl<R, F: FnOnce() -> R> Task<F, R> {
+    fn new(run: F) -> Self {
+        Self { run: Some(run), result: None }
+    }
+
+    /// Calls the function unless it was called before.
+    fn run(&mut self) {
+        if let Some(run) = self.run.take() {
+            self.result = Some(run());
+        }
+    }
+
+    /// What the function returned. A pool that left it out has it called here.
+    fn result(mut self) -> R {
+        self.run();
+        self.result.expect("the function returned, or its panic came this far")
+    }
+}
+
+/// The operations of [`Kernels`] that are worth several threads.
+impl Executor {
+    /// [`Kernels::gemm`].
+    pub(crate) fn gemm(&self, m: &Nf4Matrix<'_>, x: &Activations<'_>, out: &mut [f32]) -> Result<(), ShapeError> {
+        let run = |rows, out: &mut [f32]| self.kernels.gemm(&m.row_range(rows)?, x, out);
+        self.by_rows(work(m, x.batch(), cost::PRODUCT_16X4), 0..m.rows(), x.batch(), out, &run)
+    }
+
+    /// [`Kernels::gemm_f32`].
+    pub(crate) fn gemm_f32(&self, m: &Nf4Matrix<'_>, x: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
+        let batch = x.len().checked_div(m.cols()).unwrap_or(0);
+        let run = |rows, out: &mut [f32]| self.kernels.gemm_f32(&m.row_range(rows)?, x, out);
+        self.by_rows(work(m, batch, cost::PRODUCT_F32), 0..m.rows(), batch, out, &run)
+    }
+
+    /// [`Kernels::dequantize`].
+    pub(crate) fn dequantize<T: Float>(&self, m: &Nf4Matrix<'_>, out: &mut [T]) -> Result<(), ShapeError> {
+        let run = |rows, out: &mut [T]| self.kernels.dequantize(&m.row_range(rows)?, out);
+        self.by_rows(work(m, 1, cost::DEQUANTIZE), 0..m.rows(), m.cols(), out, &run)
+    }
+
+    /// [`Kernels::gemv_transposed_f32`]. Threads take row chunks, whose sums are added in order; they need a vector of
+    /// outputs for each chunk, which one thread does not.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] as in [`Kernels::gemv_transposed_f32`]; [`Error::OutOfMemory`] for the sums of several threads.
+    pub(crate) fn gemv_transposed_f32(&self, m: &Nf4Matrix<'_>, x: &[f32], out: &mut [f32]) -> Result<(), Error> {
+        let (chunks, cols) = (m.rows().div_ceil(ROW_CHUNK), m.cols());
+        let work = work(m, 1, cost::TRANSPOSED);
+        if self.parts(work) == 1 || chunks <= 1 || x.len() != m.rows() || out.len() != cols {
+            return Ok(self.kernels.gemv_transposed_f32(m, x, out)?);
+        }
+        let mut sums = zeros(chunks, cols)?;
+        self.by_rows(work, 0..chunks, cols, &mut sums, &|chunks: Range<usize>, sums: &mut [f32]| {
+            chunks.zip(sums.chunks_mut(cols)).try_for_each(|(chunk, sums)| {
+                let start = chunk * ROW_CHUNK;
+                let rows = start..m.rows().min(start.saturating_add(ROW_CHUNK));
+                self.kernels.gemv_transposed_f32(&m.row_range(rows.clone())?, &x[rows], sums)
+            })
+        })?;
+        out.fill(0.0);
+        for sums in sums.chunks(cols) {
+            out.iter_mut().zip(sums).for_each(|(out, sum)| *out = f32::from_f32(*out + sum));
+        }
+        Ok(())
+    }
+
+    /// [`Kernels::quantize`], by splits between blocks.
+    pub(crate) fn quantize<T: Float>(
+        &self,
+        weights: &[T],
+        block_size: BlockSize,
+        packed: &mut [u8],
+        absmax: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        let parts = self.parts(weights.len().saturating_mul(cost::QUANTIZE));
+        self.split_blocks(parts, weights, block_size, packed, absmax)
+    }
+
+    fn split_blocks<T: Float>(
+        &self,
+        parts: usize,
+        weights: &[T],
+        block_size: BlockSize,
+        packed: &mut [u8],
+        absmax: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        let blocks = block_size.blocks(weights.len()) / parts.max(1) * (parts / 2);
+        let elements = blocks * block_size.get();
+        // The operation itself reports a wrong length.
+        if parts <= 1 || blocks == 0 || packed.len() < elements / 2 || absmax.len() < blocks {
+            return self.kernels.quantize(weights, block_size, packed, absmax);
+        }
+        let ((w, weights), (p, packed)) = (weights.split_at(elements), packed.split_at_mut(elements / 2));
+        let (a, absmax) = absmax.split_at_mut(blocks);
+        let (first, second) = self.join(
+            || self.split_blocks(parts / 2, w, block_size, p, a),
+            || self.split_blocks(parts - parts / 2, weights, block_size, packed, absmax),
+        );
+        first.and(second)
+    }
+}
+
+/// The work of an operation on all weights of a matrix, for some vectors.
+fn work(m: &Nf4Matrix<'_>, vectors: usize, cost: usize) -> usize {
+    m.rows().saturating_mul(m.cols()).saturating_mul(vectors).saturating_mul(cost)
 }

@@ -9,8 +9,8 @@ use crate::error::{Error, check_len};
 
 /// A flat vector of f32 values, with a gradient of the same length if it is trained.
 ///
-/// It does not know its shape: the layer that holds it does. Memory is exact: 4 bytes a value, and once there is a
-/// gradient 4 more. Values may be anything, NaN too.
+/// It does not know its shape: the layer that holds it does. It takes exactly 4 bytes per value, and 4 more once there is
+/// a gradient. Values may be anything, NaN too.
 #[derive(Debug, Clone)]
 pub struct Tensor {
     data: Box<[f32]>,
@@ -65,7 +65,7 @@ impl Tensor {
         self.data.is_empty()
     }
 
-    /// Bytes on the heap: 4 a value, and 4 more if there is a gradient.
+    /// Bytes on the heap: 4 per value, and 4 more if there is a gradient.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
         size_of_val(self.data()) + self.grad().map_or(0, size_of_val)
@@ -88,18 +88,24 @@ impl Tensor {
 
     /// The gradient, to be accumulated into; zeros are allocated if there was none. `None` if [`Self::requires_grad`]
     /// is false.
-    pub fn grad_mut(&mut self) -> Option<&mut [f32]> {
-        let len = self.data.len();
-        self.requires_grad.then(|| &mut **self.grad.get_or_insert_with(|| vec![0.0; len].into_boxed_slice()))
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn grad_mut(&mut self) -> Result<Option<&mut [f32]>, Error> {
+        if self.requires_grad && self.grad.is_none() {
+            self.grad = Some(buffer::zeros(1, self.len())?.into_boxed_slice());
+        }
+        Ok(self.grad.as_deref_mut().filter(|_| self.requires_grad))
     }
 
     /// Adds `grad` to the gradient; does nothing if [`Self::requires_grad`] is false.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `grad` does not have as many values as the tensor.
+    /// [`Error::Shape`] if `grad` does not have as many values as the tensor; [`Error::OutOfMemory`] if there is no
+    /// memory for a gradient.
     pub fn accumulate_grad(&mut self, grad: &[f32]) -> Result<(), Error> {
         check_len("gradient", self.len(), grad.len())?;
-        if let Some(sum) = self.grad_mut() {
+        if let Some(sum) = self.grad_mut()? {
             sum.iter_mut().zip(grad).for_each(|(s, g)| *s += g);
         }
         Ok(())
@@ -117,7 +123,7 @@ impl Tensor {
         self.grad = None;
     }
 
-    /// The values to be changed, and the gradient to change them by: what a step of an optimizer needs.
+    /// The values, to be changed, and the gradient: what a step of an optimizer needs.
     pub fn data_mut_and_grad(&mut self) -> (&mut [f32], Option<&[f32]>) {
         (&mut self.data, self.grad.as_deref())
     }

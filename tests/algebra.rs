@@ -17,8 +17,8 @@ mod vector;
 
 use layer_truth::EPS;
 use nf4::{
-    Activations, Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, MultiAdapterLayer, Nf4Matrix, QLoRALayer,
-    Quantized4Bit, Tensor, spec,
+    Activations, Adapters, Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, MultiAdapterLayer, Nf4Matrix,
+    QLoRALayer, Quantized4Bit, Tensor, spec,
 };
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -68,11 +68,11 @@ impl Case {
     fn adapter(&self, rank: usize, seed: u64) -> LoRAAdapter {
         let case = Self { seed: self.seed ^ seed, ..self.clone() };
         let (a, b) = (case.values(rank * self.cols), case.inputs(self.rows * rank));
-        LoRAAdapter::try_from_parts(a, b, [self.rows, self.cols], rank, 4.0, LoRAScaling::RsLoRA).unwrap()
+        LoRAAdapter::from_parts(a, b, self.rows, self.cols, rank, 4.0, LoRAScaling::RsLoRA).unwrap()
     }
 
     fn layer(&self, rank: usize, arithmetic: Arithmetic) -> QLoRALayer {
-        let layer = QLoRALayer::try_from_parts(self.quantized(), self.adapter(rank, 1)).unwrap();
+        let layer = QLoRALayer::from_parts(self.quantized(), self.adapter(rank, 1)).unwrap();
         layer.with_kernels(self.kernels).with_arithmetic(arithmetic)
     }
 }
@@ -316,9 +316,9 @@ proptest! {
         layer.add("a", a.clone()).unwrap();
         layer.add("b", b.clone()).unwrap();
         layer.set_active(&["a", "b"]).unwrap();
-        let y = layer.forward(&Tensor::from_vec(x.clone(), false));
+        let y = layer.forward(&Tensor::from_vec(x.clone(), false), Adapters::Active);
         let alone = |adapter: &LoRAAdapter| {
-            let layer = QLoRALayer::try_from_parts(case.quantized(), adapter.clone()).unwrap();
+            let layer = QLoRALayer::from_parts(case.quantized(), adapter.clone()).unwrap();
             layer.with_kernels(case.kernels)
         };
         let mut expected = layer_truth::forward(&alone(&a), &x);
@@ -333,9 +333,9 @@ proptest! {
             [scaled(p, a.scale()), scaled(q, b.scale())].concat()
         });
         let ranks = rank + other;
-        let (stacked_b, shape, alpha) = (stacked_b.collect(), [case.rows, case.cols], ranks as f32);
+        let (stacked_b, alpha) = (stacked_b.collect(), ranks as f64);
         let stacked =
-            LoRAAdapter::try_from_parts(stacked_a, stacked_b, shape, ranks, alpha, LoRAScaling::Standard).unwrap();
+            LoRAAdapter::from_parts(stacked_a, stacked_b, case.rows, case.cols, ranks, alpha, LoRAScaling::Standard).unwrap();
         let stacked = alone(&stacked);
         let z = stacked.forward(&Tensor::from_vec(x.clone(), false));
         // Scaling B rounds each of its values once: a share of EPS of every term of B (A x).
@@ -381,7 +381,7 @@ mod files {
             prop_assert_eq!(again.scale().to_bits(), layer.scale().to_bits());
             prop_assert_eq!(bits(&again.merge_to_f32()), bits(&layer.merge_to_f32()));
             let x = Tensor::from_vec(case.inputs(3 * case.cols), false);
-            prop_assert_eq!(bits(again.forward_batch(&x).data()), bits(layer.forward_batch(&x).data()));
+            prop_assert_eq!(bits(again.forward(&x).data()), bits(layer.forward(&x).data()));
         }
     }
 }

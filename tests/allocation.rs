@@ -5,8 +5,8 @@
 
 use allocation_counter::measure;
 use nf4::{
-    Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, MultiAdapterLayer, QLoRALayer, Quantized4Bit, Scratch,
-    bf16, f16,
+    Adapters, Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, MultiAdapterLayer, QLoRALayer, Quantized4Bit,
+    Scratch, bf16, f16,
 };
 
 const RANK: usize = 5;
@@ -24,7 +24,7 @@ fn base([d_out, d_in]: [usize; 2], double_quant: bool) -> Quantized4Bit {
 
 fn adapter([d_out, d_in]: [usize; 2], rank: usize) -> LoRAAdapter {
     let (a, b) = (values(rank * d_in), values(d_out * rank));
-    LoRAAdapter::try_from_parts(a, b, [d_out, d_in], rank, 2.0, LoRAScaling::Standard).unwrap()
+    LoRAAdapter::from_parts(a, b, d_out, d_in, rank, 2.0, LoRAScaling::Standard).unwrap()
 }
 
 /// Fails if `run` allocates.
@@ -45,19 +45,19 @@ fn forwards_into_buffers_allocate_nothing() {
         println!("instruction set: {}", kernels.isa());
         for shape @ [d_out, d_in] in SHAPES {
             for (double_quant, arithmetic) in [(false, Arithmetic::SixteenByFour), (true, Arithmetic::F32)] {
-                let layer = QLoRALayer::try_from_parts(base(shape, double_quant), adapter(shape, RANK)).unwrap();
-                let layer = layer.try_with_bias(values(d_out)).unwrap();
+                let layer = QLoRALayer::from_parts(base(shape, double_quant), adapter(shape, RANK)).unwrap();
+                let layer = layer.with_bias(values(d_out)).unwrap();
                 let layer = layer.with_kernels(kernels).with_arithmetic(arithmetic);
                 let name = format!("{d_out}x{d_in}, {arithmetic:?}, {}", kernels.isa());
-                let mut scratch = layer.scratch_for_batch_as(140);
+                let mut scratch = layer.scratch(140);
                 // The largest batch, smaller ones, and the largest again.
                 for batch in [140, 3, 1, 140] {
                     let (x, mut y) = (values(batch * d_in), vec![0.0; batch * d_out]);
-                    check(&name, || layer.forward_batch_into(&x, &mut scratch, &mut y).unwrap());
+                    check(&name, || layer.forward_into(&x, &mut scratch, &mut y).unwrap());
                     check(&name, || layer.forward_into(&x[..d_in], &mut scratch, &mut y[..d_out]).unwrap());
                     let x: Vec<_> = x.into_iter().map(bf16::from_f32).collect();
                     let mut y = vec![f16::ZERO; batch * d_out];
-                    check(&name, || layer.forward_batch_into_as(&x, &mut scratch, &mut y).unwrap());
+                    check(&name, || layer.forward_into(&x, &mut scratch, &mut y).unwrap());
                 }
             }
         }
@@ -68,21 +68,23 @@ fn forwards_into_buffers_allocate_nothing() {
 fn many_adapters_allocate_nothing() {
     for shape @ [d_out, d_in] in SHAPES {
         let mut layer = MultiAdapterLayer::new(base(shape, true));
-        layer.add("a", adapter(shape, 3)).unwrap();
-        layer.add("b", adapter(shape, 40)).unwrap();
-        layer.add("dora", adapter(shape, 2).with_dora()).unwrap();
+        let [a, b, dora] =
+            [("a", adapter(shape, 3)), ("b", adapter(shape, 40)), ("dora", adapter(shape, 2).with_dora())]
+                .map(|(name, adapter)| Some(layer.add(name, adapter).unwrap()));
         let mut scratch = layer.scratch(5);
-        scratch.reserve_inputs(d_in, 5);
-        for (batch, choice) in [(5, &[Some("b"), None, Some("a"), None, Some("dora")][..]), (1, &[Some("a")])] {
+        for (batch, choice) in [(5, &[b, None, a, None, dora][..]), (1, &[a])] {
             let (x, mut y) = (values(batch * d_in), vec![0.0; batch * d_out]);
+            let mut halves = vec![bf16::ZERO; batch * d_out];
             for active in [&[][..], &["a"], &["b", "a", "dora"]] {
                 layer.set_active(active).unwrap();
-                check("active", || layer.forward_batch_into(&x, &mut scratch, &mut y).unwrap());
-                check("one", || layer.forward_into(&x[..d_in], &mut scratch, &mut y[..d_out]).unwrap());
-                check("types", || layer.forward_batch_into_as(&x, &mut scratch, &mut y).unwrap());
+                let active = Adapters::Active;
+                check("active", || layer.forward_into(&x, active, &mut scratch, &mut y).unwrap());
+                check("one", || layer.forward_into(&x[..d_in], active, &mut scratch, &mut y[..d_out]).unwrap());
+                check("types", || layer.forward_into(&x, active, &mut scratch, &mut halves).unwrap());
             }
-            check("chosen", || layer.forward_batch_with_into(&x, choice, &mut scratch, &mut y).unwrap());
-            check("types", || layer.forward_batch_with_into_as(&x, choice, &mut scratch, &mut y).unwrap());
+            let chosen = Adapters::PerVector(choice);
+            check("chosen", || layer.forward_into(&x, chosen, &mut scratch, &mut y).unwrap());
+            check("types", || layer.forward_into(&x, chosen, &mut scratch, &mut halves).unwrap());
         }
     }
 }
@@ -92,10 +94,10 @@ fn scratch_takes_what_it_says() {
     for batch in [0, 1, 9] {
         let info = measure(|| {
             let mut scratch = Scratch::new();
-            scratch.reserve([200, 256], BlockSize::B64, RANK, batch);
+            scratch.reserve(200, 256, BlockSize::B64, RANK, batch);
             core::mem::forget(core::hint::black_box(scratch));
         });
-        assert_eq!(info.bytes_total, Scratch::bytes([200, 256], BlockSize::B64, RANK, batch) as u64);
+        assert_eq!(info.bytes_total, Scratch::bytes(200, 256, BlockSize::B64, RANK, batch) as u64);
     }
 }
 
@@ -104,16 +106,16 @@ fn a_layer_holds_what_memory_stats_say() {
     for double_quant in [false, true] {
         let (base, adapter, bias) = (base([200, 256], double_quant), adapter([200, 256], RANK), values(200));
         let info = measure(|| {
-            let layer = QLoRALayer::try_from_parts(base.clone(), adapter.clone()).unwrap();
-            core::mem::forget(core::hint::black_box(layer.try_with_bias(bias.clone()).unwrap()));
+            let layer = QLoRALayer::from_parts(base.clone(), adapter.clone()).unwrap();
+            core::mem::forget(core::hint::black_box(layer.with_bias(bias.clone()).unwrap()));
         });
-        let layer = QLoRALayer::try_from_parts(base.clone(), adapter.clone()).unwrap().try_with_bias(bias).unwrap();
+        let layer = QLoRALayer::from_parts(base.clone(), adapter.clone()).unwrap().with_bias(bias).unwrap();
         let stats = layer.memory_stats();
         assert_eq!(info.bytes_total, stats.total_bytes as u64);
 
         // DoRA: a magnitude, a norm and a gain for each row; a row of the base is held for a moment.
         let info = measure(|| {
-            let dora = QLoRALayer::try_from_parts(base.clone(), adapter.clone().with_dora()).unwrap();
+            let dora = QLoRALayer::from_parts(base.clone(), adapter.clone().with_dora()).unwrap();
             assert_eq!(dora.memory_stats().lora_bytes, stats.lora_bytes + 200 * 12);
             core::mem::forget(core::hint::black_box(dora));
         });
@@ -128,7 +130,7 @@ fn backwards_into_buffers_allocate_nothing_once_there_are_gradients() {
             let plain = adapter(shape, RANK);
             for adapter in [plain.clone(), plain.with_dora()] {
                 let dora = adapter.is_dora();
-                let layer = QLoRALayer::try_from_parts(base(shape, true), adapter).unwrap();
+                let layer = QLoRALayer::from_parts(base(shape, true), adapter).unwrap();
                 let mut layer = layer.with_kernels(kernels);
                 let name = format!("{d_out}x{d_in}, DoRA {dora}, {}", kernels.isa());
                 let mut scratch = layer.backward_scratch(20);

@@ -18,7 +18,7 @@ use std::thread;
 use nf4::{
     Absmax, AbsmaxBuf, Activations, Arithmetic, BackwardScratch, BlockSize, Error, Isa, Kernels, LoRAAdapter,
     LoRALayer, LoRAScaling, MemoryStats, MultiAdapterLayer, NestedAbsmax, Nf4Matrix, QLoRALayer, Quantized4Bit,
-    RequantizeError, Scratch, ShapeError, Tensor, bf16,
+    RequantizationStats, Scratch, ShapeError, Tensor, bf16,
 };
 
 /// Every public type can be sent to another thread and shared with it.
@@ -45,7 +45,7 @@ const _: () = {
     shared::<MultiAdapterLayer>();
     shared::<QLoRALayer>();
     shared::<Quantized4Bit>();
-    shared::<RequantizeError>();
+    shared::<RequantizationStats>();
     shared::<Scratch>();
     shared::<Tensor>();
     shared::<nf4::optim::AdamW>();
@@ -92,8 +92,8 @@ fn bits(values: &[f32]) -> Vec<u32> {
 fn layer(arithmetic: Arithmetic) -> QLoRALayer {
     let base = Quantized4Bit::quantize(&values(D_OUT * D_IN, 1), D_OUT, D_IN, BlockSize::B64, true).unwrap();
     let (a, b) = (values(4 * D_IN, 2), values(D_OUT * 4, 3));
-    let adapter = LoRAAdapter::try_from_parts(a, b, [D_OUT, D_IN], 4, 8.0, LoRAScaling::Standard).unwrap();
-    QLoRALayer::try_from_parts(base, adapter).unwrap().with_arithmetic(arithmetic)
+    let adapter = LoRAAdapter::from_parts(a, b, D_OUT, D_IN, 4, 8.0, LoRAScaling::Standard).unwrap();
+    QLoRALayer::from_parts(base, adapter).unwrap().with_arithmetic(arithmetic)
 }
 
 /// What thread `n` does in its round `i`: the inputs differ, and so does the order of the operations.
@@ -105,7 +105,7 @@ fn work(layer: &QLoRALayer, scratch: &mut Scratch, n: usize, i: usize) -> Vec<u3
         match (operation + n + i) % 4 {
             0 => {
                 let mut y = vec![0.0; BATCH * D_OUT];
-                layer.forward_batch_into(&x, scratch, &mut y).unwrap();
+                layer.forward_into(&x, scratch, &mut y).unwrap();
                 results.extend(bits(&y));
             }
             1 => results.extend(bits(layer.forward(&Tensor::from_vec(x[..D_IN].to_vec(), false)).data())),
@@ -133,7 +133,7 @@ fn threads_that_share_a_layer_get_the_bits_of_one() {
         let layer = Arc::new(layer(arithmetic));
         let start = Arc::new(Barrier::new(THREADS));
         let run = |layer: &QLoRALayer, n| {
-            let mut scratch = layer.scratch_for_batch(BATCH);
+            let mut scratch = layer.scratch(BATCH);
             (0..6).map(|i| work(layer, &mut scratch, n, i)).collect::<Vec<_>>()
         };
         let threads: Vec<_> = (0..THREADS)

@@ -29,11 +29,11 @@ fn results(block_size: BlockSize, arithmetic: Arithmetic) -> Vec<Vec<u32>> {
     let packed = base.packed().iter().map(|b| u32::from(*b)).collect();
     let restored = bits(&base.dequantize::<f32>());
     let rank = 4;
-    let mut adapter = LoRAAdapter::try_init(D_OUT, D_IN, rank, 8.0, LoRAScaling::Standard, 7).unwrap();
+    let mut adapter = LoRAAdapter::new(D_OUT, D_IN, rank, 8.0, LoRAScaling::Standard, 7).unwrap();
     adapter.b_mut().data_mut().copy_from_slice(&values(D_OUT * rank, 2));
-    let mut layer = QLoRALayer::try_from_parts(base, adapter).unwrap().with_arithmetic(arithmetic);
+    let mut layer = QLoRALayer::from_parts(base, adapter).unwrap().with_arithmetic(arithmetic);
     let x = Tensor::from_vec(values(BATCH * D_IN, 3), false);
-    let y = layer.forward_batch(&x);
+    let y = layer.forward(&x);
     let dx = layer.backward(&x, &Tensor::from_vec(values(BATCH * D_OUT, 4), false));
     let gradients = [layer.lora_a(), layer.lora_b()].map(|t| bits(t.grad().unwrap()));
     let single = layer.forward(&Tensor::from_vec(x.data()[..D_IN].to_vec(), false));

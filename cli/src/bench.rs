@@ -83,7 +83,7 @@ impl Bench {
         let mut absmax = vec![0.0; block_size.blocks(weights.len())];
         kernels.quantize(&weights, block_size, &mut packed, &mut absmax)?;
         let scales =
-            if self.double_quant { AbsmaxBuf::double_quantize(&absmax) } else { AbsmaxBuf::plain(absmax.clone()) };
+            if self.double_quant { AbsmaxBuf::double_quantize(&absmax)? } else { AbsmaxBuf::plain(absmax.clone()) };
         let matrix = Nf4Matrix::new(&packed, scales.view(), rows, cols, block_size)?;
 
         let mut operations = Vec::new();

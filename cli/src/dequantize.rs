@@ -143,8 +143,8 @@ pub(crate) fn restored_bytes(model: &Model, layers: &Layers, float: Option<Float
         let bytes = info.data_offsets.1 - info.data_offsets.0;
         match (layers.by_weight.get(name), FloatType::from_dtype(info.dtype), float) {
             (Some(layer), ..) => {
-                let [rows, cols] = layer.state.matrix_shape();
-                (rows * cols).saturating_mul(float.unwrap_or(layer.state.dtype).size())
+                let weights = layer.state.shape.iter().fold(1_usize, |n, dim| n.saturating_mul(*dim));
+                weights.saturating_mul(float.unwrap_or(layer.state.dtype).size())
             }
             (None, Some(from), Some(to)) => bytes / from.size() * to.size(),
             _ => bytes,

@@ -133,7 +133,10 @@ impl Merger<'_> {
                 info.dtype
             );
             let transposed = layer.is_none() && adapter.peft.config().fan_in_fan_out();
-            let shape = layer.map_or_else(|| info.shape.clone(), |l| l.state.matrix_shape().to_vec());
+            let shape = match layer {
+                Some(layer) => layer.state.matrix_shape()?.to_vec(),
+                None => info.shape.clone(),
+            };
             let a = found.adapter();
             let expected = if transposed { [a.d_in(), a.d_out()] } else { [a.d_out(), a.d_in()] };
             ensure!(
@@ -206,7 +209,7 @@ impl Conversion for Merger<'_> {
             Make::Plain(How::Restore(layer, to)) => restore(load(model, &layer)?.weight(), name, to, job),
             Make::Plain(How::Convert(from, to)) => convert(name, from, to, job),
             Make::Layer(layer) => {
-                let (linear, shape) = (load(model, &layer)?, layer.state.matrix_shape());
+                let (linear, shape) = (load(model, &layer)?, layer.state.matrix_shape()?);
                 let merged = peft.layer(&layer.prefix, linear).with_context(at)?;
                 with_float!(self.dtype, T => {
                     write_rows::<T>(name, shape, job, |rows, out| Ok(merged.merge_rows_into(rows, out)?))

@@ -162,12 +162,12 @@ impl Conversion for Conversion4bit<'_> {
     /// Quantizes a weight in chunks of whole blocks, and writes the layer.
     fn make(&self, name: &str, weight: Weight, job: &mut Job<'_, Buffers>) -> Result<()> {
         let Quantize { block_size, double_quant, .. } = *self.command;
-        let [rows, cols] = weight.state.matrix_shape();
+        let [rows, cols] = weight.state.matrix_shape()?;
         let (elements, dtype) = (rows * cols, weight.state.dtype);
         let mut packed = memory::filled(packed_len(elements), 0)?;
         let mut absmax = memory::filled(block_size.blocks(elements), 0.0)?;
         with_float!(dtype, T => quantize_chunks::<T>(name, block_size, [rows, cols], &mut packed, &mut absmax, job))?;
-        let scales = if double_quant { AbsmaxBuf::double_quantize(&absmax) } else { AbsmaxBuf::plain(absmax) };
+        let scales = if double_quant { AbsmaxBuf::double_quantize(&absmax)? } else { AbsmaxBuf::plain(absmax) };
         let quantized = Quantized4Bit::from_parts(packed, scales, rows, cols, block_size);
         let layer = Linear4bit::new(quantized.with_context(|| job.shard.at(name))?, dtype);
         let json = weight.state.tensor_infos(&weight.module)?.pop().map(|(name, _)| name);

@@ -74,7 +74,7 @@ fn model(source: &dyn TensorSource, len: usize) {
 /// The parts of a layer fit each other, its products are the same everywhere, and it survives being written.
 fn layer(layer: &Linear4bit) {
     let weight = layer.weight();
-    let [rows, cols] = layer.state().matrix_shape();
+    let [rows, cols] = layer.state().matrix_shape().expect("it was loaded");
     assert_eq!([weight.rows(), weight.cols()], [rows, cols]);
     assert!(layer.bias().is_none_or(|bias| bias.len() == rows && bias.iter().all(|b| b.is_finite())));
     let restored = weight.dequantize::<f32>();

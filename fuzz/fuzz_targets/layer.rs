@@ -7,7 +7,7 @@ use libfuzzer_sys::fuzz_target;
 use nf4::checkpoint::{FloatType, Linear4bit, PeftAdapter, TensorFile, to_safetensors};
 use nf4::optim::{AdamW, Sgd};
 use nf4::{
-    Arithmetic, BlockSize, Error, Kernels, LoRAAdapter, LoRALayer, LoRAScaling, MultiAdapterLayer, QLoRALayer,
+    Adapters, Arithmetic, BlockSize, Error, Kernels, LoRAAdapter, LoRALayer, LoRAScaling, MultiAdapterLayer, QLoRALayer,
     Quantized4Bit, Tensor, bf16, f16,
 };
 use nf4_fuzz::model::{self, with_scale};
@@ -51,7 +51,7 @@ fuzz_target!(|input: Input<'_>| {
         return;
     };
     let mut tame = [&weights, &a, &b].iter().all(|values| model::is_tame(values));
-    let adapter = LoRAAdapter::try_from_parts(a, b, [d_out, d_in], rank, 4.0, LoRAScaling::Standard);
+    let adapter = LoRAAdapter::from_parts(a, b, d_out, d_in, rank, 4.0, LoRAScaling::Standard);
     let adapter = match adapter {
         Err(Error::RankZero) => return assert_eq!(rank, 0),
         Err(error) => return assert!(matches!(error, Error::NotFinite { .. }) && !tame, "{error}"),
@@ -66,9 +66,9 @@ fuzz_target!(|input: Input<'_>| {
     let mut layer = joined(base, adapter);
     if input.options & 2 != 0 {
         let bias = vec![0.5; d_out];
-        layer = layer.try_with_bias(bias).expect("finite, and it fits");
+        layer = layer.with_bias(bias).expect("finite, and it fits");
     }
-    tame &= layer.lora_magnitude().is_none_or(|m| model::is_tame(m.data()));
+    tame &= layer.adapter().magnitude().is_none_or(|m| model::is_tame(m.data()));
     let mut state = State { layer, sgd: Sgd::new(0.125), adamw: AdamW::new(0.01), floats: input.floats, bytes, tame };
     for operation in input.operations.iter().take(16) {
         state.run(operation % 16, usize::from(operation / 16));
@@ -120,7 +120,7 @@ impl State<'_> {
     /// The layer without `DoRA` and bias, and with an adapter that adds nothing.
     fn plain(&self) -> QLoRALayer {
         let nothing = with_scale(self.layer.adapter(), 0.0, LoRAScaling::Standard);
-        let layer = QLoRALayer::try_from_parts(self.layer.base_weight_quantized().clone(), nothing);
+        let layer = QLoRALayer::from_parts(self.layer.base_weight_quantized().clone(), nothing);
         layer.expect("it fitted").with_arithmetic(self.layer.arithmetic())
     }
 
@@ -139,9 +139,9 @@ impl State<'_> {
     fn batch(&mut self, batch: usize) {
         let (d_in, d_out) = (self.layer.d_in(), self.layer.d_out());
         let x = self.vector(batch * d_in);
-        let y = self.layer.forward_batch(&x);
+        let y = self.layer.forward(&x);
         if d_in == 0 {
-            return assert!(y.is_empty());
+            return assert_eq!(y.len(), d_out);
         }
         for (x, y) in x.data().chunks(d_in).zip(y.data().chunks(d_out.max(1))) {
             let alone = self.layer.forward(&Tensor::from_vec(x.to_vec(), false));
@@ -150,10 +150,10 @@ impl State<'_> {
         // In other types: inputs are converted first, outputs last.
         let halves: Vec<f16> = x.data().iter().map(|x| nf4::Float::from_f32(*x)).collect();
         let mut rounded = vec![bf16::ZERO; batch * d_out];
-        let mut scratch = self.layer.scratch_for_batch_as(batch);
-        self.layer.forward_batch_into_as(&halves, &mut scratch, &mut rounded).expect("the lengths fit");
+        let mut scratch = self.layer.scratch(batch);
+        self.layer.forward_into(&halves, &mut scratch, &mut rounded).expect("the lengths fit");
         let exact = halves.iter().map(|x| nf4::Float::to_f32(*x)).collect();
-        let y = self.layer.forward_batch(&Tensor::from_vec(exact, false));
+        let y = self.layer.forward(&Tensor::from_vec(exact, false));
         let expected: Vec<bf16> = y.data().iter().map(|y| nf4::Float::from_f32(*y)).collect();
         assert_eq!(bits(&rounded), bits(&expected));
     }
@@ -184,12 +184,11 @@ impl State<'_> {
         let zeros = Tensor::zeros(self.layer.d_in(), false);
         match self.layer.try_forward(&zeros) {
             Err(error) => assert!(error == Error::StaleNorms && self.layer.adapter().is_dora(), "{error}"),
-            // Without inputs every batch is an empty one, which needs no norms.
-            Ok(_) => assert!(!self.layer.adapter().is_dora() || self.layer.d_in() == 0, "stale norms were used"),
+            Ok(_) => assert!(!self.layer.adapter().is_dora(), "stale norms were used"),
         }
         self.layer.refresh_dora().expect("the lengths fit");
         let params = self.layer.clone();
-        let magnitude = params.lora_magnitude().map(Tensor::data).unwrap_or_default();
+        let magnitude = params.adapter().magnitude().map(Tensor::data).unwrap_or_default();
         self.tame &= [params.lora_a().data(), params.lora_b().data(), magnitude].iter().all(|v| model::is_tame(v));
     }
 
@@ -320,25 +319,25 @@ impl State<'_> {
         let (base, bias, adapter) = self.layer.clone().into_parts();
         let mut multi = MultiAdapterLayer::new(base).with_arithmetic(self.layer.arithmetic());
         if let Some(bias) = bias {
-            multi = multi.try_with_bias(bias).expect("it was checked before");
+            multi = multi.with_bias(bias).expect("it was checked before");
         }
         let x = self.vector(multi.d_in());
-        let without = multi.forward(&x);
-        multi.add("b", adapter.clone()).expect("it fitted");
+        let without = multi.forward(&x, Adapters::Active);
+        let b = multi.add("b", adapter.clone()).expect("it fitted");
         multi.add("a", with_scale_or(&adapter, -2.0)).expect("it fitted");
         assert!(matches!(multi.add("a", adapter), Err(Error::DuplicateAdapter { .. })));
         multi.set_active(&["b"]).expect("it is there");
         let alone = self.layer.forward(&x);
-        assert_eq!(bits(multi.forward(&x).data()), bits(alone.data()), "one adapter of many, and alone");
+        assert_eq!(bits(multi.forward(&x, Adapters::Active).data()), bits(alone.data()), "one adapter of many, and alone");
 
         multi.set_active(&["a", "b"]).expect("both are there");
         assert!(multi.set_active(&["b", "c"]).is_err());
-        let both = multi.forward(&x);
+        let both = multi.forward(&x, Adapters::Active);
         multi.set_weight("a", argument as f32 - 8.0).expect("finite");
         assert_eq!(multi.names().collect::<Vec<_>>(), multi.active().collect::<Vec<_>>());
         if self.layer.d_in() > 0 {
             let batch = Tensor::from_vec(x.data().repeat(3), false);
-            let y = multi.forward_batch_with(&batch, &[Some("b"), None, Some("b")]);
+            let y = multi.forward(&batch, Adapters::PerVector(&[Some(b), None, Some(b)]));
             let expected = [alone.data(), without.data(), alone.data()].concat();
             assert_eq!(bits(y.data()), bits(&expected), "an adapter for each vector");
         }
@@ -346,7 +345,7 @@ impl State<'_> {
         multi.rename("a", "z").expect("it is there");
         multi.rename("b", "a").expect("it is there");
         multi.remove("z").expect("it is there");
-        assert_eq!(bits(multi.forward(&x).data()), bits(alone.data()), "after the others are gone");
+        assert_eq!(bits(multi.forward(&x, Adapters::Active).data()), bits(alone.data()), "after the others are gone");
         drop(both);
     }
 
@@ -355,9 +354,9 @@ impl State<'_> {
         let (base, bias, adapter) = self.layer.clone().into_parts();
         let finite = [adapter.a(), adapter.b()].iter().all(|t| t.data().iter().all(|v| v.is_finite()));
         let weights = Tensor::from_vec(base.dequantize::<f32>(), false);
-        let mut dense = LoRALayer::try_from_adapter(weights, adapter).expect("it fitted");
+        let mut dense = LoRALayer::from_parts(weights, adapter).expect("it fitted");
         if let Some(bias) = bias {
-            dense = dense.try_with_bias(bias).expect("it was checked before");
+            dense = dense.with_bias(bias).expect("it was checked before");
         }
         let x = self.vector(dense.d_in());
         let (y, weight) = (dense.forward(&x), bits(dense.base_weight().data()));
@@ -379,7 +378,7 @@ impl State<'_> {
         let (d_in, d_out, before) = (self.layer.d_in(), self.layer.d_out(), self.bits());
         let long = Tensor::zeros(d_in + 1, false);
         assert!(self.layer.try_forward(&long).is_err());
-        assert!(d_in == 1 || self.layer.try_forward_batch(&long).is_err());
+        assert!(d_in == 1 || self.layer.try_forward(&long).is_err());
         assert!(self.layer.try_backward(&long, &Tensor::zeros(d_out, false)).is_err() || d_in == 1 && d_out == 0);
         assert!(self.layer.merge_rows_into(0..d_out + 1, &mut vec![0.0_f32; (d_out + 1) * d_in]).is_err());
         let mut scratch = nf4::Scratch::new();
@@ -395,25 +394,25 @@ impl State<'_> {
             return;
         }
         let scaling = if argument.is_multiple_of(2) { LoRAScaling::Standard } else { LoRAScaling::RsLoRA };
-        let adapter = with_scale(self.layer.adapter(), argument as f32 - 5.0, scaling);
+        let adapter = with_scale(self.layer.adapter(), argument as f64 - 5.0, scaling);
         let adapter = if (argument / 2).is_multiple_of(2) { adapter } else { adapter.with_dora() };
         let (arithmetic, (base, bias, _)) = (self.layer.arithmetic(), self.layer.clone().into_parts());
         let layer = joined(base, adapter).with_arithmetic(arithmetic);
         self.layer = match bias {
-            Some(bias) => layer.try_with_bias(bias).expect("it was checked before"),
+            Some(bias) => layer.with_bias(bias).expect("it was checked before"),
             None => layer,
         };
-        self.tame &= self.layer.lora_magnitude().is_none_or(|m| model::is_tame(m.data()));
+        self.tame &= self.layer.adapter().magnitude().is_none_or(|m| model::is_tame(m.data()));
     }
 }
 
 /// A layer of parts that fit.
 fn joined(base: Quantized4Bit, adapter: LoRAAdapter) -> QLoRALayer {
-    QLoRALayer::try_from_parts(base, adapter).expect("the shapes fit")
+    QLoRALayer::from_parts(base, adapter).expect("the shapes fit")
 }
 
 /// The adapter with another alpha, or as it is if its values are not finite.
-fn with_scale_or(adapter: &LoRAAdapter, alpha: f32) -> LoRAAdapter {
+fn with_scale_or(adapter: &LoRAAdapter, alpha: f64) -> LoRAAdapter {
     let finite = [adapter.a(), adapter.b()].iter().all(|t| t.data().iter().all(|v| v.is_finite()));
     if finite { with_scale(adapter, alpha, LoRAScaling::Standard) } else { adapter.clone() }
 }

@@ -46,7 +46,7 @@ impl Dense {
         let w = wide(&layer.base_weight_quantized().dequantize::<f32>());
         let (a, b) = (wide(layer.lora_a().data()), wide(layer.lora_b().data()));
         let mut model = Self { d_out, d_in, rank, w, a, b, scale: layer.scale().into(), gains: vec![1.0; d_out] };
-        if let Some(magnitude) = layer.lora_magnitude() {
+        if let Some(magnitude) = layer.adapter().magnitude() {
             for row in 0..d_out {
                 let norm = (0..d_in).map(|c| model.adapted(row, c).0.powi(2)).sum::<f64>().sqrt();
                 model.gains[row] = if norm == 0.0 { 0.0 } else { f64::from(magnitude.data()[row]) / norm };
@@ -80,7 +80,7 @@ pub fn check_merged(layer: &QLoRALayer, got: &[f32]) {
 pub fn check_forward(layer: &QLoRALayer, plain: &QLoRALayer, x: &[f32], got: &[f32]) {
     let gains = Dense::new(layer).gains;
     let mut y = layer_truth::forward(plain, x);
-    if layer.lora_magnitude().is_none() {
+    if layer.adapter().magnitude().is_none() {
         add_adapter(layer.adapter(), x, &mut y);
     } else {
         let base = y.clone();
@@ -108,7 +108,7 @@ pub fn check_gradients(layer: &QLoRALayer, x: &[f32], dy: &[f32], got: [&[f32]; 
     let (x, dy) = (wide(x), wide(dy));
     // With `DoRA`, `dy` is multiplied by the gain, which is rounded, and whose norm is.
     let dy: Vec<f64> = dy.iter().enumerate().map(|(i, dy)| dy * model.gains[i % d_out]).collect();
-    let dora = if layer.lora_magnitude().is_some() { 3 } else { 0 };
+    let dora = if layer.adapter().magnitude().is_some() { 3 } else { 0 };
     // A sum of the given terms of exact factors, each rounded so often, on top of an old value.
     let sum = |old: f64, roundings: usize, terms: &mut dyn Iterator<Item = (f64, f64)>| {
         let (exact, magnitude) = terms.fold((old, old.abs()), |(e, m), (term, of)| (e + term, m + of));
@@ -185,8 +185,8 @@ pub fn is_tame(values: &[f32]) -> bool {
 }
 
 /// The same `A` and `B` with another scale, without `DoRA`.
-pub fn with_scale(old: &LoRAAdapter, alpha: f32, scaling: LoRAScaling) -> LoRAAdapter {
+pub fn with_scale(old: &LoRAAdapter, alpha: f64, scaling: LoRAScaling) -> LoRAAdapter {
     let (a, b) = (old.a().data().to_vec(), old.b().data().to_vec());
-    let shape = [old.d_out(), old.d_in()];
-    LoRAAdapter::try_from_parts(a, b, shape, old.rank(), alpha, scaling).expect("finite, and of the same shape")
+    LoRAAdapter::from_parts(a, b, old.d_out(), old.d_in(), old.rank(), alpha, scaling)
+        .expect("finite, and of the same shape")
 }

@@ -1,18 +1,17 @@
-//! The low-rank pair of `LoRA`, and what it adds to a product and to a weight.
+//! The low-rank pair of `LoRA`, and the magnitude of `DoRA`.
 
 use alloc::vec::Vec;
 
-use nf4_kernels::{Float, Kernels};
-
-use crate::adapter::dora::{self, Dora};
+use crate::adapter::pair::Pair;
 use crate::buffer::reserved;
 use crate::error::{Error, check_finite, check_len, check_matrix};
+use crate::round::to_f32;
 use crate::tensor::Tensor;
 
 /// The seed of `A` where none is given. Layers of one shape then start with the same `A`.
 pub const DEFAULT_SEED: u64 = 0;
 
-/// How alpha and rank give the factor of the adapter.
+/// How alpha and rank give the scale of an adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum LoRAScaling {
     /// `alpha / rank` (Hu et al., "`LoRA`", 2021).
@@ -23,35 +22,48 @@ pub enum LoRAScaling {
 }
 
 impl LoRAScaling {
-    /// The factor, computed in f64 as PEFT does and rounded once to f32. Rank 0 divides by zero.
+    /// The scale, computed in f64 as PEFT does and rounded once to f32. Rank 0 divides by zero.
     #[must_use]
-    pub fn compute(self, alpha: f32, rank: usize) -> f32 {
+    pub fn compute(self, alpha: f64, rank: usize) -> f32 {
         let divisor = match self {
             Self::Standard => rank as f64,
             Self::RsLoRA => libm::sqrt(rank as f64),
         };
-        to_f32(f64::from(alpha) / divisor)
+        to_f32(alpha / divisor)
     }
 }
 
 /// A `LoRA` adapter for a weight `[d_out, d_in]`: `A` `[rank, d_in]` and `B` `[d_out, rank]`, both row-major and
 /// trained, and a scale. It stands for the weight `scale * B A`, which is never formed.
 ///
-/// The rank may be anything from 1, larger than a block or than the weight too. With a magnitude ([`Self::with_dora`],
-/// [`Self::try_with_magnitude`]) it is a `DoRA` adapter, which also scales each row of the adapted weight.
+/// The rank may be any number from 1, also larger than a block or than the weight. With a magnitude ([`Self::with_dora`],
+/// [`Self::with_magnitude`]) it is a `DoRA` adapter (Liu et al., "`DoRA`: Weight-Decomposed Low-Rank Adaptation", 2024),
+/// which also scales each row of the adapted weight.
+///
+/// Tensors can be replaced through [`Self::a_mut`] and its siblings. Whatever uses the adapter then checks their lengths.
 #[derive(Debug, Clone)]
 pub struct LoRAAdapter {
-    pub(crate) a: Tensor,
-    pub(crate) b: Tensor,
-    pub(crate) dora: Option<Dora>,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Magnitude,
     d_out: usize,
     d_in: usize,
     rank: usize,
-    alpha: f32,
+    alpha: f64,
     scaling: LoRAScaling,
     scale: f32,
 }
 
+#[derive(Debug, Clone)]
+enum Magnitude {
+    /// `LoRA`.
+    None,
+    /// `DoRA` that will take the norms of its rows when it first joins a base.
+    Norms,
+    Given(Tensor),
+}
+
+/// Construction.
 impl LoRAAdapter {
     /// A fresh adapter as PEFT makes it: `A` uniform in `+-1/sqrt(d_in)` (Kaiming with `a = sqrt(5)`), `B` zero, so
     /// that it adds nothing yet.
@@ -61,13 +73,13 @@ impl LoRAAdapter {
     /// `1/sqrt(d_in)`.
     ///
     /// # Errors
-    /// [`Error::RankZero`]; [`Error::Alpha`] if alpha is NaN or infinite; [`Error::Shape`] if there is no room for
-    /// `rank * d_in` or `d_out * rank` values.
-    pub fn try_init(
+    /// [`Error::RankZero`]; [`Error::Alpha`] if alpha or the scale is NaN or infinite; [`Error::Shape`] if `rank * d_in`
+    /// or `d_out * rank` does not fit in `usize`; [`Error::OutOfMemory`].
+    pub fn new(
         d_out: usize,
         d_in: usize,
         rank: usize,
-        alpha: f32,
+        alpha: f64,
         scaling: LoRAScaling,
         seed: u64,
     ) -> Result<Self, Error> {
@@ -75,27 +87,29 @@ impl LoRAAdapter {
         let bound = 1.0 / libm::sqrtf(d_in as f32);
         a.extend(uniform(seed).take(rank * d_in).map(|u| u * bound));
         b.resize(d_out * rank, 0.0);
-        Self::try_from_parts(a, b, [d_out, d_in], rank, alpha, scaling)
+        Self::from_parts(a, b, d_out, d_in, rank, alpha, scaling)
     }
 
-    /// An adapter from given `A` `[rank, d_in]` and `B` `[d_out, rank]`, row-major; `shape` is `[d_out, d_in]`.
+    /// An adapter from given `A` `[rank, d_in]` and `B` `[d_out, rank]`, row-major.
     ///
     /// # Errors
-    /// [`Error::RankZero`]; [`Error::Alpha`] if alpha is NaN or infinite; [`Error::MatrixLength`] if `a` or `b` has
-    /// the wrong length; [`Error::NotFinite`] if one of their values is NaN or infinite.
-    pub fn try_from_parts(
+    /// [`Error::RankZero`]; [`Error::Alpha`] if alpha or the scale is NaN or infinite; [`Error::MatrixLength`] if `a` or
+    /// `b` has the wrong length; [`Error::NotFinite`] if one of their values is NaN or infinite; [`Error::Shape`] if
+    /// `rank * d_in` or `d_out * rank` does not fit in `usize`.
+    pub fn from_parts(
         a: Vec<f32>,
         b: Vec<f32>,
-        shape: [usize; 2],
+        d_out: usize,
+        d_in: usize,
         rank: usize,
-        alpha: f32,
+        alpha: f64,
         scaling: LoRAScaling,
     ) -> Result<Self, Error> {
-        let [d_out, d_in] = shape;
         if rank == 0 {
             return Err(Error::RankZero);
         }
-        if !alpha.is_finite() {
+        let scale = scaling.compute(alpha, rank);
+        if !scale.is_finite() {
             return Err(Error::Alpha { got: alpha });
         }
         check_matrix("lora_a", &a, rank, d_in)?;
@@ -103,76 +117,36 @@ impl LoRAAdapter {
         check_finite("lora_a", &a)?;
         check_finite("lora_b", &b)?;
         let (a, b) = (Tensor::from_vec(a, true), Tensor::from_vec(b, true));
-        Ok(Self { a, b, dora: None, d_out, d_in, rank, alpha, scaling, scale: scaling.compute(alpha, rank) })
+        Ok(Self { a, b, magnitude: Magnitude::None, d_out, d_in, rank, alpha, scaling, scale })
     }
 
-    /// `Ok` if the tensors have their lengths: each can be replaced by another one.
-    pub(crate) fn check(&self) -> Result<(), Error> {
-        check_matrix("lora_a", self.a.data(), self.rank, self.d_in)?;
-        check_matrix("lora_b", self.b.data(), self.d_out, self.rank)?;
-        self.magnitude().map_or(Ok(()), |m| check_len("lora_magnitude_vector", self.d_out, m.len()))
+    /// The same adapter with `DoRA`. The magnitude becomes the norms of the rows of the adapted weight when the
+    /// adapter first joins a base, as in PEFT; so a fresh adapter changes nothing yet.
+    #[must_use]
+    pub fn with_dora(self) -> Self {
+        Self { magnitude: Magnitude::Norms, ..self }
     }
 
-    /// `y += scale * B (A x)`: two dense f32 products of the kernels. `low_rank` gets `A x`, `[rank]`. A magnitude of
-    /// `DoRA` is not applied: it scales the product of the base too.
-    ///
-    /// A NaN or infinity in `x`, `A` or `B` gives what IEEE 754 says; every NaN in `y` is [`f32::NAN`].
+    /// The same adapter with `DoRA` and a given magnitude, `[d_out]`: PEFT's `lora_magnitude_vector`.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `x` does not have `d_in` values, `low_rank` not `rank` or `y` not `d_out`.
-    pub fn add_product(&self, kernels: Kernels, x: &[f32], low_rank: &mut [f32], y: &mut [f32]) -> Result<(), Error> {
-        check_len("input", self.d_in, x.len())?;
-        check_len("output", self.d_out, y.len())?;
-        check_len("low-rank product", self.rank, low_rank.len())?;
-        kernels.gemv_dense(self.a.data(), x, low_rank)?;
-        Ok(kernels.gemv_dense_add(self.b.data(), low_rank, self.scale, y)?)
+    /// [`Error::Shape`] if there are not `d_out` values; [`Error::NotFinite`] if one is NaN or infinite.
+    pub fn with_magnitude(self, magnitude: Vec<f32>) -> Result<Self, Error> {
+        check_len("lora_magnitude_vector", self.d_out, magnitude.len())?;
+        check_finite("lora_magnitude_vector", &magnitude)?;
+        Ok(Self { magnitude: Magnitude::Given(Tensor::from_vec(magnitude, true)), ..self })
     }
 
-    /// A row of the adapted weight in place of that of the base: `w + scale * b A`; with a magnitude `m` that times
-    /// `m` over its norm.
-    ///
-    /// All of it is f64, sums in the order of the rank, and each weight is rounded once to f32. So the bits are the
-    /// same everywhere, and what rounding adds is half an ulp of the result. Every NaN is [`f32::NAN`].
-    pub(crate) fn merge_row(&self, row: usize, weights: &mut [f32]) {
-        let gain = self.magnitude().map_or(1.0, |m| dora::gain(m.data()[row], to_f32(self.norm(row, weights))));
-        self.adapted(row, weights, |weight, sum| *weight = to_f32(gain * sum));
-    }
-
-    /// The norm of a row of the adapted weight, `|w + scale * b A|`, all f64.
-    pub(crate) fn norm(&self, row: usize, weights: &[f32]) -> f64 {
-        let mut sum = 0.0;
-        self.adapted(row, weights, |_, w| sum += w * w);
-        libm::sqrt(sum)
-    }
-
-    /// Calls `f` with each weight of a row of the base, in order, and its `w + scale * b A`.
-    fn adapted<W: core::borrow::Borrow<f32>>(
-        &self,
-        row: usize,
-        weights: impl IntoIterator<Item = W>,
-        mut f: impl FnMut(W, f64),
-    ) {
-        /// Columns whose sums are held at a time, on the stack.
-        const SPAN: usize = 64;
-        let (b, scale) = (&self.b.data()[row * self.rank..][..self.rank], f64::from(self.scale));
-        let mut weights = weights.into_iter();
-        for start in (0..self.d_in).step_by(SPAN) {
-            let count = SPAN.min(self.d_in - start);
-            let mut sums = [0.0_f64; SPAN];
-            for (b, a) in b.iter().zip(self.a.data().chunks_exact(self.d_in)) {
-                for (sum, a) in sums.iter_mut().zip(&a[start..][..count]) {
-                    *sum += f64::from(*b) * f64::from(*a);
-                }
-            }
-            for (sum, weight) in sums.into_iter().take(count).zip(&mut weights) {
-                let w = f64::from(*weight.borrow());
-                f(weight, w + scale * sum);
-            }
+    /// Makes the norms of the rows the magnitude, if the adapter waits for them.
+    pub(crate) fn take_norms(&mut self, norms: impl FnOnce() -> Result<Vec<f32>, Error>) -> Result<(), Error> {
+        if let Magnitude::Norms = self.magnitude {
+            self.magnitude = Magnitude::Given(Tensor::from_vec(norms()?, true));
         }
+        Ok(())
     }
 }
 
-/// What it is.
+/// Tensors.
 impl LoRAAdapter {
     /// `A`, `[rank, d_in]` row-major.
     #[must_use]
@@ -180,9 +154,8 @@ impl LoRAAdapter {
         &self.a
     }
 
-    /// `A`, to be changed; its length must not. With `DoRA`, norms are stale from here on.
+    /// `A`, to be changed.
     pub fn a_mut(&mut self) -> &mut Tensor {
-        self.norms_are_stale();
         &mut self.a
     }
 
@@ -192,32 +165,75 @@ impl LoRAAdapter {
         &self.b
     }
 
-    /// `B`, to be changed; its length must not. With `DoRA`, norms are stale from here on.
+    /// `B`, to be changed.
     pub fn b_mut(&mut self) -> &mut Tensor {
-        self.norms_are_stale();
         &mut self.b
     }
 
-    /// `A`, `B` and, with `DoRA`, the magnitude, to be trained. With `DoRA`, norms are stale from here on.
+    /// Whether this is a `DoRA` adapter.
+    #[must_use]
+    pub fn is_dora(&self) -> bool {
+        !matches!(self.magnitude, Magnitude::None)
+    }
+
+    /// The magnitude of `DoRA`, `[d_out]`; `None` without `DoRA`, and before an adapter of [`Self::with_dora`] has joined
+    /// a base.
+    #[must_use]
+    pub fn magnitude(&self) -> Option<&Tensor> {
+        if let Magnitude::Given(magnitude) = &self.magnitude { Some(magnitude) } else { None }
+    }
+
+    /// The magnitude of `DoRA`, to be changed.
+    pub fn magnitude_mut(&mut self) -> Option<&mut Tensor> {
+        if let Magnitude::Given(magnitude) = &mut self.magnitude { Some(magnitude) } else { None }
+    }
+
+    /// `A`, `B` and, with `DoRA`, the magnitude, to be trained.
     pub fn trainable_params(&mut self) -> Vec<&mut Tensor> {
-        self.norms_are_stale();
-        let magnitude = self.dora.as_mut().and_then(|dora| dora.magnitude.as_mut());
-        [&mut self.a, &mut self.b].into_iter().chain(magnitude).collect()
+        self.tensors_mut().collect()
     }
 
-    /// Sets the gradients to zero, keeping their memory for the next step.
+    /// Sets all gradients to zero, keeping their memory for the next step.
     pub fn zero_grad(&mut self) {
-        let magnitude = self.dora.as_mut().and_then(|dora| dora.magnitude.as_mut());
-        [&mut self.a, &mut self.b].into_iter().chain(magnitude).for_each(Tensor::zero_grad);
+        self.tensors_mut().for_each(Tensor::zero_grad);
     }
 
-    /// Outputs of the weight.
+    /// Allocates the gradients of all tensors that are trained and have none.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub(crate) fn make_gradients(&mut self) -> Result<(), Error> {
+        self.tensors_mut().try_for_each(|tensor| tensor.grad_mut().map(drop))
+    }
+
+    fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        let magnitude = if let Magnitude::Given(magnitude) = &mut self.magnitude { Some(magnitude) } else { None };
+        [&mut self.a, &mut self.b].into_iter().chain(magnitude)
+    }
+
+    /// The tensors, if they have the lengths that they were made with.
+    ///
+    /// # Errors
+    /// [`Error::MatrixLength`] for `A` or `B`; [`Error::Shape`] for the magnitude.
+    pub(crate) fn pair(&self) -> Result<Pair<'_>, Error> {
+        let (a, b) = (self.a.data(), self.b.data());
+        let magnitude = self.magnitude().map(Tensor::data);
+        check_matrix("lora_a", a, self.rank, self.d_in)?;
+        check_matrix("lora_b", b, self.d_out, self.rank)?;
+        magnitude.map_or(Ok(()), |m| check_len("lora_magnitude_vector", self.d_out, m.len()))?;
+        Ok(Pair { a, b, magnitude, d_in: self.d_in, rank: self.rank, scale: self.scale })
+    }
+}
+
+/// Accessors.
+impl LoRAAdapter {
+    /// Number of outputs of the weight.
     #[must_use]
     pub fn d_out(&self) -> usize {
         self.d_out
     }
 
-    /// Inputs of the weight.
+    /// Number of inputs of the weight.
     #[must_use]
     pub fn d_in(&self) -> usize {
         self.d_in
@@ -231,7 +247,7 @@ impl LoRAAdapter {
 
     /// The alpha that the scale was made from.
     #[must_use]
-    pub fn alpha(&self) -> f32 {
+    pub fn alpha(&self) -> f64 {
         self.alpha
     }
 
@@ -247,17 +263,11 @@ impl LoRAAdapter {
         self.scale
     }
 
-    /// Bytes on the heap: `A`, `B`, and with `DoRA` magnitude, norms and gains; gradients where there are any.
+    /// Bytes on the heap: `A`, `B`, the magnitude of `DoRA`, and gradients where there are any.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        self.a.memory_bytes() + self.b.memory_bytes() + self.dora.as_ref().map_or(0, Dora::memory_bytes)
+        self.a.memory_bytes() + self.b.memory_bytes() + self.magnitude().map_or(0, Tensor::memory_bytes)
     }
-}
-
-/// Rounds to nearest even; every NaN becomes [`f32::NAN`].
-pub(crate) fn to_f32(x: f64) -> f32 {
-    #[allow(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
-    f32::from_f32(x as f32)
 }
 
 /// `SplitMix64` as numbers uniform in `[-1, 1)`, multiples of 2^-23.

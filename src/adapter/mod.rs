@@ -1,5 +1,6 @@
-//! The low-rank pair of `LoRA`, its `DoRA` magnitude and its gradients.
+//! Adapters of a weight: the low-rank pair of `LoRA`, the magnitude of `DoRA`, and their gradients.
 
 pub(crate) mod backward;
-pub(crate) mod dora;
+pub(crate) mod joined;
 pub(crate) mod lora;
+pub(crate) mod pair;

@@ -12,7 +12,8 @@ use super::quant_state::{ABSMAX, NESTED_ABSMAX, NESTED_QUANT_MAP, QUANT_MAP, Qua
 use super::source::{TensorData, TensorMap, TensorSource, bytes_of, check_shape};
 use super::{CheckpointError, join};
 use crate::error::{check_finite, check_len};
-use crate::weight::quantized::{AbsmaxBuf, Quantized4Bit};
+use crate::weight::absmax::AbsmaxBuf;
+use crate::weight::quantized::Quantized4Bit;
 
 /// A 4-bit layer as `bitsandbytes` keeps it: packed weight, bias, and what is needed to write the same bytes again.
 #[derive(Debug, Clone)]
@@ -35,7 +36,7 @@ impl Linear4bit {
     /// [`CheckpointError::Layer`] for a scale or bias that is NaN or infinite.
     pub fn load(source: &dyn TensorSource, prefix: &str) -> Result<Self, CheckpointError> {
         let state = QuantState::load(source, prefix)?;
-        let [rows, cols] = state.matrix_shape();
+        let [rows, cols] = state.matrix_shape()?;
         check_codebook(source, &join(prefix, QUANT_MAP))?;
         let layer_error = |error| CheckpointError::Layer { layer: join(prefix, WEIGHT), error };
         let absmax = match state.nested_offset {

@@ -111,13 +111,13 @@ impl<'a> MergedModel<'a> {
     /// The weight of a 4-bit layer.
     fn packed(&self, module: &str) -> Result<Vec<u8>, CheckpointError> {
         let layer = Linear4bit::load(self.source, module)?;
-        let [rows, cols] = layer.state().matrix_shape();
+        let [rows, cols] = layer.state().matrix_shape()?;
         // Rows without columns have no bytes, and so there may be any number of them.
         let rows = if cols == 0 { 0 } else { rows };
         let error = |error| CheckpointError::Layer { layer: module.to_owned(), error };
         let (weight, _) = layer.into_parts();
-        let mut bytes = reserved(rows, cols.saturating_mul(self.float.size())).map_err(|e| error(e.into()))?;
-        let mut tile = zeros(ROWS.min(rows), cols).map_err(|e| error(e.into()))?;
+        let mut bytes = reserved(rows, cols.saturating_mul(self.float.size())).map_err(error)?;
+        let mut tile = zeros(ROWS.min(rows), cols).map_err(error)?;
         let mut write = |get: &dyn Fn(core::ops::Range<usize>, &mut [f32]) -> Result<(), crate::Error>| {
             for start in (0..rows).step_by(ROWS) {
                 let end = rows.min(start + ROWS);
@@ -130,7 +130,7 @@ impl<'a> MergedModel<'a> {
         match self.adapter.and_then(|adapter| adapter.module(module)) {
             None => write(&|rows, tile| weight.dequantize_rows(rows, tile))?,
             Some(part) => {
-                let layer = QLoRALayer::try_from_parts(weight, part.adapter().clone()).map_err(error)?;
+                let layer = QLoRALayer::from_parts(weight, part.adapter().clone()).map_err(error)?;
                 write(&|rows, tile| layer.merge_rows_into(rows, tile))?;
             }
         }

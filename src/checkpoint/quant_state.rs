@@ -104,10 +104,14 @@ impl QuantState {
 
     /// Rows and columns of the matrix that `y = x W^T` takes: the product of all dimensions before the last, and the
     /// last.
-    #[must_use]
-    pub fn matrix_shape(&self) -> [usize; 2] {
+    ///
+    /// # Errors
+    /// [`CheckpointError::Overflow`] if the number of weights does not fit in `usize`.
+    pub fn matrix_shape(&self) -> Result<[usize; 2], CheckpointError> {
         let (cols, outer) = self.shape.split_last().unwrap_or((&1, &[]));
-        [outer.iter().product(), *cols]
+        let overflow = || CheckpointError::Overflow { tensor: WEIGHT.to_owned(), shape: self.shape.clone() };
+        let rows = product(outer).filter(|rows| rows.checked_mul(*cols).is_some());
+        Ok([rows.ok_or_else(overflow)?, *cols])
     }
 
     /// The JSON, with the bytes that `bitsandbytes` writes.

@@ -1,292 +1,177 @@
-//! The forwards of the layers on an NF4 base: one vector or a batch, with or without buffers of the caller, in every
-//! type. What all of them compute is in [`crate::layer::linear`].
+//! The one forward that every layer has.
+
+use core::ops::Range;
 
 use nf4_kernels::Float;
 
-use crate::error::{Error, check_batch, check_len, or_panic};
-use crate::layer::linear::Term;
-use crate::layer::multi::MultiAdapterLayer;
-use crate::layer::qlora::QLoRALayer;
-use crate::layer::scratch::Scratch;
-use crate::tensor::Tensor;
+use crate::adapter::joined::Joined;
+use crate::error::{Error, check_len};
+use crate::layer::scratch::Work;
+use crate::round::to_f32;
+use crate::weight::base::Base;
+use crate::weight::inputs::Inputs;
 
-impl QLoRALayer {
-    /// `y = W x + scale * B (A x) + bias`. `x` has `d_in` values, `y` has `d_out`.
-    ///
-    /// If a value of `x` is NaN or infinite, every output is [`f32::NAN`] (in f32 arithmetic: what IEEE 754 says).
-    ///
-    /// # Panics
-    /// Where [`Self::try_forward`] gives an error.
-    #[must_use]
-    #[track_caller]
-    pub fn forward(&self, x: &Tensor) -> Tensor {
-        or_panic(self.try_forward(x))
+/// Rows that are finished at a time, on the stack.
+const ROWS: usize = 128;
+
+/// `y = W x + bias` with a frozen `W` `[d_out, d_in]`, and what adapters add to it.
+///
+/// An adapter with weight `w` adds `f B (A x)`, `f = w * scale`; with `DoRA` and the gains `g` of the rows, `w` times
+/// what it alone would change, which is `w (g - 1) W x + f g B (A x)`.
+///
+/// A row and a vector have the same bits whatever is computed beside them:
+///
+/// 1. the base product;
+/// 2. with `DoRA`: times 1, less `w`, plus `w g` of each such adapter in turn, in f64 and rounded to f32 (for one of
+///    weight 1 that is `g`);
+/// 3. plus each adapter in turn, by [`nf4_kernels::Kernels::gemv_dense`] with `A` and
+///    [`nf4_kernels::Kernels::gemv_dense_add`] with `B` and the factor `f`, with `DoRA` `f * g`;
+/// 4. plus the bias, if there is one;
+/// 5. rounded to the type of the outputs. Every NaN becomes the one of [`Float::from_f32`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Forward<'a> {
+    pub(crate) base: Base<'a>,
+    pub(crate) bias: Option<&'a [f32]>,
+}
+
+/// An adapter in a forward, and how much of it counts.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Term<'a> {
+    pub(crate) adapter: &'a Joined,
+    pub(crate) weight: f32,
+}
+
+impl Term<'_> {
+    fn rank(&self) -> usize {
+        self.adapter.adapter().rank()
     }
 
-    /// As [`Self::forward`].
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if `x` does not have `d_in` values, or if there is no memory for the outputs;
-    /// [`Error::MatrixLength`] if `A` or `B` was replaced by a tensor of another length; [`Error::StaleNorms`] with
-    /// `DoRA`, see [`Self::refresh_dora`].
-    pub fn try_forward(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let mut y = Tensor::try_zeros(1, self.d_out())?;
-        self.forward_into(x.data(), &mut self.linear.scratch(self.rank(), 1)?, y.data_mut())?;
-        Ok(y)
-    }
-
-    /// As [`Self::forward`], in buffers of the caller and without allocation. `scratch` comes from [`Self::scratch`] or
-    /// was grown for this layer; see [`Scratch`] for its size.
-    ///
-    /// # Errors
-    /// Those of [`Self::try_forward`]; [`Error::Shape`] if `y` does not have `d_out` values or `scratch` is too small.
-    /// `y` may then have been written to.
-    pub fn forward_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
-        check_len("input", self.d_in(), x.len())?;
-        check_len("output", self.d_out(), y.len())?;
-        self.forward_batch_into(x, scratch, y)
-    }
-
-    /// The forward of each vector of a batch: `x` is `[batch, d_in]`, the result `[batch, d_out]`. Each output has the
-    /// bits that [`Self::forward`] gives for its vector. A layer without inputs takes every batch for an empty one.
-    ///
-    /// # Panics
-    /// Where [`Self::try_forward_batch`] gives an error.
-    #[must_use]
-    #[track_caller]
-    pub fn forward_batch(&self, x: &Tensor) -> Tensor {
-        or_panic(self.try_forward_batch(x))
-    }
-
-    /// As [`Self::forward_batch`].
-    ///
-    /// # Errors
-    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if there is no memory for the
-    /// outputs; [`Error::MatrixLength`] if `A` or `B` was replaced by a tensor of another length;
-    /// [`Error::StaleNorms`] with `DoRA`, see [`Self::refresh_dora`].
-    pub fn try_forward_batch(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let batch = check_batch(x.len(), self.d_in())?;
-        let mut y = Tensor::try_zeros(batch, self.d_out())?;
-        self.forward_batch_into(x.data(), &mut self.linear.scratch(self.rank(), batch)?, y.data_mut())?;
-        Ok(y)
-    }
-
-    /// As [`Self::forward_batch`], in buffers of the caller and without allocation. `scratch` comes from
-    /// [`Self::scratch_for_batch`] for at least this batch or was grown for it; see [`Scratch`] for its size.
-    ///
-    /// # Errors
-    /// Those of [`Self::try_forward_batch`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or `scratch`
-    /// is too small. `y` may then have been written to.
-    pub fn forward_batch_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
-        self.linear.forward(x, |_| self.terms(), scratch.work(), y)
-    }
-
-    /// As [`Self::forward_batch_into`], for inputs and outputs in f32, f16 or bf16; one vector is a batch of one.
-    /// Inputs are converted to f32 in the scratch, exactly; outputs are those for f32, rounded once to nearest even.
-    ///
-    /// `scratch` comes from [`Self::scratch_for_batch_as`] or was grown by [`Scratch::reserve_inputs`] too.
-    ///
-    /// # Errors
-    /// Those of [`Self::forward_batch_into`].
-    pub fn forward_batch_into_as<X: Float, Y: Float>(
-        &self,
-        x: &[X],
-        scratch: &mut Scratch,
-        y: &mut [Y],
-    ) -> Result<(), Error> {
-        self.linear.forward_as(x, |_| self.terms(), scratch, y)
-    }
-
-    /// Working memory for [`Self::forward_into`].
-    #[must_use]
-    pub fn scratch(&self) -> Scratch {
-        self.scratch_for_batch(1)
-    }
-
-    /// Working memory for [`Self::forward_batch_into`] with up to `batch` vectors.
-    ///
-    /// # Panics
-    /// If it does not fit in memory.
-    #[must_use]
-    #[track_caller]
-    pub fn scratch_for_batch(&self, batch: usize) -> Scratch {
-        or_panic(self.linear.scratch(self.rank(), batch))
-    }
-
-    /// Working memory for [`Self::forward_batch_into_as`] with up to `batch` vectors.
-    ///
-    /// # Panics
-    /// If it does not fit in memory.
-    #[must_use]
-    pub fn scratch_for_batch_as(&self, batch: usize) -> Scratch {
-        let mut scratch = self.scratch_for_batch(batch);
-        scratch.reserve_inputs(self.d_in(), batch);
-        scratch
-    }
-
-    /// What the adapter adds to a product.
-    fn terms(&self) -> impl Iterator<Item = Term<'_>> {
-        core::iter::once(Term { adapter: &self.adapter, weight: 1.0 })
+    /// The factor of its `B (A x)`.
+    fn factor(&self) -> f32 {
+        self.adapter.adapter().scale() * self.weight
     }
 }
 
-/// With the active adapters.
-impl MultiAdapterLayer {
-    /// The product of one vector with the active adapters. `x` has `d_in` values, `y` has `d_out`. NaN and infinity do
-    /// what they do in [`crate::QLoRALayer::forward`].
-    ///
-    /// # Panics
-    /// Where [`Self::try_forward`] gives an error.
-    #[must_use]
-    #[track_caller]
-    pub fn forward(&self, x: &Tensor) -> Tensor {
-        or_panic(self.try_forward(x))
-    }
-
-    /// As [`Self::forward`].
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if `x` does not have `d_in` values, or if there is no memory for the outputs.
-    pub fn try_forward(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let mut y = Tensor::try_zeros(1, self.d_out())?;
-        self.forward_into(x.data(), &mut self.try_scratch(1)?, y.data_mut())?;
-        Ok(y)
-    }
-
-    /// As [`Self::forward`], in buffers of the caller and without allocation; `scratch` as for
-    /// [`Self::forward_batch_into`].
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if `x` does not have `d_in` values, `y` not `d_out`, or `scratch` is too small.
-    pub fn forward_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
-        check_len("input", self.d_in(), x.len())?;
-        check_len("output", self.d_out(), y.len())?;
-        self.forward_batch_into(x, scratch, y)
-    }
-
-    /// The product of each vector of a batch with the active adapters: `x` is `[batch, d_in]`, the result `[batch,
-    /// d_out]`. Each output has the bits that [`Self::forward`] gives. A layer without inputs takes every batch for an
-    /// empty one.
-    ///
-    /// # Panics
-    /// Where [`Self::try_forward_batch`] gives an error.
-    #[must_use]
-    #[track_caller]
-    pub fn forward_batch(&self, x: &Tensor) -> Tensor {
-        or_panic(self.try_forward_batch(x))
-    }
-
-    /// As [`Self::forward_batch`].
-    ///
-    /// # Errors
-    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if there is no memory for the
-    /// outputs.
-    pub fn try_forward_batch(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let batch = check_batch(x.len(), self.d_in())?;
-        let mut y = Tensor::try_zeros(batch, self.d_out())?;
-        self.forward_batch_into(x.data(), &mut self.try_scratch(batch)?, y.data_mut())?;
-        Ok(y)
-    }
-
-    /// As [`Self::forward_batch`], in buffers of the caller and without allocation. `scratch` comes from
-    /// [`Self::scratch`] for at least this batch and adapters, or was grown for them.
-    ///
-    /// # Errors
-    /// Those of [`Self::try_forward_batch`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or `scratch`
-    /// is too small. `y` may then have been written to.
-    pub fn forward_batch_into(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) -> Result<(), Error> {
-        self.linear.forward(x, |_| self.active_terms(), scratch.work(), y)
-    }
-
-    /// As [`Self::forward_batch_into`], for inputs and outputs in f32, f16 or bf16; see
-    /// [`crate::QLoRALayer::forward_batch_into_as`]. `scratch` also needs [`Scratch::reserve_inputs`].
-    ///
-    /// # Errors
-    /// Those of [`Self::forward_batch_into`].
-    pub fn forward_batch_into_as<X: Float, Y: Float>(
+impl Forward<'_> {
+    /// Computes `y`, `[batch, d_out]`; `terms` gives the adapters of a vector.
+    pub(crate) fn run<'t, Y: Float, T: Iterator<Item = Term<'t>>>(
         &self,
-        x: &[X],
-        scratch: &mut Scratch,
+        x: &Inputs<'_>,
+        terms: &impl Fn(usize) -> T,
+        work: &mut Work,
         y: &mut [Y],
     ) -> Result<(), Error> {
-        self.linear.forward_as(x, |_| self.active_terms(), scratch, y)
+        let (d_out, batch) = (self.base.d_out(), x.batch());
+        check_len("input", self.base.d_in(), x.d_in())?;
+        check_len("output", batch.saturating_mul(d_out), y.len())?;
+        let rank = self.largest_rank(batch, terms)?;
+        if batch == 0 {
+            // Rows without columns may be more than a loop gets through.
+            return Ok(());
+        }
+        let (low_rank, product) = work.buffers(d_out, rank, batch)?;
+        for n in 0..batch {
+            self.multiply_by_a(x.vector(n), terms(n), &mut low_rank[n * rank..][..rank])?;
+        }
+        self.base.product(x, product)?;
+        for first in (0..d_out).step_by(ROWS) {
+            let rows = first..d_out.min(first + ROWS);
+            for n in 0..batch {
+                let mut sums = [0.0; ROWS];
+                let sums = &mut sums[..rows.len()];
+                let products = product[first * batch + n..].iter().step_by(batch);
+                sums.iter_mut().zip(products).for_each(|(sum, product)| *sum = *product);
+                self.scale_rows(terms(n), &rows, sums)?;
+                self.add_terms(terms(n), &low_rank[n * rank..][..rank], &rows, sums)?;
+                self.add_bias(&rows, sums);
+                let y = &mut y[n * d_out..][rows.clone()];
+                y.iter_mut().zip(sums).for_each(|(y, sum)| *y = Y::from_f32(*sum));
+            }
+        }
+        Ok(())
     }
 
-    /// Working memory for batches of up to `batch` vectors with any choice of the adapters that there are now: as
-    /// [`Scratch`] says, where the rank is the sum of all.
-    ///
-    /// # Panics
-    /// If it does not fit in memory.
-    #[must_use]
-    #[track_caller]
-    pub fn scratch(&self, batch: usize) -> Scratch {
-        or_panic(self.try_scratch(batch))
+    /// The largest sum of ranks that a vector has, if all adapters fit and have no stale norms.
+    fn largest_rank<'t, T: Iterator<Item = Term<'t>>>(
+        &self,
+        batch: usize,
+        terms: &impl Fn(usize) -> T,
+    ) -> Result<usize, Error> {
+        (0..batch).try_fold(0, |largest, n| {
+            let rank = terms(n).try_fold(0_usize, |sum, term| {
+                term.adapter.fresh(&self.base)?;
+                Ok::<_, Error>(sum.saturating_add(term.rank()))
+            })?;
+            Ok(largest.max(rank))
+        })
     }
 
-    fn try_scratch(&self, batch: usize) -> Result<Scratch, Error> {
-        self.linear.scratch(self.sum_of_ranks(), batch)
-    }
-}
-
-/// With an adapter of its own, or none, for each vector. Which adapters are active does not matter.
-impl MultiAdapterLayer {
-    /// The product of each vector of a batch with its adapter: `x` is `[batch, d_in]`, `adapters` has `batch` names,
-    /// the result is `[batch, d_out]`. The bits are those that a forward of the vector with its adapter alone gives.
-    ///
-    /// # Panics
-    /// Where [`Self::try_forward_batch_with`] gives an error.
-    #[must_use]
-    #[track_caller]
-    pub fn forward_batch_with(&self, x: &Tensor, adapters: &[Option<&str>]) -> Tensor {
-        or_panic(self.try_forward_batch_with(x, adapters))
-    }
-
-    /// As [`Self::forward_batch_with`].
-    ///
-    /// # Errors
-    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `adapters` does not have
-    /// one entry for each vector, or if there is no memory for the outputs; [`Error::UnknownAdapter`] with the first name that there is no adapter of.
-    pub fn try_forward_batch_with(&self, x: &Tensor, adapters: &[Option<&str>]) -> Result<Tensor, Error> {
-        let batch = check_batch(x.len(), self.d_in())?;
-        let mut y = Tensor::try_zeros(batch, self.d_out())?;
-        self.forward_batch_with_into(x.data(), adapters, &mut self.try_scratch(batch)?, y.data_mut())?;
-        Ok(y)
-    }
-
-    /// As [`Self::forward_batch_with`], in buffers of the caller and without allocation, but that of an error.
-    ///
-    /// # Errors
-    /// Those of [`Self::try_forward_batch_with`]; [`Error::Shape`] if `y` does not have `batch * d_out` values or
-    /// `scratch` is too small. `y` may then have been written to.
-    pub fn forward_batch_with_into(
+    /// The first half of step 3: `A x` of each adapter.
+    fn multiply_by_a<'t>(
         &self,
         x: &[f32],
-        adapters: &[Option<&str>],
-        scratch: &mut Scratch,
-        y: &mut [f32],
+        terms: impl Iterator<Item = Term<'t>>,
+        mut low_rank: &mut [f32],
     ) -> Result<(), Error> {
-        self.check_choice(x, adapters, y)?;
-        self.linear.forward(x, |n| self.chosen_term(adapters[n]), scratch.work(), y)
+        for term in terms {
+            let product;
+            (product, low_rank) = low_rank.split_at_mut(term.rank());
+            self.base.kernels().gemv_dense(term.adapter.pair(&self.base)?.a, x, product)?;
+        }
+        Ok(())
     }
 
-    /// As [`Self::forward_batch_with_into`], for inputs and outputs in f32, f16 or bf16; see
-    /// [`crate::QLoRALayer::forward_batch_into_as`]. `scratch` also needs [`Scratch::reserve_inputs`].
-    ///
-    /// # Errors
-    /// Those of [`Self::forward_batch_with_into`].
-    pub fn forward_batch_with_into_as<X: Float, Y: Float>(
+    /// Step 2, for some rows of a vector.
+    fn scale_rows<'t>(
         &self,
-        x: &[X],
-        adapters: &[Option<&str>],
-        scratch: &mut Scratch,
-        y: &mut [Y],
+        terms: impl Iterator<Item = Term<'t>>,
+        rows: &Range<usize>,
+        sums: &mut [f32],
     ) -> Result<(), Error> {
-        self.check_choice(x, adapters, y)?;
-        self.linear.forward_as(x, |n| self.chosen_term(adapters[n]), scratch, y)
+        let mut factors = [1.0_f64; ROWS];
+        let mut any = false;
+        for Term { adapter, weight } in terms {
+            let Some(gains) = adapter.fresh(&self.base)?.gains else { continue };
+            let weight = f64::from(weight);
+            factors.iter_mut().zip(&gains[rows.clone()]).for_each(|(f, g)| *f = *f - weight + weight * f64::from(*g));
+            any = true;
+        }
+        if any {
+            sums.iter_mut().zip(factors).for_each(|(sum, f)| *sum *= to_f32(f));
+        }
+        Ok(())
     }
 
-    fn check_choice<X, Y>(&self, x: &[X], adapters: &[Option<&str>], y: &[Y]) -> Result<(), Error> {
-        check_len("adapters of the batch", self.linear.check_batch(x, y)?, adapters.len())?;
-        self.check_names(adapters.iter().flatten().copied())
+    /// The second half of step 3: `B` times the `A x` of each adapter.
+    fn add_terms<'t>(
+        &self,
+        terms: impl Iterator<Item = Term<'t>>,
+        mut low_rank: &[f32],
+        rows: &Range<usize>,
+        sums: &mut [f32],
+    ) -> Result<(), Error> {
+        for term in terms {
+            let fresh = term.adapter.fresh(&self.base)?;
+            let product;
+            (product, low_rank) = low_rank.split_at(term.rank());
+            let b = &fresh.pair.b[rows.start * term.rank()..rows.end * term.rank()];
+            match fresh.gains {
+                None => self.base.kernels().gemv_dense_add(b, product, term.factor(), sums)?,
+                Some(gains) => {
+                    let mut products = [0.0; ROWS];
+                    self.base.kernels().gemv_dense(b, product, &mut products[..sums.len()])?;
+                    let factors = gains[rows.clone()].iter().map(|g| term.factor() * g);
+                    sums.iter_mut().zip(factors).zip(products).for_each(|((sum, f), p)| *sum += f * p);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Step 4, for some rows of a vector.
+    fn add_bias(&self, rows: &Range<usize>, sums: &mut [f32]) {
+        if let Some(bias) = self.bias {
+            sums.iter_mut().zip(&bias[rows.clone()]).for_each(|(sum, b)| *sum += b);
+        }
     }
 }

@@ -2,18 +2,19 @@
 
 use crate::layer::linear::Linear;
 
-/// Bytes on the heap of a layer on a [`crate::Quantized4Bit`] base; all that it holds, exactly. The layer's own struct
+/// What a layer on a [`crate::Quantized4Bit`] base holds in memory, in bytes. All of it is exact. The layer's own struct
 /// is not counted, nor are the names of adapters.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MemoryStats {
     /// What the base weight would take in f32: `d_out * d_in * 4`. It is not held.
     pub base_unquantized_bytes: usize,
-    /// Packed codes and scales of the base: [`crate::Quantized4Bit::memory_bytes`].
+    /// Packed codes and scales of the base, owned or not: [`crate::Quantized4Bit::data_bytes`].
     pub base_quantized_bytes: usize,
     /// `A` and `B` of every adapter, `(d_in + d_out) * rank * 4`, and with `DoRA` its magnitude, norms and gains,
     /// `d_out * 12`; gradients too, once training has made them.
     pub lora_bytes: usize,
-    /// Base, adapters and, if there is one, the bias: `base_quantized_bytes + lora_bytes`, and `d_out * 4` for a bias.
+    /// What the layer itself has on the heap: the base, unless its bytes are static or shared
+    /// ([`crate::Quantized4Bit::memory_bytes`]), adapters and, if there is one, the bias, `d_out * 4`.
     pub total_bytes: usize,
     /// `base_unquantized_bytes / base_quantized_bytes`; NaN if there are no weights.
     pub compression_ratio: f32,
@@ -22,12 +23,13 @@ pub struct MemoryStats {
 impl MemoryStats {
     pub(crate) fn new(linear: &Linear, lora_bytes: usize) -> Self {
         let base_unquantized_bytes = linear.weight.len().saturating_mul(size_of::<f32>());
-        let base_quantized_bytes = linear.weight.memory_bytes();
+        let base_quantized_bytes = linear.weight.data_bytes();
+        let bias_bytes = linear.bias.as_deref().map_or(0, size_of_val);
         Self {
             base_unquantized_bytes,
             base_quantized_bytes,
             lora_bytes,
-            total_bytes: base_quantized_bytes + lora_bytes + linear.bias_bytes(),
+            total_bytes: linear.weight.memory_bytes() + lora_bytes + bias_bytes,
             compression_ratio: base_unquantized_bytes as f32 / base_quantized_bytes as f32,
         }
     }

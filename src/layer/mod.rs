@@ -4,8 +4,6 @@ pub(crate) mod forward;
 pub(crate) mod linear;
 pub(crate) mod lora;
 pub(crate) mod memory;
-pub(crate) mod merge;
 pub(crate) mod multi;
 pub(crate) mod qlora;
-pub(crate) mod requantize;
 pub(crate) mod scratch;

@@ -2,171 +2,110 @@
 
 use alloc::vec::Vec;
 
-use nf4_kernels::{Activations, BlockSize, ShapeError};
+use nf4_kernels::BlockSize;
 
-use crate::buffer::grow;
+use crate::buffer::{grow, take};
 use crate::error::{Error, or_panic};
+use crate::weight::inputs::InputsBuf;
 
 /// Working memory of the forwards that end in `_into`, made once and used for any number of forwards and layers.
 ///
 /// For each vector of a batch, a layer `[d_out, d_in]` with adapters of rank `r` needs
 ///
-/// * [`Activations::values_len`] `i16`: `d_in` rounded up to a multiple of 64,
-/// * [`Activations::scales_len`] f32: `d_in / 64` (`d_in / 32` with block size 32); these two are 0 if `d_in` is not a
-///   multiple of 64 (32 with block size 32),
-/// * `r` f32,
-/// * `d_out` f32,
+/// * its inputs in f32 and quantized: [`InputsBuf::bytes`],
+/// * `r` f32 for the low-rank products,
+/// * `d_out` f32 for the outputs before they are rounded,
 ///
-/// which [`Self::bytes`] adds up; and for inputs that are not f32 (`_as`) `d_in` f32 more. A forward leaves nothing in
-/// it that the next one reads.
+/// which [`Self::bytes`] adds up. A forward leaves nothing in it that the next one reads.
 #[derive(Debug, Clone, Default)]
 pub struct Scratch {
-    inputs: Vec<f32>,
-    work: Work,
+    pub(crate) inputs: InputsBuf,
+    pub(crate) work: Work,
 }
 
 impl Scratch {
-    /// Scratch that is too small for any layer yet; see [`Self::reserve`] and [`crate::QLoRALayer::scratch`].
+    /// Scratch that is too small for any layer; see [`Self::reserve`] and [`crate::QLoRALayer::scratch`].
     #[must_use]
     pub const fn new() -> Self {
-        let work = Work { values: Vec::new(), scales: Vec::new(), low_rank: Vec::new(), product: Vec::new() };
-        Self { inputs: Vec::new(), work }
+        Self { inputs: InputsBuf::new(), work: Work { low_rank: Vec::new(), product: Vec::new() } }
     }
 
-    /// Grows, if need be, so that layers with these numbers fit as well as those before. `shape` is `[d_out, d_in]`,
-    /// `rank` the sum of the ranks of the adapters that a vector meets.
+    /// Grows the scratch, if need be, for batches of `batch` vectors on a layer with these numbers. `rank` is the sum of
+    /// the ranks of the adapters that a vector meets.
     ///
     /// # Panics
-    /// If it does not fit in memory.
+    /// If there is no memory for it.
     #[track_caller]
-    pub fn reserve(&mut self, shape: [usize; 2], block_size: BlockSize, rank: usize, batch: usize) {
-        or_panic(self.try_reserve(shape, block_size, rank, batch));
+    pub fn reserve(&mut self, d_out: usize, d_in: usize, block_size: BlockSize, rank: usize, batch: usize) {
+        or_panic(self.try_reserve(d_out, d_in, block_size, rank, batch));
     }
 
     /// As [`Self::reserve`].
     ///
     /// # Errors
-    /// [`Error::Shape`] if it does not fit in memory. Parts of it may have grown then.
+    /// [`Error::OutOfMemory`]; parts of the scratch may have grown.
     pub fn try_reserve(
         &mut self,
-        shape: [usize; 2],
+        d_out: usize,
+        d_in: usize,
         block_size: BlockSize,
         rank: usize,
         batch: usize,
     ) -> Result<(), Error> {
-        let need = Need::new(shape, block_size, rank, batch);
-        grow(&mut self.work.values, need.values)?;
-        grow(&mut self.work.scales, need.scales)?;
-        grow(&mut self.work.low_rank, need.low_rank)?;
-        Ok(grow(&mut self.work.product, need.product)?)
+        self.inputs.try_reserve(d_in, block_size, batch)?;
+        self.work.try_reserve(d_out, rank, batch)
     }
 
-    /// Grows, if need be, so that `batch` vectors of `d_in` inputs can be converted to f32: for the forwards that end
-    /// in `_as`.
-    ///
-    /// # Panics
-    /// If it does not fit in memory.
-    #[track_caller]
-    pub fn reserve_inputs(&mut self, d_in: usize, batch: usize) {
-        or_panic(self.try_reserve_inputs(d_in, batch));
+    /// As [`Self::try_reserve`], for a dense layer, whose inputs are not quantized.
+    pub(crate) fn try_reserve_dense(
+        &mut self,
+        d_out: usize,
+        d_in: usize,
+        rank: usize,
+        batch: usize,
+    ) -> Result<(), Error> {
+        self.inputs.try_reserve_floats(d_in, batch)?;
+        self.work.try_reserve(d_out, rank, batch)
     }
 
-    /// As [`Self::reserve_inputs`].
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if it does not fit in memory.
-    pub fn try_reserve_inputs(&mut self, d_in: usize, batch: usize) -> Result<(), Error> {
-        Ok(grow(&mut self.inputs, d_in.saturating_mul(batch))?)
-    }
-
-    /// Bytes that [`Self::reserve`] with these numbers takes; `usize::MAX` if there are more.
+    /// Bytes that [`Self::reserve`] with these arguments takes; `usize::MAX` if there are more.
     #[must_use]
-    pub const fn bytes(shape: [usize; 2], block_size: BlockSize, rank: usize, batch: usize) -> usize {
-        let need = Need::new(shape, block_size, rank, batch);
-        let floats = need.scales.saturating_add(need.low_rank).saturating_add(need.product);
-        need.values.saturating_mul(size_of::<i16>()).saturating_add(floats.saturating_mul(size_of::<f32>()))
+    pub const fn bytes(d_out: usize, d_in: usize, block_size: BlockSize, rank: usize, batch: usize) -> usize {
+        let work = rank.saturating_add(d_out).saturating_mul(batch).saturating_mul(size_of::<f32>());
+        work.saturating_add(InputsBuf::bytes(d_in, block_size, batch))
     }
 
     /// Bytes on the heap.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        let Work { values, scales, low_rank, product } = &self.work;
-        let floats = scales.capacity() + low_rank.capacity() + product.capacity() + self.inputs.capacity();
-        values.capacity() * size_of::<i16>() + floats * size_of::<f32>()
-    }
-
-    /// What a forward on f32 needs.
-    pub(crate) fn work(&mut self) -> &mut Work {
-        &mut self.work
-    }
-
-    /// The buffer for inputs that are converted to f32, and what a forward on them needs.
-    pub(crate) fn inputs(&mut self, len: usize) -> Result<(&mut [f32], &mut Work), Error> {
-        Ok((take("scratch for converted inputs", &mut self.inputs, len)?, &mut self.work))
+        let floats = self.work.low_rank.capacity() + self.work.product.capacity();
+        self.inputs.memory_bytes() + floats * size_of::<f32>()
     }
 }
 
-/// All of [`Scratch`] but the converted inputs.
+/// All of [`Scratch`] but the inputs.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Work {
-    values: Vec<i16>,
-    scales: Vec<f32>,
     low_rank: Vec<f32>,
     product: Vec<f32>,
 }
 
-/// The parts of [`Work`] at their exact lengths.
-#[derive(Debug)]
-pub(crate) struct Buffers<'a> {
-    /// Quantized activations, `[batch, values_len]`.
-    pub(crate) values: &'a mut [i16],
-    /// Their scales, `[batch, scales_len]`.
-    pub(crate) scales: &'a mut [f32],
-    /// `A x` of each adapter, `[batch, rank]`.
-    pub(crate) low_rank: &'a mut [f32],
-    /// The base product, `[d_out, batch]`.
-    pub(crate) product: &'a mut [f32],
-}
-
 impl Work {
+    fn try_reserve(&mut self, d_out: usize, rank: usize, batch: usize) -> Result<(), Error> {
+        grow(&mut self.low_rank, rank.saturating_mul(batch))?;
+        grow(&mut self.product, d_out.saturating_mul(batch))
+    }
+
+    /// `A x` of each adapter, `[batch, rank]`, and the base product, `[d_out, batch]`.
     pub(crate) fn buffers(
         &mut self,
-        shape: [usize; 2],
-        block_size: BlockSize,
+        d_out: usize,
         rank: usize,
         batch: usize,
-    ) -> Result<Buffers<'_>, Error> {
-        let need = Need::new(shape, block_size, rank, batch);
-        Ok(Buffers {
-            values: take("scratch for activation values", &mut self.values, need.values)?,
-            scales: take("scratch for activation scales", &mut self.scales, need.scales)?,
-            low_rank: take("scratch for the low-rank product", &mut self.low_rank, need.low_rank)?,
-            product: take("scratch for the base product", &mut self.product, need.product)?,
-        })
+    ) -> Result<(&mut [f32], &mut [f32]), Error> {
+        Ok((
+            take("scratch for the low-rank product", &mut self.low_rank, rank.saturating_mul(batch))?,
+            take("scratch for the base product", &mut self.product, d_out.saturating_mul(batch))?,
+        ))
     }
-}
-
-/// The lengths of the parts of [`Work`].
-struct Need {
-    values: usize,
-    scales: usize,
-    low_rank: usize,
-    product: usize,
-}
-
-impl Need {
-    const fn new(shape: [usize; 2], block_size: BlockSize, rank: usize, batch: usize) -> Self {
-        let [d_out, d_in] = shape;
-        Self {
-            values: Activations::values_len(d_in, block_size).saturating_mul(batch),
-            scales: Activations::scales_len(d_in, block_size).saturating_mul(batch),
-            low_rank: rank.saturating_mul(batch),
-            product: d_out.saturating_mul(batch),
-        }
-    }
-}
-
-fn take<'a, T>(what: &'static str, buffer: &'a mut [T], len: usize) -> Result<&'a mut [T], Error> {
-    let got = buffer.len();
-    buffer.get_mut(..len).ok_or(ShapeError::Length { what, expected: len, got }.into())
 }

@@ -1,33 +1,82 @@
-//! The frozen weight below an adapter, packed or dense: what training needs of it.
+//! The frozen weight below an adapter, packed or dense: its products, and its rows.
 
 use nf4_kernels::{Kernels, Nf4Matrix};
 
 use crate::error::Error;
-use crate::parallel;
-use crate::weight::dense::add_rows;
+use crate::parallel::Executor;
+use crate::weight::inputs::{Arithmetic, Inputs};
+use crate::weight::row_sums::add_rows;
 
-/// A weight `[d_out, d_in]`, neither of them 0 where it is multiplied, and the kernels to multiply it with.
+/// A weight `[d_out, d_in]`, and what multiplies it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Base<'a> {
-    Packed(Nf4Matrix<'a>, Kernels),
-    /// Row-major.
-    Dense(&'a [f32], Kernels),
+pub(crate) struct Base<'a> {
+    weight: Weight<'a>,
+    d_out: usize,
+    d_in: usize,
+    executor: &'a Executor,
 }
 
-impl Base<'_> {
-    /// `y = W x` in f32.
-    pub(crate) fn product(self, x: &[f32], y: &mut [f32]) -> Result<(), Error> {
-        match self {
-            Self::Packed(weight, kernels) => Ok(parallel::gemm_f32(kernels, &weight, x, y)?),
-            Self::Dense(weight, kernels) => Ok(kernels.gemv_dense(weight, x, y)?),
+#[derive(Debug, Clone, Copy)]
+enum Weight<'a> {
+    Packed(Nf4Matrix<'a>, Arithmetic),
+    /// Row-major.
+    Dense(&'a [f32]),
+}
+
+impl<'a> Base<'a> {
+    pub(crate) fn packed(weight: Nf4Matrix<'a>, arithmetic: Arithmetic, executor: &'a Executor) -> Self {
+        Self { d_out: weight.rows(), d_in: weight.cols(), weight: Weight::Packed(weight, arithmetic), executor }
+    }
+
+    /// `weight` has `d_out * d_in` values.
+    pub(crate) fn dense(weight: &'a [f32], d_out: usize, d_in: usize, executor: &'a Executor) -> Self {
+        Self { weight: Weight::Dense(weight), d_out, d_in, executor }
+    }
+
+    pub(crate) fn d_out(&self) -> usize {
+        self.d_out
+    }
+
+    pub(crate) fn d_in(&self) -> usize {
+        self.d_in
+    }
+
+    pub(crate) fn kernels(&self) -> Kernels {
+        self.executor.kernels
+    }
+
+    /// `y = W x` for a batch, in the arithmetic of the layer; `y` is `[d_out, batch]`.
+    pub(crate) fn product(&self, x: &Inputs<'_>, y: &mut [f32]) -> Result<(), Error> {
+        match &self.weight {
+            _ if self.d_in == 0 => y.fill(0.0),
+            Weight::Packed(weight, Arithmetic::SixteenByFour) => self.executor.gemm(weight, x.activations()?, y)?,
+            Weight::Packed(weight, Arithmetic::F32) => self.executor.gemm_f32(weight, x.all(), y)?,
+            Weight::Dense(weight) if x.batch() == 1 => self.kernels().gemv_dense(weight, x.all(), y)?,
+            Weight::Dense(weight) => {
+                for n in 0..x.batch() {
+                    for (row, weight) in weight.chunks_exact(self.d_in).enumerate() {
+                        let y = &mut y[row * x.batch() + n..][..1];
+                        self.kernels().gemv_dense(weight, x.vector(n), y)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// `y = W x` for one vector, in f32 whatever the arithmetic of the layer.
+    pub(crate) fn product_f32(&self, x: &[f32], y: &mut [f32]) -> Result<(), Error> {
+        match &self.weight {
+            Weight::Packed(weight, _) => Ok(self.executor.gemm_f32(weight, x, y)?),
+            Weight::Dense(weight) => Ok(self.kernels().gemv_dense(weight, x, y)?),
         }
     }
 
-    /// `dx = W^T dy` in f32.
-    pub(crate) fn transposed(self, dy: &[f32], dx: &mut [f32]) -> Result<(), Error> {
-        match self {
-            Self::Packed(weight, kernels) => parallel::gemv_transposed_f32(kernels, &weight, dy, dx)?,
-            Self::Dense(weight, _) => {
+    /// `dx = W^T dy` for one vector, in f32.
+    pub(crate) fn transposed(&self, dy: &[f32], dx: &mut [f32]) -> Result<(), Error> {
+        match &self.weight {
+            Weight::Packed(weight, _) => self.executor.gemv_transposed_f32(weight, dy, dx)?,
+            Weight::Dense(weight) => {
                 dx.fill(0.0);
                 add_rows(dx, |row| dy[row], weight);
             }
@@ -35,17 +84,12 @@ impl Base<'_> {
         Ok(())
     }
 
-    /// Row `row`, exactly.
-    pub(crate) fn row(self, row: usize, out: &mut [f32]) -> Result<(), Error> {
-        match self {
-            Self::Packed(weight, kernels) => kernels.dequantize(&weight.row_range(row..row + 1)?, out)?,
-            Self::Dense(weight, _) => out.copy_from_slice(&weight[row * out.len()..][..out.len()]),
+    /// The weights of row `row`, exactly.
+    pub(crate) fn row(&self, row: usize, out: &mut [f32]) -> Result<(), Error> {
+        match &self.weight {
+            Weight::Packed(weight, _) => self.kernels().dequantize(&weight.row_range(row..row + 1)?, out)?,
+            Weight::Dense(weight) => out.copy_from_slice(&weight[row * self.d_in..][..self.d_in]),
         }
         Ok(())
-    }
-
-    pub(crate) fn kernels(self) -> Kernels {
-        let (Self::Packed(_, kernels) | Self::Dense(_, kernels)) = self;
-        kernels
     }
 }

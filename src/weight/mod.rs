@@ -1,5 +1,8 @@
-//! Quantized weights, and the frozen weight below an adapter.
+//! Quantized weights, the inputs that they are multiplied with, and the frozen weight below an adapter.
 
+pub(crate) mod absmax;
 pub(crate) mod base;
-pub(crate) mod dense;
+pub(crate) mod inputs;
 pub(crate) mod quantized;
+pub(crate) mod row_sums;
+pub(crate) mod store;

@@ -1,101 +1,22 @@
-//! NF4 weights that own their bytes.
+//! A matrix of NF4 weights, and what holds its bytes.
 
-use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 
-use nf4_kernels::{Absmax, BlockSize, DYNAMIC_MAP, Float, Kernels, NESTED_BLOCK, NestedAbsmax, Nf4Matrix, packed_len};
+use nf4_kernels::{BlockSize, Float, Nf4Matrix, ShapeError, packed_len};
 
 use crate::buffer::zeros;
 use crate::error::{Error, check_finite, check_matrix};
-use crate::parallel;
+use crate::parallel::Executor;
+use crate::weight::absmax::AbsmaxBuf;
+use crate::weight::store::Store;
 
-/// The scales of the blocks, owned: plain, or double-quantized; never both. [`Self::view`] is the borrowed [`Absmax`].
-#[derive(Debug, Clone)]
-pub struct AbsmaxBuf(Storage);
-
-#[derive(Debug, Clone)]
-enum Storage {
-    Plain(Box<[f32]>),
-    Nested {
-        codes: Box<[u8]>,
-        absmax: Box<[f32]>,
-        /// `None` stands for [`DYNAMIC_MAP`].
-        map: Option<Box<[f32; 256]>>,
-        offset: f32,
-    },
-}
-
-impl AbsmaxBuf {
-    /// One f32 a block.
-    #[must_use]
-    pub fn plain(absmax: Vec<f32>) -> Self {
-        Self(Storage::Plain(absmax.into_boxed_slice()))
-    }
-
-    /// Double-quantized scales as they are in a file: one code a block, one f32 for each [`NESTED_BLOCK`] of them, the
-    /// map and the offset; see [`NestedAbsmax`]. The map is kept (1 KiB) only if it differs from [`DYNAMIC_MAP`] in a
-    /// bit.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if `absmax` does not have `ceil(codes.len() / 256)` values.
-    pub fn nested(codes: Vec<u8>, absmax: Vec<f32>, map: &[f32; 256], offset: f32) -> Result<Self, Error> {
-        NestedAbsmax::new(&codes, map, &absmax, offset)?;
-        let same = map.iter().zip(&DYNAMIC_MAP).all(|(a, b)| a.to_bits() == b.to_bits());
-        Ok(Self(Storage::Nested {
-            codes: codes.into_boxed_slice(),
-            absmax: absmax.into_boxed_slice(),
-            map: (!same).then(|| Box::new(*map)),
-            offset,
-        }))
-    }
-
-    /// Double-quantizes plain scales, bit for bit as `bitsandbytes` does on the CPU.
-    ///
-    /// NaN and infinity make every scale NaN; [`Quantized4Bit`] takes neither.
-    #[must_use]
-    pub fn double_quantize(absmax: &[f32]) -> Self {
-        let mut codes = vec![0; absmax.len()].into_boxed_slice();
-        let mut nested = vec![0.0; absmax.len().div_ceil(NESTED_BLOCK)].into_boxed_slice();
-        let offset = Kernels::detect()
-            .quantize_absmax(absmax, &mut codes, &mut nested)
-            .expect("both buffers were just made with the lengths that this needs");
-        Self(Storage::Nested { codes, absmax: nested, map: None, offset })
-    }
-
-    /// The borrowed view.
-    #[must_use]
-    pub fn view(&self) -> Absmax<'_> {
-        match &self.0 {
-            Storage::Plain(absmax) => Absmax::Plain(absmax),
-            Storage::Nested { codes, absmax, map, offset } => {
-                let map = map.as_deref().unwrap_or(&DYNAMIC_MAP);
-                Absmax::Nested(NestedAbsmax::new(codes, map, absmax, *offset).expect("both constructors checked it"))
-            }
-        }
-    }
-
-    /// Whether the scales are double-quantized.
-    #[must_use]
-    pub fn is_nested(&self) -> bool {
-        matches!(self.0, Storage::Nested { .. })
-    }
-
-    /// Bytes on the heap: 4 a block; or 1 a block, 4 for each [`NESTED_BLOCK`] blocks, and 1024 for a map of its own.
-    #[must_use]
-    pub fn memory_bytes(&self) -> usize {
-        match &self.0 {
-            Storage::Plain(absmax) => size_of_val(&**absmax),
-            Storage::Nested { codes, absmax, map, .. } => {
-                size_of_val(&**codes) + size_of_val(&**absmax) + map.as_deref().map_or(0, size_of_val)
-            }
-        }
-    }
-}
-
-/// A matrix of NF4 weights `[rows, cols]` that owns its packed codes and scales: the base of a [`crate::QLoRALayer`].
+/// A matrix of NF4 weights `[rows, cols]`: packed codes and the scales of their blocks. It is the base of a
+/// [`crate::QLoRALayer`].
 ///
-/// Every scale is finite, so every weight is. [`Self::view`] gives the [`Nf4Matrix`] that [`Kernels`] work on.
+/// The bytes are owned, static or shared ([`Store`]). Every scale is finite, and so is every weight. [`Self::view`]
+/// borrows the [`Nf4Matrix`] that [`nf4_kernels::Kernels`] work on.
 ///
 /// ```
 /// use nf4::{BlockSize, Quantized4Bit};
@@ -106,22 +27,37 @@ impl AbsmaxBuf {
 /// assert_eq!(nested.bits_per_weight(), 4.126953125); // 4 + 8/64 + 32/(64 * 256)
 /// # Ok::<(), nf4::Error>(())
 /// ```
+///
+/// Weights in a file in memory stay there:
+///
+/// ```
+/// use std::sync::Arc;
+/// use nf4::{AbsmaxBuf, BlockSize, Quantized4Bit, SharedBytes, Store};
+/// # let bytes = vec![0_u8; 512 + 64];
+/// let file: SharedBytes = Arc::new(bytes); // 16 x 64 codes, then a scale for each of 16 blocks
+/// let packed = Store::<u8>::shared(file.clone(), 0..512)?;
+/// let absmax = AbsmaxBuf::plain(Store::<f32>::shared(file, 512..576)?);
+/// let weight = Quantized4Bit::from_parts(packed, absmax, 16, 64, BlockSize::B64)?;
+/// # Ok::<(), nf4::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Quantized4Bit {
-    packed: Box<[u8]>,
+    packed: Store<u8>,
     absmax: AbsmaxBuf,
     rows: usize,
     cols: usize,
     block_size: BlockSize,
 }
 
+/// Construction.
 impl Quantized4Bit {
-    /// Quantizes row-major weights `[rows, cols]`, with `double_quant` also their scales; bit for bit as `bitsandbytes`
-    /// does on the CPU (block size 64 is its default).
+    /// Quantizes row-major weights `[rows, cols]`, and with `double_quant` their scales too; bit for bit as `bitsandbytes`
+    /// does on a CPU (block size 64 is its default).
     ///
     /// # Errors
     /// [`Error::MatrixLength`] if there are not `rows * cols` weights; [`Error::NotFinite`] if one is NaN or infinite,
-    /// or if finite ones are so large (above `1e30`, say) that their double-quantized scales are not finite.
+    /// or if finite ones are so large (above `1e30`, say) that their double-quantized scales are not finite;
+    /// [`Error::Shape`] if `rows * cols` does not fit in `usize`; [`Error::OutOfMemory`].
     pub fn quantize<T: Float>(
         weights: &[T],
         rows: usize,
@@ -132,54 +68,63 @@ impl Quantized4Bit {
         check_matrix("base weight", weights, rows, cols)?;
         let mut packed = zeros(1, packed_len(weights.len()))?;
         let mut absmax = zeros(1, block_size.blocks(weights.len()))?;
-        parallel::quantize(Kernels::detect(), weights, block_size, &mut packed, &mut absmax)?;
-        // The absmax of a block is finite if and only if its weights are, and there are fewer to look at.
+        Executor::detect().quantize(weights, block_size, &mut packed, &mut absmax)?;
+        // The absmax of a block is finite if and only if its weights are, and there are fewer of them to look at.
         if !absmax.iter().all(|a: &f32| a.is_finite()) {
             check_finite("base weight", weights)?;
         }
-        let absmax = if double_quant { AbsmaxBuf::double_quantize(&absmax) } else { AbsmaxBuf::plain(absmax) };
+        let absmax = if double_quant { AbsmaxBuf::double_quantize(&absmax)? } else { AbsmaxBuf::plain(absmax) };
         Self::from_parts(packed, absmax, rows, cols, block_size)
     }
 
-    /// Joins packed codes (two a byte, the first in the high half) and scales that come from a file or from elsewhere.
+    /// Joins packed codes (two per byte, the first in the high half) and scales that come from a file or from elsewhere.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the lengths do not fit `[rows, cols]` and `block_size`, see [`Nf4Matrix::new`];
+    /// [`Error::Shape`] if the lengths do not fit `rows`, `cols` and `block_size`, see [`Nf4Matrix::new`];
     /// [`Error::NotFinite`] with the index of the block if a scale is NaN or infinite.
     pub fn from_parts(
-        packed: Vec<u8>,
+        packed: impl Into<Store<u8>>,
         absmax: AbsmaxBuf,
         rows: usize,
         cols: usize,
         block_size: BlockSize,
     ) -> Result<Self, Error> {
-        let view = absmax.view();
-        Nf4Matrix::new(&packed, view, rows, cols, block_size)?;
-        for index in 0..view.len() {
-            let value = view.get(index);
+        let weight = Self { packed: packed.into(), absmax, rows, cols, block_size };
+        let absmax = weight.try_view()?.absmax();
+        for index in 0..absmax.len() {
+            let value = absmax.get(index);
             if !value.is_finite() {
                 return Err(Error::NotFinite { what: "absmax", index, value });
             }
         }
-        Ok(Self { packed: packed.into_boxed_slice(), absmax, rows, cols, block_size })
+        Ok(weight)
     }
+}
 
-    /// The borrowed view, for [`Kernels`].
-    #[must_use]
-    pub fn view(&self) -> Nf4Matrix<'_> {
-        Nf4Matrix::new(&self.packed, self.absmax.view(), self.rows, self.cols, self.block_size)
-            .expect("the constructor checked it")
-    }
-
-    /// The weights, row-major `[rows, cols]`, rounded once to `T`: `CODEBOOK[code] * absmax`.
+/// Weights.
+impl Quantized4Bit {
+    /// A borrowed view of the matrix, for [`nf4_kernels::Kernels`].
     ///
     /// # Panics
-    /// If the result does not fit in memory; [`Self::dequantize_rows`] restores it in parts.
+    /// If shared bytes are no longer what they were.
+    #[must_use]
+    pub fn view(&self) -> Nf4Matrix<'_> {
+        self.try_view().expect("the constructor checked the lengths")
+    }
+
+    /// As [`Self::view`], with an error in place of a panic.
+    pub(crate) fn try_view(&self) -> Result<Nf4Matrix<'_>, ShapeError> {
+        Nf4Matrix::new(self.packed.as_slice(), self.absmax.try_view()?, self.rows, self.cols, self.block_size)
+    }
+
+    /// All weights, row-major `[rows, cols]`, rounded once to `T`: `CODEBOOK[code] * absmax`.
+    ///
+    /// # Panics
+    /// If the result does not fit in memory; [`Self::dequantize_rows`] dequantizes a part.
     #[must_use]
     pub fn dequantize<T: Float>(&self) -> Vec<T> {
         let mut out = vec![T::from_f32(0.0); self.rows * self.cols];
-        parallel::dequantize(Kernels::detect(), &self.view(), &mut out)
-            .expect("`out` was just made with the right length");
+        self.dequantize_rows(0..self.rows, &mut out).expect("`out` was made for all rows");
         out
     }
 
@@ -187,12 +132,12 @@ impl Quantized4Bit {
     ///
     /// # Errors
     /// [`Error::Shape`] if there are no such rows or `out` does not have `rows.len() * self.cols()` elements.
-    pub fn dequantize_rows<T: Float>(&self, rows: core::ops::Range<usize>, out: &mut [T]) -> Result<(), Error> {
-        Ok(parallel::dequantize(Kernels::detect(), &self.view().row_range(rows)?, out)?)
+    pub fn dequantize_rows<T: Float>(&self, rows: Range<usize>, out: &mut [T]) -> Result<(), Error> {
+        Ok(Executor::detect().dequantize(&self.try_view()?.row_range(rows)?, out)?)
     }
 }
 
-/// What it is.
+/// Accessors.
 impl Quantized4Bit {
     /// Number of rows (outputs).
     #[must_use]
@@ -218,7 +163,7 @@ impl Quantized4Bit {
         self.len() == 0
     }
 
-    /// Weights in a block.
+    /// Number of weights in a block.
     #[must_use]
     pub fn block_size(&self) -> BlockSize {
         self.block_size
@@ -230,10 +175,10 @@ impl Quantized4Bit {
         self.absmax.is_nested()
     }
 
-    /// The packed codes, two a byte, the first in the high half.
+    /// The packed codes, two per byte, the first in the high half.
     #[must_use]
     pub fn packed(&self) -> &[u8] {
-        &self.packed
+        self.packed.as_slice()
     }
 
     /// The scales of the blocks.
@@ -242,15 +187,22 @@ impl Quantized4Bit {
         &self.absmax
     }
 
-    /// Bytes on the heap: packed codes and scales. There is no spare capacity and no second copy.
+    /// Bytes of packed codes and scales, wherever they are.
     #[must_use]
-    pub fn memory_bytes(&self) -> usize {
-        self.packed.len() + self.absmax.memory_bytes()
+    pub fn data_bytes(&self) -> usize {
+        self.packed().len() + self.absmax.data_bytes()
     }
 
-    /// Bits of [`Self::memory_bytes`] for each weight; NaN if there are no weights.
+    /// Of [`Self::data_bytes`], those on the heap that belong to this matrix alone: all if it owns its data, none if
+    /// they are static or shared. There is no spare capacity and no second copy.
+    #[must_use]
+    pub fn memory_bytes(&self) -> usize {
+        self.packed.memory_bytes() + self.absmax.memory_bytes()
+    }
+
+    /// Bits of [`Self::data_bytes`] per weight; NaN if there are no weights.
     #[must_use]
     pub fn bits_per_weight(&self) -> f64 {
-        self.memory_bytes() as f64 * 8.0 / self.len() as f64
+        self.data_bytes() as f64 * 8.0 / self.len() as f64
     }
 }

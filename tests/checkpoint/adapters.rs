@@ -104,12 +104,12 @@ fn patterns_match_ends_of_names_and_the_first_one_counts() {
 
 #[test]
 fn made_adapters_keep_rank_alpha_scaling_and_magnitude_of_each_module() {
-    let lora = |rank: usize, alpha: f32| {
+    let lora = |rank: usize, alpha: f64| {
         let (a, b) = ((0..rank * 5).map(|i| i as f32).collect(), vec![0.5; 3 * rank]);
-        LoRAAdapter::try_from_parts(a, b, [3, 5], rank, alpha, LoRAScaling::RsLoRA).unwrap()
+        LoRAAdapter::from_parts(a, b, 3, 5, rank, alpha, LoRAScaling::RsLoRA).unwrap()
     };
     for dora in [false, true] {
-        let with = |l: LoRAAdapter| if dora { l.try_with_magnitude(vec![1.0, 2.0, 3.0]).unwrap() } else { l };
+        let with = |l: LoRAAdapter| if dora { l.with_magnitude(vec![1.0, 2.0, 3.0]).unwrap() } else { l };
         let modules = [("h.0.q", 4, 8.0), ("h.1.q", 2, 8.0), ("x.h.1.q", 4, 0.5)];
         let modules = modules.map(|(name, rank, alpha)| (name.to_owned(), with(lora(rank, alpha))));
         let adapter = PeftAdapter::new(modules.clone()).unwrap().with_field("task_type", "CAUSAL_LM".into());
@@ -124,7 +124,7 @@ fn made_adapters_keep_rank_alpha_scaling_and_magnitude_of_each_module() {
         }
         assert_eq!(again.to_files(FloatType::F32).unwrap(), (config, file));
     }
-    let mixed = LoRAAdapter::try_init(3, 5, 2, 1.0, LoRAScaling::Standard, 0).unwrap();
+    let mixed = LoRAAdapter::new(3, 5, 2, 1.0, LoRAScaling::Standard, 0).unwrap();
     let error = PeftAdapter::new([("a".to_owned(), lora(2, 1.0)), ("b".to_owned(), mixed)]).unwrap_err();
     assert_eq!(error.to_string(), "b: rsLoRA for some modules only is not supported");
 }

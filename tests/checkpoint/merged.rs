@@ -33,7 +33,7 @@ fn base() -> TensorMap<'static> {
 fn adapter() -> PeftAdapter {
     let lora = |d_out, d_in| {
         let values = |n: usize| (0..n).map(|i| (i as f32 * 0.7).cos()).collect();
-        LoRAAdapter::try_from_parts(values(2 * d_in), values(2 * d_out), [d_out, d_in], 2, 3.0, LoRAScaling::Standard)
+        LoRAAdapter::from_parts(values(2 * d_in), values(2 * d_out), d_out, d_in, 2, 3.0, LoRAScaling::Standard)
             .unwrap()
     };
     PeftAdapter::new([("m.q".to_owned(), lora(70, 6)), ("m.d".to_owned(), lora(3, 5))]).unwrap()

@@ -25,14 +25,14 @@ fn a_batch_has_the_bits_of_single_vectors() {
         ] {
             let mut layer = layer(d_out, d_in, rank, block, i % 2 == 0).with_arithmetic(arithmetic);
             if i % 3 != 0 {
-                layer = layer.try_with_bias(normal(d_out, 0.1, 5)).unwrap();
+                layer = layer.with_bias(normal(d_out, 0.1, 5)).unwrap();
             }
             let x = normal(batch * d_in, 1.0, 6);
             let expected = one_by_one(&layer, &x);
             let x = Tensor::from_vec(x, false);
             for k in &kernels {
                 layer = layer.with_kernels(*k);
-                let y = layer.forward_batch(&x);
+                let y = layer.forward(&x);
                 let name = format!("{d_out}x{d_in}, batch {batch}, {block:?}, {arithmetic:?}, {}", k.isa());
                 assert_eq!(bits(y.data()), bits(&expected), "{name}");
             }
@@ -49,7 +49,7 @@ fn a_bad_vector_leaves_its_neighbours_alone() {
             let mut x = normal(4 * 128, 1.0, 4);
             x[130] = f32::NAN;
             x[128 * 3 + 127] = f32::INFINITY;
-            let y = layer.forward_batch(&Tensor::from_vec(x.clone(), false));
+            let y = layer.forward(&Tensor::from_vec(x.clone(), false));
             assert_eq!(bits(y.data()), bits(&one_by_one(&layer, &x)), "{}", k.isa());
             assert!(y.data()[..5].iter().chain(&y.data()[10..15]).all(|y| y.is_finite()));
             assert_eq!(bits(&y.data()[5..10]), [f32::NAN.to_bits(); 5]);
@@ -60,17 +60,17 @@ fn a_bad_vector_leaves_its_neighbours_alone() {
 #[test]
 fn a_scratch_serves_smaller_batches_and_leaves_nothing_behind() {
     let layer = layer(150, 128, 3, BlockSize::B64, false);
-    let mut scratch = layer.scratch_for_batch(9);
-    assert_eq!(scratch.memory_bytes(), Scratch::bytes([150, 128], BlockSize::B64, 3, 9));
-    // As documented: 2 bytes for each of 128 inputs, 4 for each of 2 groups, of 3 ranks and of 150 outputs; 9 times.
-    assert_eq!(scratch.memory_bytes(), 9 * (2 * 128 + 4 * (2 + 3 + 150)));
+    let mut scratch = layer.scratch(9);
+    assert_eq!(scratch.memory_bytes(), Scratch::bytes(150, 128, BlockSize::B64, 3, 9));
+    // As documented: 4 + 2 bytes for each of 128 inputs, 4 for each of 2 groups, of 3 ranks and of 150 outputs; 9 times.
+    assert_eq!(scratch.memory_bytes(), 9 * (6 * 128 + 4 * (2 + 3 + 150)));
     for batch in [9, 2, 1, 0, 8] {
         let x = normal(batch * 128, 1.0, 4);
         let mut y = vec![f32::NAN; batch * 150];
-        layer.forward_batch_into(&x, &mut scratch, &mut y).unwrap();
+        layer.forward_into(&x, &mut scratch, &mut y).unwrap();
         assert_eq!(bits(&y), bits(&one_by_one(&layer, &x)), "{batch}");
     }
-    assert_eq!(Scratch::bytes([1, 1 << 20], BlockSize::B64, 8, usize::MAX), usize::MAX);
+    assert_eq!(Scratch::bytes(1, 1 << 20, BlockSize::B64, 8, usize::MAX), usize::MAX);
 }
 
 /// Inputs and outputs of any two types: what f32 gives for the converted inputs, rounded once.
@@ -78,15 +78,14 @@ fn check_types<X: Float, Y: Float>() {
     for (d_out, d_in, rank) in SHAPES {
         for arithmetic in [Arithmetic::SixteenByFour, Arithmetic::F32] {
             let layer = layer(d_out, d_in, rank, BlockSize::B64, true).with_arithmetic(arithmetic);
-            let layer = layer.try_with_bias(normal(d_out, 0.1, 5)).unwrap();
+            let layer = layer.with_bias(normal(d_out, 0.1, 5)).unwrap();
             for batch in [1, 3] {
                 let x: Vec<X> = normal(batch * d_in, 1.0, 6).into_iter().map(X::from_f32).collect();
                 let expected = one_by_one(&layer, &x.iter().map(|x| x.to_f32()).collect::<Vec<_>>());
                 let mut y = vec![Y::from_f32(f32::NAN); batch * d_out];
-                let mut scratch = layer.scratch_for_batch_as(batch);
-                let bytes = Scratch::bytes([d_out, d_in], BlockSize::B64, rank, batch);
-                assert_eq!(scratch.memory_bytes(), bytes + 4 * batch * d_in);
-                layer.forward_batch_into_as(&x, &mut scratch, &mut y).unwrap();
+                let mut scratch = layer.scratch(batch);
+                assert_eq!(scratch.memory_bytes(), Scratch::bytes(d_out, d_in, BlockSize::B64, rank, batch));
+                layer.forward_into(&x, &mut scratch, &mut y).unwrap();
                 for (y, e) in y.iter().zip(expected) {
                     assert_eq!(y.to_f32().to_bits(), Y::from_f32(e).to_f32().to_bits());
                 }

@@ -2,8 +2,8 @@
 
 use nf4::optim::AdamW;
 use nf4::{
-    Arithmetic, BlockSize, Error, LoRAAdapter, LoRALayer, LoRAScaling, MultiAdapterLayer, QLoRALayer, Quantized4Bit,
-    Tensor,
+    Adapters, Arithmetic, BlockSize, Error, LoRAAdapter, LoRALayer, LoRAScaling, MultiAdapterLayer, QLoRALayer,
+    Quantized4Bit, Tensor,
 };
 
 use crate::{adapter, all_kernels, bits, layer, normal};
@@ -14,12 +14,12 @@ const SHAPES: [(usize, usize, usize, usize); 5] =
 /// A `DoRA` adapter whose magnitude is 20 % or so off the norms.
 fn dora(d_out: usize, d_in: usize, rank: usize) -> LoRAAdapter {
     let magnitude = normal(d_out, 0.1, 8).iter().map(|m| 0.5 + m).collect();
-    adapter(d_out, d_in, rank).try_with_magnitude(magnitude).unwrap()
+    adapter(d_out, d_in, rank).with_magnitude(magnitude).unwrap()
 }
 
 fn dora_layer(d_out: usize, d_in: usize, rank: usize) -> QLoRALayer {
     let base = layer(d_out, d_in, rank, BlockSize::B64, true).into_parts().0;
-    QLoRALayer::try_from_parts(base, dora(d_out, d_in, rank)).unwrap().with_arithmetic(Arithmetic::F32)
+    QLoRALayer::from_parts(base, dora(d_out, d_in, rank)).unwrap().with_arithmetic(Arithmetic::F32)
 }
 
 fn tensor(values: &[f32]) -> Tensor {
@@ -80,13 +80,13 @@ fn forward_and_merge_are_near_f64_with_the_same_bits_on_every_instruction_set() 
         let x = normal(batch * d_in, 1.0, 4);
         let fresh = dora_layer(d_out, d_in, rank);
         let exact = Exact::new(&fresh.base_weight_quantized().dequantize(), fresh.adapter());
-        let y = fresh.forward_batch(&tensor(&x));
+        let y = fresh.forward(&tensor(&x));
         check(&name, y.data(), &exact.forward(&x));
         check(&format!("{name}, merged"), &fresh.merge_to_f32(), &exact.merged());
         let sixteen = fresh.clone().with_arithmetic(Arithmetic::SixteenByFour);
         for k in &kernels {
             let other = fresh.clone().with_kernels(*k);
-            assert_eq!(bits(other.forward_batch(&tensor(&x)).data()), bits(y.data()), "{name}, {}", k.isa());
+            assert_eq!(bits(other.forward(&tensor(&x)).data()), bits(y.data()), "{name}, {}", k.isa());
             for (x, y) in x.chunks(d_in).zip(y.data().chunks(d_out)) {
                 assert_eq!(bits(other.forward(&tensor(x)).data()), bits(y), "{name}, {}", k.isa());
                 let [a, b] = [&sixteen, &sixteen.clone().with_kernels(*k)].map(|l| bits(l.forward(&tensor(x)).data()));
@@ -95,7 +95,7 @@ fn forward_and_merge_are_near_f64_with_the_same_bits_on_every_instruction_set() 
         }
 
         let weight = normal(d_out * d_in, 0.02, 1);
-        let mut dense = LoRALayer::try_from_adapter(tensor(&weight), dora(d_out, d_in, rank)).unwrap();
+        let mut dense = LoRALayer::from_parts(tensor(&weight), dora(d_out, d_in, rank)).unwrap();
         let exact = Exact::new(&weight, dense.adapter());
         let expected = exact.forward(&x);
         for (x, y) in x.chunks(d_in).zip(expected.chunks(d_out)) {
@@ -158,7 +158,7 @@ fn gradients_agree_with_differences_that_keep_the_norms() {
         check(&format!("{name}: dA"), layer.lora_a().grad().unwrap(), &da);
         check(&format!("{name}: dB"), layer.lora_b().grad().unwrap(), &db);
         check(&format!("{name}: dx"), dx.data(), &expected_dx);
-        check(&format!("{name}: dm"), layer.lora_magnitude().unwrap().grad().unwrap(), &dm);
+        check(&format!("{name}: dm"), layer.adapter().magnitude().unwrap().grad().unwrap(), &dm);
     }
 }
 
@@ -166,20 +166,20 @@ fn gradients_agree_with_differences_that_keep_the_norms() {
 fn a_fresh_adapter_with_dora_changes_nothing() {
     let (d_out, d_in) = (64, 128);
     let base = Quantized4Bit::quantize(&normal(d_out * d_in, 0.02, 1), d_out, d_in, BlockSize::B64, false).unwrap();
-    let init = LoRAAdapter::try_init(d_out, d_in, 4, 8.0, LoRAScaling::Standard, 1).unwrap();
-    let plain = QLoRALayer::try_from_parts(base.clone(), init.clone()).unwrap();
+    let init = LoRAAdapter::new(d_out, d_in, 4, 8.0, LoRAScaling::Standard, 1).unwrap();
+    let plain = QLoRALayer::from_parts(base.clone(), init.clone()).unwrap();
     let unjoined = init.with_dora();
     assert!(unjoined.is_dora() && unjoined.magnitude().is_none());
-    let mut layer = QLoRALayer::try_from_parts(base, unjoined).unwrap();
+    let mut layer = QLoRALayer::from_parts(base, unjoined).unwrap();
     let norms: Vec<f64> = layer.base_weight_quantized().dequantize::<f32>().chunks(d_in).map(norm).collect();
-    check("magnitude", layer.lora_magnitude().unwrap().data(), &norms);
+    check("magnitude", layer.adapter().magnitude().unwrap().data(), &norms);
     let x = tensor(&normal(d_in, 1.0, 4));
     let (y, expected) = (layer.forward(&x), plain.forward(&x));
     // A norm is rounded to f32, and divided by itself.
     assert_eq!(bits(y.data()), bits(expected.data()));
     // The same once the magnitude is there: after the adapter was stored, or was moved.
     let (base, _, adapter) = layer.clone().into_parts();
-    let again = QLoRALayer::try_from_parts(base, adapter).unwrap();
+    let again = QLoRALayer::from_parts(base, adapter).unwrap();
     assert_eq!(bits(again.forward(&x).data()), bits(expected.data()));
     assert_eq!(bits(&layer.merge_to_f32()), bits(&plain.merge_to_f32()));
     assert_eq!(layer.trainable_params().iter().map(|p| p.len()).collect::<Vec<_>>(), [4 * d_in, 4 * d_out, d_out]);
@@ -196,7 +196,7 @@ fn stale_norms_are_an_error_until_they_are_taken_again() {
     let change: [fn(&mut QLoRALayer); 4] = [
         |l| l.lora_a_mut().data_mut()[3] = 1.0,
         |l| l.lora_b_mut().data_mut()[3] = 1.0,
-        |l| l.lora_magnitude_mut().unwrap().data_mut()[3] = 1.0,
+        |l| l.adapter_mut().magnitude_mut().unwrap().data_mut()[3] = 1.0,
         |l| l.trainable_params()[1].data_mut()[2] = 0.5,
     ];
     let x = tensor(&normal(96, 1.0, 4));
@@ -207,7 +207,7 @@ fn stale_norms_are_an_error_until_they_are_taken_again() {
         let error = layer.try_forward(&x).unwrap_err();
         assert_eq!(error, Error::StaleNorms);
         assert_eq!(error.to_string(), "the norms of a DoRA adapter are stale: call refresh_dora after changing it");
-        assert_eq!(layer.try_forward_batch(&x).unwrap_err(), Error::StaleNorms);
+        assert_eq!(layer.try_forward(&x).unwrap_err(), Error::StaleNorms);
         // A merge takes norms of its own; a backward may take them again, and does.
         let exact = Exact::new(&layer.base_weight_quantized().dequantize(), layer.adapter());
         check("merge", &layer.merge_to_f32(), &exact.merged());
@@ -228,7 +228,7 @@ fn an_adapter_that_moves_to_another_base_takes_its_norms_there() {
     let (d_out, d_in) = (9, 96);
     let (_, _, moved) = dora_layer(d_out, d_in, 8).into_parts();
     let base = Quantized4Bit::quantize(&normal(d_out * d_in, 0.1, 77), d_out, d_in, BlockSize::B32, false).unwrap();
-    let layer = QLoRALayer::try_from_parts(base, moved).unwrap().with_arithmetic(Arithmetic::F32);
+    let layer = QLoRALayer::from_parts(base, moved).unwrap().with_arithmetic(Arithmetic::F32);
     let exact = Exact::new(&layer.base_weight_quantized().dequantize(), layer.adapter());
     let x = normal(d_in, 1.0, 4);
     check("forward", layer.forward(&tensor(&x)).data(), &exact.forward(&x));
@@ -241,12 +241,12 @@ fn dora_among_other_adapters() {
     let plain = layer(d_out, d_in, 3, BlockSize::B64, true).with_arithmetic(Arithmetic::F32);
     let (base, ..) = single.clone().into_parts();
     let mut many = MultiAdapterLayer::new(base).with_arithmetic(Arithmetic::F32);
-    many.add("dora", dora(d_out, d_in, 8)).unwrap();
-    many.add("plain", adapter(d_out, d_in, 3)).unwrap();
+    let dora = many.add("dora", dora(d_out, d_in, 8)).unwrap();
+    let plain_id = many.add("plain", adapter(d_out, d_in, 3)).unwrap();
     let x = tensor(&normal(3 * d_in, 1.0, 4));
-    let none = many.forward_batch(&x);
-    let each = many.forward_batch_with(&x, &[Some("dora"), None, Some("plain")]);
-    let (of_single, of_plain) = (single.forward_batch(&x), plain.forward_batch(&x));
+    let none = many.forward(&x, Adapters::Active);
+    let each = many.forward(&x, Adapters::PerVector(&[Some(dora), None, Some(plain_id)]));
+    let (of_single, of_plain) = (single.forward(&x), plain.forward(&x));
     let row = |t: &Tensor, n: usize| bits(&t.data()[n * d_out..][..d_out]);
     assert_eq!(row(&each, 0), row(&of_single, 0));
     assert_eq!(row(&each, 1), row(&none, 1));
@@ -254,7 +254,7 @@ fn dora_among_other_adapters() {
     // Together each adds what it adds alone, times its weight.
     many.set_active(&["dora", "plain"]).unwrap();
     many.set_weight("dora", 0.25).unwrap();
-    let both = many.forward_batch(&x);
+    let both = many.forward(&x, Adapters::Active);
     let expected: Vec<f64> = none
         .data()
         .iter()
@@ -270,11 +270,11 @@ fn dora_among_other_adapters() {
 
 #[test]
 fn rows_of_zeros_stay_zero() {
-    let adapter = LoRAAdapter::try_init(2, 64, 2, 2.0, LoRAScaling::Standard, 0).unwrap().with_dora();
+    let adapter = LoRAAdapter::new(2, 64, 2, 2.0, LoRAScaling::Standard, 0).unwrap().with_dora();
     let mut weight = normal(128, 0.02, 1);
     weight[64..].fill(0.0);
     let base = Quantized4Bit::quantize(&weight, 2, 64, BlockSize::B64, false).unwrap();
-    let mut layer = QLoRALayer::try_from_parts(base, adapter).unwrap();
+    let mut layer = QLoRALayer::from_parts(base, adapter).unwrap();
     let x = tensor(&normal(64, 1.0, 4));
     assert_eq!(layer.forward(&x).data()[1], 0.0);
     layer.backward(&x, &tensor(&[1.0, 1.0]));
@@ -289,7 +289,7 @@ fn dora_trains() {
     let mut adam = AdamW::new(0.02);
     let mut losses = Vec::new();
     for _ in 0..40 {
-        let y = layer.forward_batch(&x);
+        let y = layer.forward(&x);
         losses.push(y.data().iter().zip(&target).map(|(y, t)| (y - t).powi(2)).sum::<f32>());
         let dy: Vec<f32> = y.data().iter().zip(&target).map(|(y, t)| (y - t) / 36.0).collect();
         layer.zero_grad();
@@ -302,12 +302,12 @@ fn dora_trains() {
 
 #[test]
 fn wrong_magnitudes_are_errors() {
-    let got = adapter(3, 64, 2).try_with_magnitude(vec![1.0; 2]).unwrap_err();
+    let got = adapter(3, 64, 2).with_magnitude(vec![1.0; 2]).unwrap_err();
     assert_eq!(got.to_string(), "lora_magnitude_vector: expected length 3, got 2");
-    let got = adapter(3, 64, 2).try_with_magnitude(vec![1.0, f32::NAN, 1.0]).unwrap_err();
+    let got = adapter(3, 64, 2).with_magnitude(vec![1.0, f32::NAN, 1.0]).unwrap_err();
     assert_eq!(got.to_string(), "lora_magnitude_vector: value 1 is NaN, which is not finite");
     let mut layer = dora_layer(3, 64, 2);
-    *layer.lora_magnitude_mut().unwrap() = Tensor::zeros(4, true);
+    *layer.adapter_mut().magnitude_mut().unwrap() = Tensor::zeros(4, true);
     for got in [layer.refresh_dora(), layer.try_forward(&Tensor::zeros(64, false)).map(drop)] {
         assert_eq!(got.unwrap_err().to_string(), "lora_magnitude_vector: expected length 3, got 4");
     }

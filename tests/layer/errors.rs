@@ -1,8 +1,8 @@
 //! Errors carry their numbers, and the panics of the infallible twins carry the errors.
 
 use nf4::{
-    AbsmaxBuf, BackwardScratch, BlockSize, DYNAMIC_MAP, Error, LoRAAdapter, LoRALayer, LoRAScaling, MultiAdapterLayer,
-    QLoRALayer, Quantized4Bit, Scratch, ShapeError, Tensor, f16,
+    AbsmaxBuf, Adapters, BackwardScratch, BlockSize, DYNAMIC_MAP, Error, LoRAAdapter, LoRALayer, LoRAScaling,
+    MultiAdapterLayer, QLoRALayer, Quantized4Bit, Scratch, ShapeError, Tensor, f16,
 };
 
 use crate::{adapter, layer, normal};
@@ -42,10 +42,14 @@ fn of_constructors() {
             assert_eq!(message(result), expected);
         }
     }
-    // More values than a `usize` counts, and more bytes than a vector can have.
-    for rank in [usize::MAX, 1 << (usize::BITS - 8)] {
+    // More values than a `usize` counts, more bytes than it counts, and more bytes than a vector can have.
+    for (rank, expected) in [
+        (usize::MAX, format!("a matrix of {} x 64 elements does not fit in the address space", usize::MAX)),
+        (usize::MAX / 64, "out of memory: a buffer would be larger than the address space".to_owned()),
+        (usize::MAX / 512 + 1, format!("out of memory: there is no room for a buffer of {} bytes", usize::MAX / 2 + 1)),
+    ] {
         for result in try_new(good.clone(), rank, 1.0) {
-            assert_eq!(message(result), format!("a matrix of {rank} x 64 elements does not fit in the address space"));
+            assert_eq!(message(result), expected);
         }
     }
     let huge = QLoRALayer::try_new(Tensor::zeros(0, false), usize::MAX, 2, 1, 1.0);
@@ -54,18 +58,17 @@ fn of_constructors() {
 
 #[test]
 fn of_adapters() {
-    let new = |a: usize, b: usize| {
-        LoRAAdapter::try_from_parts(vec![0.0; a], vec![0.0; b], [3, 5], 2, 1.0, LoRAScaling::Standard)
-    };
+    let new =
+        |a: usize, b: usize| LoRAAdapter::from_parts(vec![0.0; a], vec![0.0; b], 3, 5, 2, 1.0, LoRAScaling::Standard);
     assert!(new(10, 6).is_ok());
     assert_eq!(message(new(9, 6)), "lora_a: expected 2 x 5 values, got 9");
     assert_eq!(message(new(10, 7)), "lora_b: expected 3 x 2 values, got 7");
     let b = vec![0.0, f32::INFINITY, 0.0];
-    let got = LoRAAdapter::try_from_parts(vec![0.0; 5], b, [3, 5], 1, 1.0, LoRAScaling::Standard);
+    let got = LoRAAdapter::from_parts(vec![0.0; 5], b, 3, 5, 1, 1.0, LoRAScaling::Standard);
     assert_eq!(message(got), "lora_b: value 1 is inf, which is not finite");
     let base = Quantized4Bit::quantize(&[0.0_f32; 15], 5, 3, BlockSize::B64, false).unwrap();
     assert_eq!(
-        message(QLoRALayer::try_from_parts(base, new(10, 6).unwrap())),
+        message(QLoRALayer::from_parts(base, new(10, 6).unwrap())),
         "the base is [d_out, d_in] = [5, 3], but the adapter was made for [3, 5]"
     );
 }
@@ -98,51 +101,53 @@ fn of_quantized_weights() {
 #[test]
 fn of_memory() {
     let rows = usize::MAX / 4;
-    let overflow = format!("a matrix of 1 x {rows} elements does not fit in the address space");
+    let out_of_memory = |bytes: usize| format!("out of memory: there is no room for a buffer of {bytes} bytes");
+    let overflow = out_of_memory(rows * 4);
     for nested in [false, true] {
-        let absmax = if nested { AbsmaxBuf::double_quantize(&[]) } else { AbsmaxBuf::plain(Vec::new()) };
-        let base = Quantized4Bit::from_parts(Vec::new(), absmax, rows, 0, BlockSize::B64).unwrap();
+        let absmax = if nested { AbsmaxBuf::double_quantize(&[]).unwrap() } else { AbsmaxBuf::plain(vec![]) };
+        let base = Quantized4Bit::from_parts(vec![], absmax, rows, 0, BlockSize::B64).unwrap();
         assert_eq!((base.len(), base.memory_bytes()), (0, 0));
         let multi = MultiAdapterLayer::new(base.clone());
-        assert_eq!(message(multi.try_forward(&Tensor::zeros(0, false))), overflow);
-        assert!(multi.try_forward_batch(&Tensor::zeros(0, false)).unwrap().is_empty());
+        assert_eq!(message(multi.try_forward(&Tensor::zeros(0, false), Adapters::Active)), overflow);
         let x = Tensor::zeros(5, false);
-        assert_eq!(message(multi.try_forward_batch(&x)), "a batch of vectors of 0 values cannot have 5");
+        let got = multi.try_forward(&x, Adapters::Active);
+        assert_eq!(message(got), "a batch of vectors of 0 values cannot have 5");
         // An adapter has a `B` of as many rows.
-        let adapter = LoRAAdapter::try_init(rows, 0, 1, 1.0, LoRAScaling::Standard, 0);
-        assert_eq!(message(adapter), format!("a matrix of {rows} x 1 elements does not fit in the address space"));
+        let adapter = LoRAAdapter::new(rows, 0, 1, 1.0, LoRAScaling::Standard, 0);
+        assert_eq!(message(adapter), overflow);
     }
     let (mut forward, mut backward) = (Scratch::new(), BackwardScratch::new());
-    assert_eq!(message(forward.try_reserve([rows, 64], BlockSize::B64, 1, 1)), overflow);
-    assert_eq!(message(forward.try_reserve_inputs(rows, 1)), overflow);
+    assert_eq!(message(forward.try_reserve(rows, 64, BlockSize::B64, 1, 1)), overflow);
+    assert_eq!(message(forward.try_reserve(3, rows, BlockSize::B64, 1, 1)), overflow);
     assert_eq!(message(backward.try_reserve(rows, 64, 0, 1)), overflow);
     assert_eq!(message(backward.try_reserve(64, rows, 0, 1)), overflow);
     // What a layer of the same number of inputs needs was taken; it can be used for one that fits.
-    assert!(forward.try_reserve([3, 64], BlockSize::B64, 1, 1).is_ok());
+    assert!(forward.try_reserve(3, 64, BlockSize::B64, 1, 1).is_ok());
     assert!(backward.try_reserve(3, 64, 1, 1).is_ok());
     let layer = layer(3, 64, 1, BlockSize::B64, false);
     layer.forward_into(&[0.0; 64], &mut forward, &mut [0.0; 3]).unwrap();
 }
 
 #[test]
-#[should_panic(expected = "elements does not fit in the address space")]
+#[should_panic(expected = "out of memory: there is no room for a buffer of")]
 fn of_memory_by_a_panic() {
-    Scratch::new().reserve([usize::MAX / 4, 64], BlockSize::B64, 1, 1);
+    Scratch::new().reserve(usize::MAX / 4, 64, BlockSize::B64, 1, 1);
 }
 
 #[test]
 fn of_forwards() {
     let layer = layer(3, 64, 2, BlockSize::B64, false);
     let x = Tensor::zeros(65, false);
-    assert_eq!(message(layer.try_forward(&x)), "input: expected length 64, got 65");
-    let lora = LoRALayer::try_from_adapter(Tensor::zeros(192, false), adapter(3, 64, 2)).unwrap();
-    assert_eq!(message(lora.try_forward(&x)), "input: expected length 64, got 65");
+    let ragged = "a batch of vectors of 64 values cannot have 65";
+    assert_eq!(message(layer.try_forward(&x)), ragged);
+    let lora = LoRALayer::from_parts(Tensor::zeros(192, false), adapter(3, 64, 2)).unwrap();
+    assert_eq!(message(lora.try_forward(&x)), ragged);
 
-    let (x, mut scratch) = ([0.0; 64], layer.scratch());
+    let (x, mut scratch) = ([0.0; 64], layer.scratch(1));
     assert_eq!(message(layer.forward_into(&x, &mut scratch, &mut [0.0; 2])), "output: expected length 3, got 2");
     assert_eq!(
         message(layer.forward_into(&x, &mut Scratch::new(), &mut [0.0; 3])),
-        "scratch for activation values: expected length 64, got 0"
+        "scratch for inputs: expected length 64, got 0"
     );
     assert_eq!(message(layer.merge_rows_into(2..4, &mut [0.0_f32; 128])), "rows 2..4 do not lie in 0..3");
     let got = layer.merge_rows_into(1..2, &mut [0.0_f32; 65]);
@@ -152,7 +157,7 @@ fn of_forwards() {
 #[test]
 fn of_biases() {
     let layer = layer(3, 64, 2, BlockSize::B64, false);
-    let with_bias = |bias| layer.clone().try_with_bias(bias);
+    let with_bias = |bias| layer.clone().with_bias(bias);
     assert_eq!(message(with_bias(vec![0.0; 2])), "bias: expected length 3, got 2");
     assert_eq!(message(with_bias(vec![0.0, 0.0, f32::NAN])), "bias: value 2 is NaN, which is not finite");
 }
@@ -161,16 +166,18 @@ fn of_biases() {
 fn of_batches() {
     let layer = layer(3, 64, 2, BlockSize::B64, false);
     let x = Tensor::zeros(130, false);
-    assert_eq!(message(layer.try_forward_batch(&x)), "a batch of vectors of 64 values cannot have 130");
-    let (x, mut scratch) = ([0.0; 128], layer.scratch_for_batch(2));
-    assert_eq!(message(layer.forward_batch_into(&x, &mut scratch, &mut [0.0; 5])), "output: expected length 6, got 5");
+    assert_eq!(message(layer.try_forward(&x)), "a batch of vectors of 64 values cannot have 130");
+    let (x, mut scratch) = ([0.0; 128], layer.scratch(2));
+    assert_eq!(message(layer.forward_into(&x, &mut scratch, &mut [0.0; 5])), "output: expected length 6, got 5");
     assert_eq!(
-        message(layer.forward_batch_into(&x, &mut layer.scratch(), &mut [0.0; 6])),
-        "scratch for activation values: expected length 128, got 64"
+        message(layer.forward_into(&x, &mut layer.scratch(1), &mut [0.0; 6])),
+        "scratch for inputs: expected length 128, got 64"
     );
+    let mut small = Scratch::new();
+    small.reserve(3, 64, BlockSize::B64, 1, 2);
     assert_eq!(
-        message(layer.forward_batch_into_as(&[f16::ONE; 128], &mut scratch, &mut [0.0_f32; 6])),
-        "scratch for converted inputs: expected length 128, got 0"
+        message(layer.forward_into(&[f16::ONE; 128], &mut small, &mut [0.0_f32; 6])),
+        "scratch for the low-rank product: expected length 4, got 2"
     );
 }
 
@@ -182,7 +189,7 @@ fn of_replaced_tensors() {
     assert_eq!(message(layer.try_forward(&x)), "lora_b: expected 3 x 2 values, got 5");
     assert_eq!(message(layer.merge_rows_into(1..2, &mut [0.0_f32; 64])), "lora_b: expected 3 x 2 values, got 5");
     *layer.lora_a_mut() = Tensor::zeros(129, true);
-    assert_eq!(message(layer.try_forward_batch(&x)), "lora_a: expected 2 x 64 values, got 129");
+    assert_eq!(message(layer.try_forward(&x)), "lora_a: expected 2 x 64 values, got 129");
 }
 
 #[test]
@@ -192,7 +199,7 @@ fn new_panics_with_the_numbers() {
 }
 
 #[test]
-#[should_panic(expected = "input: expected length 64, got 63")]
+#[should_panic(expected = "a batch of vectors of 64 values cannot have 63")]
 fn forward_panics_with_the_numbers() {
     let _ = layer(3, 64, 2, BlockSize::B64, false).forward(&Tensor::from_vec(normal(63, 1.0, 1), false));
 }

@@ -37,12 +37,12 @@ fn normal(len: usize, sigma: f32, seed: u64) -> Vec<f32> {
 /// A layer with a normal weight and a normal adapter, `B` not zero.
 fn layer(d_out: usize, d_in: usize, rank: usize, block: BlockSize, double_quant: bool) -> QLoRALayer {
     let base = Quantized4Bit::quantize(&normal(d_out * d_in, 0.02, 1), d_out, d_in, block, double_quant).unwrap();
-    QLoRALayer::try_from_parts(base, adapter(d_out, d_in, rank)).unwrap()
+    QLoRALayer::from_parts(base, adapter(d_out, d_in, rank)).unwrap()
 }
 
 fn adapter(d_out: usize, d_in: usize, rank: usize) -> LoRAAdapter {
     let (a, b) = (normal(rank * d_in, 0.05, 2), normal(d_out * rank, 0.05, 3));
-    LoRAAdapter::try_from_parts(a, b, [d_out, d_in], rank, 16.0, LoRAScaling::RsLoRA).unwrap()
+    LoRAAdapter::from_parts(a, b, d_out, d_in, rank, 16.0, LoRAScaling::RsLoRA).unwrap()
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {

@@ -54,7 +54,7 @@ fn a_bias_counts_in_the_total() {
     let before = layer.memory_stats();
     let mut bias = Vec::with_capacity(100);
     bias.extend([1.0, 2.0, 3.0, 4.0]);
-    let layer = layer.try_with_bias(bias.clone()).unwrap();
+    let layer = layer.with_bias(bias.clone()).unwrap();
     assert_eq!(layer.memory_stats(), MemoryStats { total_bytes: before.total_bytes + 16, ..before });
     let (_, got, _) = layer.into_parts();
     assert_eq!(got, Some(bias));

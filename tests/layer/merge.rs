@@ -100,7 +100,7 @@ fn a_requantized_merge_is_the_quantized_merged_weight() {
 fn a_requantized_merge_has_the_magnitudes_of_dora() {
     let magnitude = normal(5, 1.0, 9);
     let base = Quantized4Bit::quantize(&normal(5 * 96, 0.02, 1), 5, 96, BlockSize::B64, false).unwrap();
-    let layer = QLoRALayer::try_from_parts(base, adapter(5, 96, 3).try_with_magnitude(magnitude).unwrap()).unwrap();
+    let layer = QLoRALayer::from_parts(base, adapter(5, 96, 3).with_magnitude(magnitude).unwrap()).unwrap();
     let expected = Quantized4Bit::quantize(&layer.merge_to_f32(), 5, 96, BlockSize::B32, true).unwrap();
     let (got, _) = layer.merge_requantized(BlockSize::B32, true).unwrap();
     assert_eq!(bits(&got.dequantize()), bits(&expected.dequantize()));
@@ -110,8 +110,8 @@ fn a_requantized_merge_has_the_magnitudes_of_dora() {
 fn a_requantized_merge_shows_that_a_small_adapter_is_lost() {
     let base = Quantized4Bit::quantize(&normal(64 * 256, 0.02, 1), 64, 256, BlockSize::B64, false).unwrap();
     // A change of 1e-5 where the step of NF4 is above 1e-3.
-    let small = LoRAAdapter::try_from_parts(vec![1e-5; 256], vec![1.0; 64], [64, 256], 1, 1.0, LoRAScaling::Standard);
-    let layer = QLoRALayer::try_from_parts(base, small.unwrap()).unwrap();
+    let small = LoRAAdapter::from_parts(vec![1e-5; 256], vec![1.0; 64], 64, 256, 1, 1.0, LoRAScaling::Standard);
+    let layer = QLoRALayer::from_parts(base, small.unwrap()).unwrap();
     let (requantized, error) = layer.merge_requantized(BlockSize::B64, false).unwrap();
     assert_eq!(requantized.packed(), layer.base_weight_quantized().packed());
     assert!((error.rms_change / 1e-5 - 1.0).abs() < 1e-3, "{error:?}");
@@ -138,7 +138,7 @@ fn unmerge_restores_every_bit() {
         .collect();
     let adapter = adapter(d_out, d_in, 3);
     let expected = merged(&weight, &adapter);
-    let mut layer = LoRALayer::try_from_adapter(Tensor::from_vec(weight.clone(), false), adapter).unwrap();
+    let mut layer = LoRALayer::from_parts(Tensor::from_vec(weight.clone(), false), adapter).unwrap();
     let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
     let y = layer.forward(&x);
     for _ in 0..3 {
@@ -156,8 +156,7 @@ fn unmerge_restores_every_bit() {
 
 #[test]
 fn a_merged_forward_uses_the_merged_weight_alone() {
-    let mut layer =
-        LoRALayer::try_from_adapter(Tensor::from_vec(normal(4 * 64, 0.02, 1), false), adapter(4, 64, 3)).unwrap();
+    let mut layer = LoRALayer::from_parts(Tensor::from_vec(normal(4 * 64, 0.02, 1), false), adapter(4, 64, 3)).unwrap();
     let x = Tensor::from_vec(normal(64, 1.0, 4), false);
     let before = layer.forward(&x);
     layer.merge();
@@ -174,11 +173,9 @@ fn a_merged_forward_uses_the_merged_weight_alone() {
 fn from_lora_of_a_merged_layer_counts_the_adapter_once() {
     let (d_out, d_in) = (8, 128);
     for make in [QLoRALayer::from_lora, QLoRALayer::from_lora_double_quant] {
-        let plain = LoRALayer::try_from_adapter(
-            Tensor::from_vec(normal(d_out * d_in, 0.02, 1), false),
-            adapter(d_out, d_in, 4),
-        )
-        .unwrap();
+        let plain =
+            LoRALayer::from_parts(Tensor::from_vec(normal(d_out * d_in, 0.02, 1), false), adapter(d_out, d_in, 4))
+                .unwrap();
         let mut merged = plain.clone();
         merged.merge();
         let (plain, merged) = (make(plain), make(merged));
@@ -206,10 +203,9 @@ fn from_lora_keeps_adapter_and_scaling() {
 fn a_bias_is_added_once_merged_or_not_and_goes_along_to_packed_weights() {
     let (d_out, d_in) = (4, 64);
     let plain =
-        LoRALayer::try_from_adapter(Tensor::from_vec(normal(d_out * d_in, 0.02, 1), false), adapter(d_out, d_in, 3))
-            .unwrap();
+        LoRALayer::from_parts(Tensor::from_vec(normal(d_out * d_in, 0.02, 1), false), adapter(d_out, d_in, 3)).unwrap();
     let bias = normal(d_out, 1.0, 9);
-    let mut layer = plain.clone().try_with_bias(bias.clone()).unwrap();
+    let mut layer = plain.clone().with_bias(bias.clone()).unwrap();
     assert_eq!((plain.bias(), layer.bias()), (None, Some(&bias[..])));
     let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
     let plus_bias = |y: Tensor| y.data().iter().zip(&bias).map(|(y, b)| y + b).collect::<Vec<_>>();
@@ -221,8 +217,8 @@ fn a_bias_is_added_once_merged_or_not_and_goes_along_to_packed_weights() {
     let packed = QLoRALayer::from_lora(layer);
     assert_eq!(packed.bias(), Some(&bias[..]));
     assert_eq!(packed.forward(&x).data(), plus_bias(QLoRALayer::from_lora(plain.clone()).forward(&x)));
-    let got = plain.clone().try_with_bias(vec![0.0; 3]).unwrap_err();
+    let got = plain.clone().with_bias(vec![0.0; 3]).unwrap_err();
     assert_eq!(got.to_string(), "bias: expected length 4, got 3");
-    let got = plain.try_with_bias(vec![0.0, 0.0, f32::INFINITY, 0.0]).unwrap_err();
+    let got = plain.with_bias(vec![0.0, 0.0, f32::INFINITY, 0.0]).unwrap_err();
     assert_eq!(got.to_string(), "bias: value 2 is inf, which is not finite");
 }

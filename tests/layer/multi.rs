@@ -1,8 +1,8 @@
 //! Many adapters on one base.
 
 use nf4::{
-    Arithmetic, BlockSize, Error, LoRAAdapter, LoRAScaling, MultiAdapterLayer, QLoRALayer, Quantized4Bit, Scratch,
-    Tensor, bf16,
+    AdapterId, Adapters, Arithmetic, BlockSize, Error, LoRAAdapter, LoRAScaling, MultiAdapterLayer, QLoRALayer,
+    Quantized4Bit, Scratch, Tensor, bf16,
 };
 
 use crate::{all_kernels, bits, normal, truth};
@@ -15,14 +15,14 @@ fn base(d_out: usize, d_in: usize) -> Quantized4Bit {
 }
 
 /// The adapter of a rank, which gives its values too.
-fn adapter(d_out: usize, d_in: usize, rank: usize, alpha: f32) -> LoRAAdapter {
+fn adapter(d_out: usize, d_in: usize, rank: usize, alpha: f64) -> LoRAAdapter {
     let seed = u64::try_from(rank).unwrap();
     let (a, b) = (normal(rank * d_in, 0.05, seed + 10), normal(d_out * rank, 0.05, seed + 20));
-    LoRAAdapter::try_from_parts(a, b, [d_out, d_in], rank, alpha, LoRAScaling::Standard).unwrap()
+    LoRAAdapter::from_parts(a, b, d_out, d_in, rank, alpha, LoRAScaling::Standard).unwrap()
 }
 
 fn multi(d_out: usize, d_in: usize) -> MultiAdapterLayer {
-    let mut layer = MultiAdapterLayer::new(base(d_out, d_in)).try_with_bias(normal(d_out, 0.3, 5)).unwrap();
+    let mut layer = MultiAdapterLayer::new(base(d_out, d_in)).with_bias(normal(d_out, 0.3, 5)).unwrap();
     for (name, rank) in ADAPTERS {
         layer.add(name, adapter(d_out, d_in, rank, 16.0)).unwrap();
     }
@@ -31,15 +31,15 @@ fn multi(d_out: usize, d_in: usize) -> MultiAdapterLayer {
 
 /// The layer that has one adapter only.
 fn single(d_out: usize, d_in: usize, rank: usize) -> QLoRALayer {
-    let layer = QLoRALayer::try_from_parts(base(d_out, d_in), adapter(d_out, d_in, rank, 16.0)).unwrap();
-    layer.try_with_bias(normal(d_out, 0.3, 5)).unwrap()
+    let layer = QLoRALayer::from_parts(base(d_out, d_in), adapter(d_out, d_in, rank, 16.0)).unwrap();
+    layer.with_bias(normal(d_out, 0.3, 5)).unwrap()
 }
 
 /// The base product plus bias: a fresh adapter adds zeros, which changes no bit but that of a zero's sign.
 fn base_only(d_out: usize, d_in: usize) -> QLoRALayer {
-    let fresh = LoRAAdapter::try_init(d_out, d_in, 1, 1.0, LoRAScaling::Standard, 0).unwrap();
-    let layer = QLoRALayer::try_from_parts(base(d_out, d_in), fresh).unwrap();
-    layer.try_with_bias(normal(d_out, 0.3, 5)).unwrap()
+    let fresh = LoRAAdapter::new(d_out, d_in, 1, 1.0, LoRAScaling::Standard, 0).unwrap();
+    let layer = QLoRALayer::from_parts(base(d_out, d_in), fresh).unwrap();
+    layer.with_bias(normal(d_out, 0.3, 5)).unwrap()
 }
 
 #[test]
@@ -59,6 +59,7 @@ fn a_vector_has_the_bits_of_a_layer_with_its_adapter_alone() {
                     alone.with_arithmetic(arithmetic).forward(&Tensor::from_vec(x.to_vec(), false)).into_vec()
                 })
                 .collect();
+            let ids = choice.map(|name| layer.id(name?));
             for k in &kernels {
                 layer = layer.with_kernels(*k);
                 assert_eq!((layer.kernels(), layer.arithmetic()), (*k, arithmetic));
@@ -66,14 +67,13 @@ fn a_vector_has_the_bits_of_a_layer_with_its_adapter_alone() {
                 // What is active does not matter.
                 for active in [&[][..], &["zz", "code"]] {
                     layer.set_active(active).unwrap();
-                    assert_eq!(bits(layer.forward_batch_with(&x, &choice).data()), bits(&expected), "{name}");
+                    assert_eq!(bits(layer.forward(&x, Adapters::PerVector(&ids)).data()), bits(&expected), "{name}");
                 }
                 // The same by switching.
                 for ((name, x), y) in choice.iter().zip(x.data().chunks(d_in)).zip(expected.chunks(d_out)) {
                     layer.set_active(name.as_slice()).unwrap();
                     let x = Tensor::from_vec(x.to_vec(), false);
-                    assert_eq!(bits(layer.forward(&x).data()), bits(y), "{name:?}");
-                    assert_eq!(bits(layer.forward_batch(&x).data()), bits(y), "{name:?}");
+                    assert_eq!(bits(layer.forward(&x, Adapters::Active).data()), bits(y), "{name:?}");
                 }
             }
         }
@@ -97,11 +97,11 @@ fn active_adapters_are_summed_with_their_weights() {
         for e in &mut expected {
             e.bound += 4.0 * truth::EPS * (e.exact.abs() + e.bound + 2.0);
         }
-        let y = layer.forward(&x);
+        let y = layer.forward(&x, Adapters::Active);
         truth::check(&format!("{d_out}x{d_in}"), &expected, y.data());
 
         // Neither the order of adding nor that of activating changes a bit.
-        let mut other = MultiAdapterLayer::new(base(d_out, d_in)).try_with_bias(normal(d_out, 0.3, 5)).unwrap();
+        let mut other = MultiAdapterLayer::new(base(d_out, d_in)).with_bias(normal(d_out, 0.3, 5)).unwrap();
         for (name, rank) in ADAPTERS.iter().rev() {
             other.add(name, adapter(d_out, d_in, *rank, 16.0)).unwrap();
         }
@@ -110,7 +110,7 @@ fn active_adapters_are_summed_with_their_weights() {
         other.set_active(&["support", "zz", "code", "zz"]).unwrap();
         for k in all_kernels() {
             other = other.with_kernels(k);
-            assert_eq!(bits(other.forward(&x).data()), bits(y.data()), "{}", k.isa());
+            assert_eq!(bits(other.forward(&x, Adapters::Active).data()), bits(y.data()), "{}", k.isa());
         }
     }
 }
@@ -137,7 +137,7 @@ fn adapters_come_and_go() {
     let (stats, base) = (layer.memory_stats(), layer.base_weight_quantized().memory_bytes());
     assert_eq!((stats.base_quantized_bytes, stats.lora_bytes), (base, (1 + 3 + 8) * (4 + 64) * 4));
     assert_eq!(stats.total_bytes, base + stats.lora_bytes + 4 * 4);
-    assert_eq!(layer.scratch(7).memory_bytes(), Scratch::bytes([4, 64], BlockSize::B64, 1 + 3 + 8, 7));
+    assert_eq!(layer.scratch(7).memory_bytes(), Scratch::bytes(4, 64, BlockSize::B64, 1 + 3 + 8, 7));
     assert_eq!(layer.bias().map(<[f32]>::len), Some(4));
 }
 
@@ -154,9 +154,9 @@ fn errors_name_the_adapter() {
     assert_eq!(message(layer.set_weight("French", 1.0)), unknown);
     assert_eq!(message(layer.set_active(&["code", "French"])), unknown);
     assert_eq!(layer.active().collect::<Vec<_>>(), ["zz"]);
-    let x = Tensor::zeros(128, false);
-    assert_eq!(message(layer.try_forward_batch_with(&x, &[Some("zz"), Some("French")])), unknown);
-    let got = layer.try_forward_batch_with(&x, &[Some("zz")]);
+    assert_eq!(layer.id("French"), None);
+    let (x, zz) = (Tensor::zeros(128, false), layer.id("zz"));
+    let got = layer.try_forward(&x, Adapters::PerVector(&[zz]));
     assert_eq!(message(got), "adapters of the batch: expected length 2, got 1");
 
     let taken = "there is already an adapter of the name `code`";
@@ -177,10 +177,46 @@ fn errors_name_the_adapter() {
 
     let (x, mut y) = ([0.0; 64], [0.0; 4]);
     let mut small = Scratch::new();
-    small.reserve([4, 64], BlockSize::B64, 0, 1);
-    let got = layer.forward_into(&x, &mut small, &mut y);
+    small.reserve(4, 64, BlockSize::B64, 0, 1);
+    let got = layer.forward_into(&x, Adapters::Active, &mut small, &mut y);
     assert_eq!(message(got), "scratch for the low-rank product: expected length 1, got 0");
-    assert_eq!(message(layer.try_forward(&Tensor::zeros(65, false))), "input: expected length 64, got 65");
+    let got = layer.try_forward(&Tensor::zeros(65, false), Adapters::Active);
+    assert_eq!(message(got), "a batch of vectors of 64 values cannot have 65");
+}
+
+/// The outputs of one vector with one adapter, or none.
+fn with(layer: &MultiAdapterLayer, id: Option<AdapterId>, x: &Tensor) -> Result<Vec<u32>, Error> {
+    Ok(bits(layer.try_forward(x, Adapters::PerVector(&[id]))?.data()))
+}
+
+#[test]
+fn an_id_stands_for_its_adapter_until_that_is_removed() {
+    let (d_out, d_in) = (5, 64);
+    let (mut layer, mut twin) = (multi(d_out, d_in), multi(d_out, d_in));
+    let x = Tensor::from_vec(normal(d_in, 1.0, 6), false);
+    let ids = ADAPTERS.map(|(name, _)| layer.id(name));
+    assert_eq!(ids, ADAPTERS.map(|(name, _)| twin.id(name)), "added in the same order");
+    let before = ids.map(|id| with(&layer, id, &x).unwrap());
+    let clone = layer.clone();
+    // Others come and go, in its slot too, and names change.
+    layer.remove("code").unwrap();
+    layer.rename("zz", "aa").unwrap();
+    let new = layer.add("code", adapter(d_out, d_in, 2, 1.0)).unwrap();
+    assert_eq!((layer.id("code"), layer.id("zz"), layer.id("aa")), (Some(new), None, ids[2]));
+    assert_ne!(ids[1], Some(new));
+    for (i, id) in ids.iter().enumerate() {
+        let got = with(&layer, *id, &x);
+        if ADAPTERS[i].0 == "code" {
+            assert_eq!(got, Err(Error::RemovedAdapter));
+        } else {
+            assert_eq!(got.as_ref(), Ok(&before[i]));
+        }
+        assert_eq!(with(&clone, *id, &x).as_ref(), Ok(&before[i]));
+    }
+    assert_eq!(Error::RemovedAdapter.to_string(), "the adapter with this id was removed");
+    // An id that this layer never gave.
+    let far = (0..9).map(|i| twin.add(&i.to_string(), adapter(d_out, d_in, 1, 1.0)).unwrap()).last();
+    assert_eq!(with(&layer, far, &x), Err(Error::RemovedAdapter));
 }
 
 #[test]
@@ -192,8 +228,8 @@ fn threads_share_one_layer() {
         for (name, rank) in ADAPTERS {
             let (layer, x) = (&layer, &x);
             scope.spawn(move || {
-                let y = layer.forward_batch_with(x, &[Some(name); 3]);
-                assert_eq!(bits(y.data()), bits(single(d_out, d_in, rank).forward_batch(x).data()), "{name}");
+                let y = layer.forward(x, Adapters::PerVector(&[layer.id(name); 3]));
+                assert_eq!(bits(y.data()), bits(single(d_out, d_in, rank).forward(x).data()), "{name}");
             });
         }
     });
@@ -206,13 +242,13 @@ fn other_types() {
     layer.set_active(&["code"]).unwrap();
     let x: Vec<bf16> = normal(2 * d_in, 1.0, 6).into_iter().map(bf16::from_f32).collect();
     let exact = Tensor::from_vec(x.iter().map(|x| x.to_f32()).collect(), false);
-    let expected: Vec<bf16> = layer.forward_batch(&exact).data().iter().map(|y| bf16::from_f32(*y)).collect();
+    let expected: Vec<bf16> =
+        layer.forward(&exact, Adapters::Active).data().iter().map(|y| bf16::from_f32(*y)).collect();
     let mut scratch = layer.scratch(2);
-    scratch.reserve_inputs(d_in, 2);
     let mut y = vec![bf16::ZERO; 2 * d_out];
-    layer.forward_batch_into_as(&x, &mut scratch, &mut y).unwrap();
+    layer.forward_into(&x, Adapters::Active, &mut scratch, &mut y).unwrap();
     assert_eq!(y, expected);
     y.fill(bf16::ZERO);
-    layer.forward_batch_with_into_as(&x, &[Some("code"); 2], &mut scratch, &mut y).unwrap();
+    layer.forward_into(&x, Adapters::PerVector(&[layer.id("code"); 2]), &mut scratch, &mut y).unwrap();
     assert_eq!(y, expected);
 }

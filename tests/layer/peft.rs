@@ -29,11 +29,11 @@ fn forward_and_merge_agree_with_peft() {
             let base_weight = base_weight(&base, key);
             let lora = |m: &str| f32s(&adapter, &format!("base_model.model.{key}.lora_{m}.weight"));
             let shape = [base_weight.rows(), base_weight.cols()];
-            let lora = LoRAAdapter::try_from_parts(lora("A"), lora("B"), shape, rank, alpha, scaling).unwrap();
-            let mut layer = QLoRALayer::try_from_parts(base_weight, lora).unwrap();
+            let lora = LoRAAdapter::from_parts(lora("A"), lora("B"), shape[0], shape[1], rank, alpha, scaling).unwrap();
+            let mut layer = QLoRALayer::from_parts(base_weight, lora).unwrap();
 
             if base.names().contains(&&*format!("{key}.bias")) {
-                layer = layer.try_with_bias(f32s(&base, &format!("{key}.bias"))).unwrap();
+                layer = layer.with_bias(f32s(&base, &format!("{key}.bias"))).unwrap();
             }
 
             // `y64` comes from `W` and the adapter without any rounding but of f64.
@@ -45,7 +45,7 @@ fn forward_and_merge_agree_with_peft() {
             for k in &kernels {
                 layer = layer.with_kernels(*k);
                 layer = layer.with_arithmetic(Arithmetic::SixteenByFour);
-                let y = layer.forward_batch(&x);
+                let y = layer.forward(&x);
                 for ((x, y), y64) in x.data().chunks(shape[1]).zip(y.data().chunks(shape[0])).zip(y64.chunks(shape[0]))
                 {
                     let mut expected = truth::forward(&layer, x);
@@ -57,7 +57,7 @@ fn forward_and_merge_agree_with_peft() {
                     truth::check(&format!("{case} {module} {}", k.isa()), &expected, y);
                 }
                 layer = layer.with_arithmetic(Arithmetic::F32);
-                for (y, y64) in layer.forward_batch(&x).data().iter().zip(&y64) {
+                for (y, y64) in layer.forward(&x).data().iter().zip(&y64) {
                     // The tolerance that the reference recommends for f32 outputs.
                     assert!((f64::from(*y) - y64).abs() <= 2e-6 * largest_y, "{case} {module}: {y}, expected {y64}");
                 }

@@ -21,7 +21,7 @@ fn gradients_accumulate() {
 
     let mut frozen = Tensor::zeros(3, false);
     frozen.accumulate_grad(&[1.0; 3]).unwrap();
-    assert!(frozen.grad_mut().is_none());
+    assert!(frozen.grad_mut().unwrap().is_none());
     assert_eq!((frozen.memory_bytes(), frozen.is_empty()), (12, false));
 }
 
@@ -46,7 +46,7 @@ fn trainable_params_are_a_and_b() {
 #[test]
 fn a_starts_uniform_and_b_zero() {
     let (d_out, d_in, rank) = (3, 256, 40);
-    let fresh = |seed| LoRAAdapter::try_init(d_out, d_in, rank, 1.0, LoRAScaling::Standard, seed).unwrap();
+    let fresh = |seed| LoRAAdapter::new(d_out, d_in, rank, 1.0, LoRAScaling::Standard, seed).unwrap();
     let adapter = fresh(DEFAULT_SEED);
     let (a, bound) = (adapter.a().data(), 1.0 / 16.0);
     assert_eq!((a.len(), adapter.b().data()), (rank * d_in, &[0.0; 120][..]));

@@ -139,7 +139,7 @@ fn gradients_of_a_dense_layer_are_near_f64_merged_or_not() {
         let expected = gradients(&weight, &adapter(d_out, d_in, rank), &x, &dy);
         let (x, dy) = (Tensor::from_vec(x, false), Tensor::from_vec(dy, false));
         let weight = Tensor::from_vec(weight, false);
-        let mut layer = LoRALayer::try_from_adapter(weight, adapter(d_out, d_in, rank)).unwrap();
+        let mut layer = LoRALayer::from_parts(weight, adapter(d_out, d_in, rank)).unwrap();
         for merged in [false, true] {
             let name = format!("{d_out}x{d_in}, rank {rank}, batch {batch}, merged {merged}");
             layer.zero_grad();
@@ -360,8 +360,8 @@ fn training_lowers_the_loss_and_only_moves_the_adapter() {
     let (d_out, d_in, rank, batch) = (24, 128, 4, 16);
     let base = Quantized4Bit::quantize(&normal(d_out * d_in, 0.02, 1), d_out, d_in, BlockSize::B64, true).unwrap();
     let packed = base.packed().to_vec();
-    let adapter = LoRAAdapter::try_init(d_out, d_in, rank, 8.0, LoRAScaling::Standard, 3).unwrap();
-    let mut layer = QLoRALayer::try_from_parts(base, adapter).unwrap();
+    let adapter = LoRAAdapter::new(d_out, d_in, rank, 8.0, LoRAScaling::Standard, 3).unwrap();
+    let mut layer = QLoRALayer::from_parts(base, adapter).unwrap();
     let x = Tensor::from_vec(normal(batch * d_in, 1.0, 4), false);
     let target = normal(batch * d_out, 0.5, 5);
     let mut adam = AdamW::new(0.02);

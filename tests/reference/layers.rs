@@ -1,6 +1,8 @@
 //! Layers, as a user makes them, against what `bitsandbytes` and PEFT gave: outputs, gradients and merged weights.
 
-use nf4::{AbsmaxBuf, Arithmetic, Kernels, LoRAAdapter, LoRAScaling, MultiAdapterLayer, QLoRALayer, Quantized4Bit};
+use nf4::{
+    AbsmaxBuf, Adapters, Arithmetic, Kernels, LoRAAdapter, LoRAScaling, MultiAdapterLayer, QLoRALayer, Quantized4Bit,
+};
 use serde_json::Value;
 
 use crate::products::{SixteenByFour, f32_tolerance, largest};
@@ -27,9 +29,9 @@ pub(crate) fn linear(c: &mut Checker, name: &str, layer: &Quantized, x: &Tensor,
     let outputs = |kernels: Kernels, arithmetic: Arithmetic| {
         let mut linear = MultiAdapterLayer::new(owned(layer)).with_kernels(kernels).with_arithmetic(arithmetic);
         if let Some(bias) = bias {
-            linear = linear.try_with_bias(bias.to_vec()).unwrap();
+            linear = linear.with_bias(bias.to_vec()).unwrap();
         }
-        linear.forward_batch(&tensor(&x)).into_vec()
+        linear.forward(&tensor(&x), Adapters::Active).into_vec()
     };
     let gains = vec![1.0; layer.rows];
     check_outputs(c, name, layer, &x, &gains, &expected, &outputs);
@@ -72,12 +74,8 @@ pub(crate) fn adapter(config: &Value, file: &Tensors, key: &str, shape: [usize; 
     let alpha = config["lora_alpha"].to_string().parse().unwrap();
     let scaling = if config["use_rslora"] == true { LoRAScaling::RsLoRA } else { LoRAScaling::Standard };
     let (a, b) = (tensor("lora_A.weight"), tensor("lora_B.weight"));
-    let adapter = LoRAAdapter::try_from_parts(a, b, shape, rank, alpha, scaling).unwrap();
-    if config["use_dora"] == true {
-        adapter.try_with_magnitude(tensor("lora_magnitude_vector")).unwrap()
-    } else {
-        adapter
-    }
+    let adapter = LoRAAdapter::from_parts(a, b, shape[0], shape[1], rank, alpha, scaling).unwrap();
+    if config["use_dora"] == true { adapter.with_magnitude(tensor("lora_magnitude_vector")).unwrap() } else { adapter }
 }
 
 /// A layer with an adapter: outputs, gradients and the merged weight of module `name` in `io`.
@@ -90,10 +88,10 @@ pub(crate) fn with_adapter(
     io: &Tensors,
 ) {
     let make = |kernels: Kernels, arithmetic: Arithmetic| {
-        let qlora = QLoRALayer::try_from_parts(owned(layer), adapter.clone()).unwrap();
+        let qlora = QLoRALayer::from_parts(owned(layer), adapter.clone()).unwrap();
         let qlora = qlora.with_kernels(kernels).with_arithmetic(arithmetic);
         match bias {
-            Some(bias) => qlora.try_with_bias(bias.to_vec()).unwrap(),
+            Some(bias) => qlora.with_bias(bias.to_vec()).unwrap(),
             None => qlora,
         }
     };
@@ -102,8 +100,7 @@ pub(crate) fn with_adapter(
     let merged = io.values::<f32>(&part("merged_f32"));
 
     let y64 = part("y64");
-    let outputs =
-        |kernels: Kernels, arithmetic: Arithmetic| make(kernels, arithmetic).forward_batch(&tensor(&x)).into_vec();
+    let outputs = |kernels: Kernels, arithmetic: Arithmetic| make(kernels, arithmetic).forward(&tensor(&x)).into_vec();
     check_outputs(c, &y64, layer, &x, &gains(layer, adapter), &io.values(&y64), &outputs);
 
     let gradients = |kernels: Kernels| {

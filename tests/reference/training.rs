@@ -80,8 +80,8 @@ impl Trace {
         let (rank, batch, shape) = (case.number("rank"), case.number("batch"), [base.rows, base.cols]);
         let alpha = case.info["alpha"].to_string().parse().unwrap();
         let (a, b) = (file.values("A0"), file.values("B0"));
-        let adapter = LoRAAdapter::try_from_parts(a, b, shape, rank, alpha, LoRAScaling::Standard).unwrap();
-        let layer = QLoRALayer::try_from_parts(owned(base), adapter).unwrap();
+        let adapter = LoRAAdapter::from_parts(a, b, shape[0], shape[1], rank, alpha, LoRAScaling::Standard).unwrap();
+        let layer = QLoRALayer::from_parts(owned(base), adapter).unwrap();
         let mut layer = layer.with_kernels(kernels).with_arithmetic(Arithmetic::F32);
         let mut optimizer = Optimizer::new(case, name);
         let (inputs, targets) = (file.values::<f32>("X"), file.values::<f32>("Y"));
@@ -92,7 +92,7 @@ impl Trace {
             let rows = first..samples.min(first + batch);
             let x = tensor(&inputs[rows.start * base.cols..rows.end * base.cols]);
             let target = &targets[rows.start * base.rows..rows.end * base.rows];
-            let y = layer.forward_batch(&x);
+            let y = layer.forward(&x);
             let n = target.len() as f32;
             let error: Vec<f32> = y.data().iter().zip(target).map(|(y, t)| y - t).collect();
             let squares: f64 = error.iter().map(|e| f64::from(*e).powi(2)).sum();

@@ -4,7 +4,7 @@ use core::hint::black_box;
 use std::process::Command;
 
 use anyhow::Result;
-use nf4::{Arithmetic, BlockSize, MultiAdapterLayer, Quantized4Bit, Scratch};
+use nf4::{Adapters, Arithmetic, BlockSize, MultiAdapterLayer, Quantized4Bit, Scratch};
 
 use crate::measure::{BATCHES, Entry, Peer, Problem};
 use crate::run::locked_version;
@@ -28,7 +28,7 @@ impl Peer for Layers {
         let layer = &self.layers[matrix];
         let outputs = &mut self.outputs[..batch * layer.d_out()];
         let inputs = black_box(&self.inputs[..batch * self.cols]);
-        layer.forward_batch_into(inputs, &mut self.scratch, outputs).expect("the shapes fit");
+        layer.forward_into(inputs, Adapters::Active, &mut self.scratch, outputs).expect("the shapes fit");
     }
 
     fn output(&self, batch: usize) -> Vec<f32> {

@@ -126,9 +126,9 @@ impl PeftAdapter {
         let error = |error| CheckpointError::Layer { layer: module.to_owned(), error };
         let (weight, bias) = base.into_parts();
         let bias = found.add_to_bias(self.trained_bias(module)?.or(bias));
-        let layer = QLoRALayer::try_from_parts(weight, found.adapter.clone()).map_err(error)?;
+        let layer = QLoRALayer::from_parts(weight, found.adapter.clone()).map_err(error)?;
         match bias {
-            Some(bias) => layer.try_with_bias(bias).map_err(error),
+            Some(bias) => layer.with_bias(bias).map_err(error),
             None => Ok(layer),
         }
     }
@@ -157,12 +157,13 @@ impl PeftAdapter {
         }
         crate::error::check_matrix("base weight", weight, shape[0], shape[1]).map_err(error)?;
         let [d_out, d_in] = base;
-        let mut row = alloc::vec![0.0; d_in];
+        let pair = adapter.pair().map_err(error)?;
+        let mut row = crate::buffer::zeros(1, d_in).map_err(error)?;
         // Where element `i` of row `r` is.
         let place = |r: usize, i: usize| if transposed { i * d_out + r } else { r * d_in + i };
         for r in 0..d_out {
             row.iter_mut().enumerate().for_each(|(i, w)| *w = weight[place(r, i)]);
-            adapter.merge_row(r, &mut row);
+            pair.merge_row(r, &mut row);
             row.iter().enumerate().for_each(|(i, w)| weight[place(r, i)] = *w);
         }
         Ok(())
@@ -215,16 +216,15 @@ fn load_module(
     let d_out = matrix(source, &name(b))?[0];
     let a = read_matrix(source, &name(a), [rank, d_in])?;
     let b = read_matrix(source, &name(b), [d_out, rank])?;
-    #[allow(clippy::cast_possible_truncation, reason = "the layers keep alpha as f32")]
-    let alpha = config.alpha(module) as f32;
+    let alpha = config.alpha(module);
     let error = |error| CheckpointError::Layer { layer: module.to_owned(), error };
-    let mut adapter = LoRAAdapter::try_from_parts(a, b, [d_out, d_in], rank, alpha, config.scaling()).map_err(error)?;
+    let mut adapter = LoRAAdapter::from_parts(a, b, d_out, d_in, rank, alpha, config.scaling()).map_err(error)?;
     let vector = |part: &str| {
         check_shape(source, &name(part), &[d_out])?;
         Ok(read_floats(source, &name(part))?.0)
     };
     if let Some(part) = magnitude {
-        adapter = adapter.try_with_magnitude(vector(part)?).map_err(error)?;
+        adapter = adapter.with_magnitude(vector(part)?).map_err(error)?;
     }
     let bias = if config.lora_bias() { Some(vector(b_bias)?) } else { None };
     Ok(PeftModule { adapter, bias })

@@ -26,7 +26,7 @@ impl PeftAdapter {
         let mut config = match modules.first() {
             None => PeftConfig::new(8, 8.0, LoRAScaling::Standard),
             Some((_, first)) => {
-                PeftConfig::new(first.rank(), first.alpha().into(), first.scaling()).with_dora(first.is_dora())
+                PeftConfig::new(first.rank(), first.alpha(), first.scaling()).with_dora(first.is_dora())
             }
         };
         for (name, adapter) in &modules {
@@ -38,7 +38,7 @@ impl PeftAdapter {
             if adapter.is_dora() != config.is_dora() {
                 return Err(mixed("DoRA for some modules only"));
             }
-            config.set_module(name, adapter.rank(), adapter.alpha().into());
+            config.set_module(name, adapter.rank(), adapter.alpha());
         }
         let names = modules.iter().map(|(name, _)| name.clone()).collect();
         let config = config.compiled()?.with_target_modules(TargetModules::List(names));
@@ -89,7 +89,7 @@ impl PeftAdapter {
         let mut tensors = TensorMap::new();
         for (name, module) in &self.modules {
             let adapter = &module.adapter;
-            adapter.check().map_err(|error| CheckpointError::Layer { layer: name.clone(), error })?;
+            adapter.pair().map_err(|error| CheckpointError::Layer { layer: name.clone(), error })?;
             let matrix = |values: &[f32], shape| TensorData::floats(values, float).with_shape(shape);
             let mut add = |part: &str, tensor| tensors.insert(tensor_name(name, part), tensor);
             add("lora_A.weight", matrix(adapter.a().data(), alloc::vec![adapter.rank(), adapter.d_in()]));

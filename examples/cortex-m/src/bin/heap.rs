@@ -51,12 +51,12 @@ fn run(kernels: Kernels) -> Result<usize, Error> {
         weight.cols(),
         weight.block_size(),
     )?;
-    let alpha = SCALE * RANK as f32;
+    let alpha = f64::from(SCALE) * RANK as f64;
     let adapter =
-        LoRAAdapter::try_from_parts(A.to_vec(), B.to_vec(), [ROWS, COLS], RANK, alpha, LoRAScaling::Standard)?;
-    let layer = QLoRALayer::try_from_parts(base, adapter)?.with_kernels(kernels);
+        LoRAAdapter::from_parts(A.to_vec(), B.to_vec(), ROWS, COLS, RANK, alpha, LoRAScaling::Standard)?;
+    let layer = QLoRALayer::from_parts(base, adapter)?.with_kernels(kernels);
 
-    let (mut scratch, mut y) = (layer.scratch(), [0.0; ROWS]);
+    let (mut scratch, mut y) = (layer.scratch(1), [0.0; ROWS]);
     layer.forward_into(&X, &mut scratch, &mut y)?;
     let wrong = layer::wrong(&y);
     hprintln!(

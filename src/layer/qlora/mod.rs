@@ -1,19 +1,32 @@
 //! `LoRA` on an NF4 base weight.
 
+mod forward;
+mod merge;
+mod requantize;
+mod train;
+
+#[cfg(target_has_atomic = "ptr")]
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use nf4_kernels::{BlockSize, Kernels};
 
+use crate::adapter::joined::Joined;
 use crate::adapter::lora::{DEFAULT_SEED, LoRAAdapter, LoRAScaling};
 use crate::error::{Error, or_panic};
-use crate::layer::linear::{Arithmetic, Linear};
+use crate::layer::linear::Linear;
 use crate::layer::lora::LoRALayer;
 use crate::layer::memory::MemoryStats;
+#[cfg(target_has_atomic = "ptr")]
+use crate::parallel::Threads;
 use crate::tensor::Tensor;
+use crate::weight::inputs::Arithmetic;
 use crate::weight::quantized::Quantized4Bit;
 
-/// A linear layer with a frozen NF4 base weight `W` `[d_out, d_in]`, a `LoRA` adapter and, if [`Self::try_with_bias`]
-/// gave it one, a frozen bias: `y = W x + scale * B (A x) + bias`.
+pub use requantize::RequantizationStats;
+
+/// A linear layer with a frozen NF4 base weight `W` `[d_out, d_in]`, a `LoRA` adapter and, if [`Self::with_bias`] gave it
+/// one, a frozen bias: `y = W x + scale * B (A x) + bias`.
 ///
 /// The base product is 16x4 on the packed bytes (see [`nf4_kernels::spec`]; about as precise as f16 activations), or
 /// f32 where blocks straddle rows or [`Arithmetic::F32`] was chosen; adapter and bias are f32. No weight is ever
@@ -21,32 +34,32 @@ use crate::weight::quantized::Quantized4Bit;
 /// each batch.
 ///
 /// Constructors quantize with block size 64, the default of `bitsandbytes`. For another one, for an existing base or
-/// for a given adapter there is [`Self::try_from_parts`]:
+/// for a given adapter there is [`Self::from_parts`]:
 ///
 /// ```
 /// use nf4::{BlockSize, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit};
 /// let (d_out, d_in, rank) = (16, 256, 4);
 /// let weight = vec![0.5_f32; d_out * d_in];
 /// let base = Quantized4Bit::quantize(&weight, d_out, d_in, BlockSize::B128, true)?;
-/// let adapter = LoRAAdapter::try_init(d_out, d_in, rank, 8.0, LoRAScaling::RsLoRA, 42)?;
-/// let layer = QLoRALayer::try_from_parts(base, adapter)?;
+/// let adapter = LoRAAdapter::new(d_out, d_in, rank, 8.0, LoRAScaling::RsLoRA, 42)?;
+/// let layer = QLoRALayer::from_parts(base, adapter)?;
 /// assert_eq!(layer.scale(), 4.0);
 ///
 /// // Forward without allocation:
-/// let (mut scratch, mut y) = (layer.scratch(), [0.0; 16]);
+/// let (mut scratch, mut y) = (layer.scratch(1), [0.0; 16]);
 /// layer.forward_into(&[1.0; 256], &mut scratch, &mut y)?;
 /// # assert!((y[0] - 128.0).abs() < 1.0, "{y:?}");
 /// # Ok::<(), nf4::Error>(())
 /// ```
 #[derive(Debug, Clone)]
 pub struct QLoRALayer {
-    pub(crate) linear: Linear,
-    pub(crate) adapter: LoRAAdapter,
+    linear: Linear,
+    adapter: Joined,
 }
 
 /// Construction.
 impl QLoRALayer {
-    /// A layer with a fresh adapter of scale `alpha / rank`: `A` as by [`LoRAAdapter::try_init`] with [`DEFAULT_SEED`],
+    /// A layer with a fresh adapter of scale `alpha / rank`: `A` as by [`LoRAAdapter::new`] with [`DEFAULT_SEED`],
     /// `B` zero. `base_weight` is row-major `[d_out, d_in]`; its scales are not double-quantized.
     ///
     /// # Panics
@@ -60,11 +73,13 @@ impl QLoRALayer {
     /// As [`Self::new`].
     ///
     /// # Errors
-    /// Those of [`Quantized4Bit::quantize`] and [`LoRAAdapter::try_init`].
+    /// [`Error::MatrixLength`] if there are not `d_out * d_in` weights; [`Error::NotFinite`] if one of them is NaN or
+    /// infinite; [`Error::RankZero`]; [`Error::Alpha`] if alpha or the scale is NaN or infinite; [`Error::Shape`] if a
+    /// shape does not fit in `usize`; [`Error::OutOfMemory`].
     pub fn try_new(base_weight: Tensor, d_out: usize, d_in: usize, rank: usize, alpha: f32) -> Result<Self, Error> {
         let base = Quantized4Bit::quantize(base_weight.data(), d_out, d_in, BlockSize::default(), false)?;
-        let adapter = LoRAAdapter::try_init(d_out, d_in, rank, alpha, LoRAScaling::Standard, DEFAULT_SEED)?;
-        Self::try_from_parts(base, adapter)
+        let adapter = LoRAAdapter::new(d_out, d_in, rank, alpha.into(), LoRAScaling::Standard, DEFAULT_SEED)?;
+        Self::from_parts(base, adapter)
     }
 
     /// Quantizes the base of a `LoRA` layer and keeps its adapter and bias. If the layer is merged, the weight before
@@ -81,12 +96,13 @@ impl QLoRALayer {
     /// As [`Self::from_lora`].
     ///
     /// # Errors
-    /// Those of [`Quantized4Bit::quantize`].
+    /// [`Error::MatrixLength`] or [`Error::Shape`] if a tensor of the adapter was replaced by one of another length;
+    /// [`Error::OutOfMemory`].
     pub fn try_from_lora(lora_layer: LoRALayer) -> Result<Self, Error> {
         Self::quantize_lora(lora_layer, false)
     }
 
-    /// As [`Self::from_lora`], with double-quantized scales: 4.127 bits a weight instead of 4.5.
+    /// As [`Self::from_lora`], with double-quantized scales: 4.127 bits per weight instead of 4.5.
     ///
     /// # Panics
     /// Where [`Self::try_from_lora_double_quant`] gives an error.
@@ -99,7 +115,8 @@ impl QLoRALayer {
     /// As [`Self::from_lora_double_quant`].
     ///
     /// # Errors
-    /// Those of [`Quantized4Bit::quantize`].
+    /// As [`Self::try_from_lora`]; [`Error::NotFinite`] if weights are so large (above `1e30`, say) that their
+    /// double-quantized scales are not finite.
     pub fn try_from_lora_double_quant(lora_layer: LoRALayer) -> Result<Self, Error> {
         Self::quantize_lora(lora_layer, true)
     }
@@ -108,9 +125,9 @@ impl QLoRALayer {
         let (weight, bias, adapter) = lora_layer.into_parts();
         let (d_out, d_in) = (adapter.d_out(), adapter.d_in());
         let base = Quantized4Bit::quantize(weight.data(), d_out, d_in, BlockSize::default(), double_quant)?;
-        let layer = Self::try_from_parts(base, adapter)?;
+        let layer = Self::from_parts(base, adapter)?;
         match bias {
-            Some(bias) => layer.try_with_bias(bias.into_vec()),
+            Some(bias) => layer.with_bias(bias),
             None => Ok(layer),
         }
     }
@@ -118,12 +135,11 @@ impl QLoRALayer {
     /// A layer from a quantized base, of any block size, and an adapter for its shape.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if base and adapter differ in `[d_out, d_in]`; [`Error::MatrixLength`] if the tensors of
-    /// the adapter were replaced by others.
-    pub fn try_from_parts(base: Quantized4Bit, mut adapter: LoRAAdapter) -> Result<Self, Error> {
+    /// [`Error::Mismatch`] if base and adapter differ in `[d_out, d_in]`; [`Error::MatrixLength`] or [`Error::Shape`] if
+    /// a tensor of the adapter was replaced by one of another length; [`Error::OutOfMemory`] for the norms of `DoRA`.
+    pub fn from_parts(base: Quantized4Bit, adapter: LoRAAdapter) -> Result<Self, Error> {
         let linear = Linear::new(base);
-        linear.check_adapter(&adapter)?;
-        adapter.join(linear.base())?;
+        let adapter = Joined::new(adapter, &linear.base()?)?;
         Ok(Self { linear, adapter })
     }
 
@@ -131,7 +147,7 @@ impl QLoRALayer {
     ///
     /// # Errors
     /// [`Error::Shape`] if `bias` does not have `d_out` values; [`Error::NotFinite`] if one is NaN or infinite.
-    pub fn try_with_bias(self, bias: Vec<f32>) -> Result<Self, Error> {
+    pub fn with_bias(self, bias: Vec<f32>) -> Result<Self, Error> {
         Ok(Self { linear: self.linear.with_bias(bias)?, ..self })
     }
 
@@ -145,50 +161,85 @@ impl QLoRALayer {
     /// The same layer on other kernels than those of [`Kernels::detect`]. That changes the speed, never a bit.
     #[must_use]
     pub fn with_kernels(mut self, kernels: Kernels) -> Self {
-        self.linear.kernels = kernels;
+        self.linear.executor.kernels = kernels;
+        self
+    }
+
+    /// The same layer on these threads; see [`Threads`]. That changes the speed of large operations, never a bit.
+    #[cfg(target_has_atomic = "ptr")]
+    #[must_use]
+    pub fn with_threads(mut self, threads: Arc<dyn Threads>) -> Self {
+        self.linear.executor.set_threads(threads);
         self
     }
 
     /// The base, the bias and the adapter.
     #[must_use]
     pub fn into_parts(self) -> (Quantized4Bit, Option<Vec<f32>>, LoRAAdapter) {
-        (self.linear.weight, self.linear.bias.map(<[f32]>::into_vec), self.adapter)
+        (self.linear.weight, self.linear.bias.map(<[f32]>::into_vec), self.adapter.into_adapter())
     }
 }
 
-/// What it is.
+/// The adapter.
 impl QLoRALayer {
+    /// The adapter.
+    #[must_use]
+    pub fn adapter(&self) -> &LoRAAdapter {
+        self.adapter.adapter()
+    }
+
+    /// The adapter, to be changed, or replaced by another one for the same shape. With `DoRA`, norms are stale from here
+    /// on: see [`Self::refresh_dora`].
+    pub fn adapter_mut(&mut self) -> &mut LoRAAdapter {
+        self.adapter.adapter_mut()
+    }
+
     /// `A`, `[rank, d_in]` row-major.
     #[must_use]
     pub fn lora_a(&self) -> &Tensor {
-        self.adapter.a()
+        self.adapter().a()
     }
 
-    /// `A`, to be changed; with `DoRA` see [`Self::refresh_dora`].
+    /// `A`, to be changed; see [`Self::adapter_mut`].
     pub fn lora_a_mut(&mut self) -> &mut Tensor {
-        self.adapter.a_mut()
+        self.adapter_mut().a_mut()
     }
 
     /// `B`, `[d_out, rank]` row-major.
     #[must_use]
     pub fn lora_b(&self) -> &Tensor {
-        self.adapter.b()
+        self.adapter().b()
     }
 
-    /// `B`, to be changed; with `DoRA` see [`Self::refresh_dora`].
+    /// `B`, to be changed; see [`Self::adapter_mut`].
     pub fn lora_b_mut(&mut self) -> &mut Tensor {
-        self.adapter.b_mut()
+        self.adapter_mut().b_mut()
     }
 
-    /// `A`, `B` and, with `DoRA`, the magnitude, to be trained; with `DoRA` see [`Self::refresh_dora`].
+    /// `A`, `B` and, with `DoRA`, the magnitude, to be trained; see [`Self::adapter_mut`].
     pub fn trainable_params(&mut self) -> Vec<&mut Tensor> {
-        self.adapter.trainable_params()
+        self.adapter_mut().trainable_params()
     }
 
-    /// The adapter.
+    /// The rank of the adapter.
     #[must_use]
-    pub fn adapter(&self) -> &LoRAAdapter {
-        &self.adapter
+    pub fn rank(&self) -> usize {
+        self.adapter().rank()
+    }
+
+    /// The factor of the adapter.
+    #[must_use]
+    pub fn scale(&self) -> f32 {
+        self.adapter().scale()
+    }
+}
+
+/// Accessors.
+impl QLoRALayer {
+    /// The quantized base weight, `[d_out, d_in]`.
+    #[must_use]
+    pub fn base_weight_quantized(&self) -> &Quantized4Bit {
+        &self.linear.weight
     }
 
     /// The bias, `[d_out]`, if there is one.
@@ -203,37 +254,19 @@ impl QLoRALayer {
         self.linear.arithmetic
     }
 
-    /// The quantized base weight, `[d_out, d_in]`.
-    #[must_use]
-    pub fn base_weight_quantized(&self) -> &Quantized4Bit {
-        &self.linear.weight
-    }
-
     /// The kernels in use.
     #[must_use]
     pub fn kernels(&self) -> Kernels {
-        self.linear.kernels
+        self.linear.kernels()
     }
 
-    /// The rank of the adapter.
-    #[must_use]
-    pub fn rank(&self) -> usize {
-        self.adapter.rank()
-    }
-
-    /// The factor of the adapter.
-    #[must_use]
-    pub fn scale(&self) -> f32 {
-        self.adapter.scale()
-    }
-
-    /// Outputs.
+    /// Number of outputs.
     #[must_use]
     pub fn d_out(&self) -> usize {
         self.linear.d_out()
     }
 
-    /// Inputs.
+    /// Number of inputs.
     #[must_use]
     pub fn d_in(&self) -> usize {
         self.linear.d_in()

@@ -1,4 +1,4 @@
-//! Sums of rows of a dense f32 matrix: the products of gradients, which are all of this one form.
+//! Weighted sums of the rows of a dense f32 matrix: every product of a gradient has this form.
 
 use nf4_kernels::{Float, spec::ROW_CHUNK};
 
@@ -18,9 +18,10 @@ pub(crate) fn add_rows(out: &mut [f32], factor: impl Fn(usize) -> f32, rows: &[f
     }
     for (s, out) in out.chunks_mut(SPAN).enumerate() {
         let mut row = 0;
-        for chunk in rows.chunks(ROW_CHUNK * cols) {
+        // Where `ROW_CHUNK` rows are longer than the address space, there are fewer rows than that.
+        for chunk in rows.chunks(cols.saturating_mul(ROW_CHUNK)) {
             let mut sums = [0.0; SPAN];
-            for four in chunk.chunks(4 * cols) {
+            for four in chunk.chunks(cols.saturating_mul(4)) {
                 let mut products = [[0.0; SPAN]; 4];
                 for (products, values) in products.iter_mut().zip(four.chunks_exact(cols)) {
                     let factor = factor(row);

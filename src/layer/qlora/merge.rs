@@ -1,4 +1,4 @@
-//! Merging an adapter into the weight.
+//! Merging the adapter into the weight.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -6,21 +6,24 @@ use core::ops::Range;
 
 use nf4_kernels::Float;
 
+use super::QLoRALayer;
+use crate::adapter::pair::Pair;
 use crate::buffer::zeros;
 use crate::error::{Error, check_len};
-use crate::layer::qlora::QLoRALayer;
-use crate::parallel::{self, cost};
+use crate::parallel::cost;
+use crate::weight::base::Base;
 
+/// Merge.
 impl QLoRALayer {
     /// The merged weight `dequantize(base) + scale * B A`, row-major `[d_out, d_in]`; with `DoRA` each row times its
-    /// magnitude over its norm, which is taken anew and so never stale.
+    /// magnitude over its norm, which is computed anew and so never stale.
     ///
     /// The base is exact, products and sums are f64 in the order of the rank, and each weight is rounded once to f32;
-    /// the same bits everywhere. Beside the result one row is held.
+    /// the same bits everywhere. One row is held beside the result.
     ///
     /// # Panics
-    /// If the result does not fit in memory ([`Self::merge_rows_into`] merges in parts), or if `A` or `B` was replaced
-    /// by a tensor of another length.
+    /// If the result does not fit in memory ([`Self::merge_rows_into`] merges in parts), or if the adapter or a tensor
+    /// of it was replaced by one that does not fit.
     #[must_use]
     pub fn merge_to_f32(&self) -> Vec<f32> {
         let mut merged = vec![0.0; self.base_weight_quantized().len()];
@@ -31,31 +34,46 @@ impl QLoRALayer {
     /// Some rows of the merged weight, `[rows.len(), d_in]`, in a buffer of the caller: for merging in small memory.
     ///
     /// For f32 these are rows of [`Self::merge_to_f32`]; for [`nf4_kernels::f16`] and [`nf4_kernels::bf16`] the same
-    /// values, rounded to nearest even. One row of f32 is allocated, with the feature `rayon` one a thread.
+    /// values, rounded to nearest even. One row of f32 is allocated per thread.
     ///
     /// # Errors
     /// [`Error::Shape`] if there are no such rows or `out` does not have `rows.len() * d_in` values;
-    /// [`Error::MatrixLength`] if `A` or `B` was replaced by a tensor of another length.
+    /// [`Error::MatrixLength`], [`Error::Mismatch`] or [`Error::Shape`] if the adapter or a tensor of it was replaced by
+    /// one that does not fit; [`Error::OutOfMemory`].
     pub fn merge_rows_into<T: Float>(&self, rows: Range<usize>, out: &mut [T]) -> Result<(), Error> {
-        let count = self.base_weight_quantized().view().row_range(rows.clone())?.rows();
+        let count = self.linear.weight.try_view()?.row_range(rows.clone())?.rows();
         check_len("merged weights", count * self.d_in(), out.len())?;
-        self.linear.check_adapter(&self.adapter)?;
+        let merge = self.merger()?;
         let cost = cost::PRODUCT_F32.saturating_mul(self.rank()).saturating_add(cost::DEQUANTIZE);
         let work = out.len().saturating_mul(cost);
-        parallel::by_rows(work, rows, self.d_in(), out, &|rows: Range<usize>, out: &mut [T]| {
+        self.linear.executor.by_rows(work, rows, self.d_in(), out, &|rows: Range<usize>, out: &mut [T]| {
             let mut merged = zeros(1, self.d_in())?;
             for (row, out) in rows.zip(out.chunks_mut(self.d_in().max(1))) {
-                self.merge_row(row, &mut merged)?;
+                merge.row(row, &mut merged)?;
                 out.iter_mut().zip(&merged).for_each(|(o, m)| *o = T::from_f32(*m));
             }
             Ok(())
         })
     }
 
-    /// One row of [`Self::merge_to_f32`].
-    pub(crate) fn merge_row(&self, row: usize, out: &mut [f32]) -> Result<(), Error> {
-        self.kernels().dequantize(&self.linear.weight.view().row_range(row..row + 1)?, out)?;
-        self.adapter.merge_row(row, out);
+    /// What merges rows, if the adapter fits the base.
+    pub(super) fn merger(&self) -> Result<Merger<'_>, Error> {
+        let base = self.linear.base()?;
+        Ok(Merger { pair: self.adapter.pair(&base)?, base })
+    }
+}
+
+/// A base and an adapter that fit each other.
+pub(super) struct Merger<'a> {
+    base: Base<'a>,
+    pair: Pair<'a>,
+}
+
+impl Merger<'_> {
+    /// One row of [`QLoRALayer::merge_to_f32`].
+    pub(super) fn row(&self, row: usize, out: &mut [f32]) -> Result<(), Error> {
+        self.base.row(row, out)?;
+        self.pair.merge_row(row, out);
         Ok(())
     }
 }

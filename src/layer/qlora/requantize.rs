@@ -1,18 +1,21 @@
-//! Merging an adapter into packed weights.
+//! Merging the adapter into packed weights.
 
 use nf4_kernels::{BlockSize, packed_len};
 
+use super::QLoRALayer;
+use super::merge::Merger;
 use crate::buffer::zeros;
 use crate::error::{Error, check_finite};
-use crate::layer::qlora::QLoRALayer;
-use crate::weight::quantized::{AbsmaxBuf, Quantized4Bit};
+use crate::weight::absmax::AbsmaxBuf;
+use crate::weight::quantized::Quantized4Bit;
 
-/// What quantizing a merged weight did to it. All are taken over the whole matrix, in f64; 0 if it has no weights.
+/// How much quantizing a merged weight changed it. All are measured over the whole matrix, in f64; 0 if it has no
+/// weights.
 ///
 /// An adapter survives if [`Self::rms_error`] is well below [`Self::rms_change`]; if it is as large, the adapter is
 /// lost in the rounding, and the merged weight is better kept in f16 or bf16 ([`QLoRALayer::merge_rows_into`]).
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct RequantizeError {
+pub struct RequantizationStats {
     /// Largest `|quantized - merged|`, where `merged` is [`QLoRALayer::merge_to_f32`].
     pub max_abs_error: f64,
     /// Root mean square of `quantized - merged`.
@@ -23,7 +26,7 @@ pub struct RequantizeError {
     pub rms_change: f64,
 }
 
-impl RequantizeError {
+impl RequantizationStats {
     /// `rms_error / rms_merged`; NaN if the merged weight is zero.
     #[must_use]
     pub fn relative(&self) -> f64 {
@@ -31,23 +34,24 @@ impl RequantizeError {
     }
 }
 
+/// Merge and requantization.
 impl QLoRALayer {
     /// Merges the adapter and quantizes the result, bit for bit as [`Quantized4Bit::quantize`] does with
-    /// [`Self::merge_to_f32`], and says what error that caused. The bias is not part of it.
+    /// [`Self::merge_to_f32`], and measures the error of that. The bias is not part of it.
     ///
     /// The merged weight is never held: beside the result this takes one row and a block of f32, and two rows for the
-    /// error, for which all rows are merged once more.
+    /// measurement, for which all rows are merged once more.
     ///
     /// # Errors
     /// [`Error::NotFinite`] with the flat index of the first merged weight that is NaN or infinite, or if weights are
-    /// so large that their double-quantized scales are not finite; [`Error::MatrixLength`] if `A` or `B` was replaced
-    /// by a tensor of another length.
+    /// so large that their double-quantized scales are not finite; [`Error::MatrixLength`], [`Error::Mismatch`] or
+    /// [`Error::Shape`] if the adapter or a tensor of it was replaced by one that does not fit; [`Error::OutOfMemory`].
     pub fn merge_requantized(
         &self,
         block_size: BlockSize,
         double_quant: bool,
-    ) -> Result<(Quantized4Bit, RequantizeError), Error> {
-        self.linear.check_adapter(&self.adapter)?;
+    ) -> Result<(Quantized4Bit, RequantizationStats), Error> {
+        let merge = self.merger()?;
         let (d_out, d_in, block) = (self.d_out(), self.d_in(), block_size.get());
         let mut packed = zeros(1, packed_len(self.linear.weight.len()))?;
         let mut absmax = zeros(1, block_size.blocks(self.linear.weight.len()))?;
@@ -58,7 +62,7 @@ impl QLoRALayer {
         let (mut packed_rest, mut absmax_rest) = (&mut *packed, &mut *absmax);
         for row in 0..d_out {
             let merged = &mut pending[waiting..waiting + d_in];
-            self.merge_row(row, merged)?;
+            merge.row(row, merged)?;
             check_row(row, merged)?;
             let len = waiting + d_in;
             let ready = if row + 1 == d_out { len } else { len - len % block };
@@ -70,18 +74,18 @@ impl QLoRALayer {
             waiting = len - ready;
         }
         drop(pending);
-        let absmax = if double_quant { AbsmaxBuf::double_quantize(&absmax) } else { AbsmaxBuf::plain(absmax) };
+        let absmax = if double_quant { AbsmaxBuf::double_quantize(&absmax)? } else { AbsmaxBuf::plain(absmax) };
         let quantized = Quantized4Bit::from_parts(packed, absmax, d_out, d_in, block_size)?;
-        let error = self.error_of(&quantized)?;
-        Ok((quantized, error))
+        let stats = self.measure(&quantized, &merge)?;
+        Ok((quantized, stats))
     }
 
     /// How far `quantized` lies from the merged weight.
-    fn error_of(&self, quantized: &Quantized4Bit) -> Result<RequantizeError, Error> {
+    fn measure(&self, quantized: &Quantized4Bit, merge: &Merger<'_>) -> Result<RequantizationStats, Error> {
         let (mut merged, mut other) = (zeros(1, self.d_in())?, zeros::<f32>(1, self.d_in())?);
         let (mut max_abs_error, [mut error, mut weight, mut change]) = (0.0_f64, [0.0_f64; 3]);
         for row in 0..self.d_out() {
-            self.merge_row(row, &mut merged)?;
+            merge.row(row, &mut merged)?;
             quantized.dequantize_rows(row..row + 1, &mut other)?;
             for (m, q) in merged.iter().zip(&other) {
                 let off = f64::from(*q) - f64::from(*m);
@@ -96,7 +100,12 @@ impl QLoRALayer {
             }
         }
         let rms = |sum: f64| libm::sqrt(sum / quantized.len().max(1) as f64);
-        Ok(RequantizeError { max_abs_error, rms_error: rms(error), rms_merged: rms(weight), rms_change: rms(change) })
+        Ok(RequantizationStats {
+            max_abs_error,
+            rms_error: rms(error),
+            rms_merged: rms(weight),
+            rms_change: rms(change),
+        })
     }
 }
 

@@ -1,0 +1,273 @@
+//! `LoRA` on a dense base weight.
+
+mod forward;
+mod train;
+
+use alloc::boxed::Box;
+#[cfg(target_has_atomic = "ptr")]
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use nf4_kernels::Kernels;
+
+use crate::adapter::joined::Joined;
+use crate::adapter::lora::{DEFAULT_SEED, LoRAAdapter, LoRAScaling};
+use crate::buffer::copy;
+use crate::error::{Error, check_finite, check_matrix, or_panic};
+use crate::layer::linear::checked_bias;
+use crate::parallel::Executor;
+#[cfg(target_has_atomic = "ptr")]
+use crate::parallel::Threads;
+use crate::tensor::Tensor;
+use crate::weight::base::Base;
+
+/// A linear layer with a dense, frozen base weight `W` `[d_out, d_in]`, a `LoRA` adapter and, if [`Self::with_bias`]
+/// gave it one, a frozen bias: `y = W x + scale * B (A x) + bias`; with `DoRA` (see [`LoRAAdapter`]) each row of the sum
+/// of the first two is scaled.
+///
+/// All arithmetic is f32 (merges and norms: f64, rounded once), with the same bits on each machine.
+#[derive(Debug, Clone)]
+pub struct LoRALayer {
+    base: Tensor,
+    d_out: usize,
+    d_in: usize,
+    /// `W + scale * B A` while merged. `base` stays as it was, so that it can come back bit for bit: subtracting
+    /// would round.
+    merged: Option<Tensor>,
+    bias: Option<Box<[f32]>>,
+    adapter: Joined,
+    executor: Executor,
+}
+
+/// Construction.
+impl LoRALayer {
+    /// A layer with a fresh adapter of scale `alpha / rank`: `A` as by [`LoRAAdapter::new`] with [`DEFAULT_SEED`], `B`
+    /// zero. `base_weight` is row-major `[d_out, d_in]`.
+    ///
+    /// # Panics
+    /// Where [`Self::try_new`] returns an error.
+    #[must_use]
+    #[track_caller]
+    pub fn new(base_weight: Tensor, d_out: usize, d_in: usize, rank: usize, alpha: f32) -> Self {
+        or_panic(Self::try_new(base_weight, d_out, d_in, rank, alpha))
+    }
+
+    /// As [`Self::new`].
+    ///
+    /// # Errors
+    /// [`Error::MatrixLength`] if there are not `d_out * d_in` weights; [`Error::NotFinite`] if one of them is NaN or
+    /// infinite; [`Error::RankZero`]; [`Error::Alpha`] if alpha or the scale is NaN or infinite; [`Error::Shape`] if a
+    /// shape does not fit in `usize`; [`Error::OutOfMemory`].
+    pub fn try_new(base_weight: Tensor, d_out: usize, d_in: usize, rank: usize, alpha: f32) -> Result<Self, Error> {
+        Self::try_new_with_scaling(base_weight, d_out, d_in, rank, alpha, LoRAScaling::Standard)
+    }
+
+    /// As [`Self::new`], with a choice of how alpha and rank give the scale.
+    ///
+    /// # Panics
+    /// Where [`Self::try_new_with_scaling`] returns an error.
+    #[must_use]
+    #[track_caller]
+    pub fn new_with_scaling(
+        base_weight: Tensor,
+        d_out: usize,
+        d_in: usize,
+        rank: usize,
+        alpha: f32,
+        scaling: LoRAScaling,
+    ) -> Self {
+        or_panic(Self::try_new_with_scaling(base_weight, d_out, d_in, rank, alpha, scaling))
+    }
+
+    /// As [`Self::new_with_scaling`].
+    ///
+    /// # Errors
+    /// Those that [`Self::try_new`] lists.
+    pub fn try_new_with_scaling(
+        base_weight: Tensor,
+        d_out: usize,
+        d_in: usize,
+        rank: usize,
+        alpha: f32,
+        scaling: LoRAScaling,
+    ) -> Result<Self, Error> {
+        check_matrix("base weight", base_weight.data(), d_out, d_in)?;
+        let adapter = LoRAAdapter::new(d_out, d_in, rank, alpha.into(), scaling, DEFAULT_SEED)?;
+        Self::from_parts(base_weight, adapter)
+    }
+
+    /// A layer from a base weight, row-major, and an adapter, which gives the shape: for given `A` and `B`, or
+    /// another seed.
+    ///
+    /// # Errors
+    /// [`Error::MatrixLength`] if `base_weight` does not have `d_out * d_in` values; [`Error::NotFinite`] if one is
+    /// NaN or infinite; [`Error::MatrixLength`] or [`Error::Shape`] if a tensor of the adapter was replaced by one of
+    /// another length; [`Error::OutOfMemory`] for the norms of `DoRA`.
+    pub fn from_parts(base_weight: Tensor, adapter: LoRAAdapter) -> Result<Self, Error> {
+        let (d_out, d_in, executor) = (adapter.d_out(), adapter.d_in(), Executor::detect());
+        check_matrix("base weight", base_weight.data(), d_out, d_in)?;
+        check_finite("base weight", base_weight.data())?;
+        let adapter = Joined::new(adapter, &Base::dense(base_weight.data(), d_out, d_in, &executor))?;
+        Ok(Self { base: base_weight, d_out, d_in, merged: None, bias: None, adapter, executor })
+    }
+
+    /// The same layer with a bias, `[d_out]`, instead of the one that it had, if any.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `bias` does not have `d_out` values; [`Error::NotFinite`] if one is NaN or infinite.
+    pub fn with_bias(self, bias: Vec<f32>) -> Result<Self, Error> {
+        Ok(Self { bias: Some(checked_bias(bias, self.d_out)?), ..self })
+    }
+
+    /// The same layer on other kernels than those of [`Kernels::detect`]. That changes the speed, never a bit.
+    #[must_use]
+    pub fn with_kernels(mut self, kernels: Kernels) -> Self {
+        self.executor.kernels = kernels;
+        self
+    }
+
+    /// The same layer on these threads; see [`Threads`]. That changes the speed of large operations, never a bit.
+    #[cfg(target_has_atomic = "ptr")]
+    #[must_use]
+    pub fn with_threads(mut self, threads: Arc<dyn Threads>) -> Self {
+        self.executor.set_threads(threads);
+        self
+    }
+
+    /// The frozen weight, row-major and never merged, the bias, and the adapter.
+    #[must_use]
+    pub fn into_parts(self) -> (Tensor, Option<Vec<f32>>, LoRAAdapter) {
+        (self.base, self.bias.map(<[f32]>::into_vec), self.adapter.into_adapter())
+    }
+}
+
+/// Merge.
+impl LoRALayer {
+    /// Adds `scale * B A` to the weight, with `DoRA` also scales its rows: all in f64, rounded once to f32. Does
+    /// nothing if merged already.
+    ///
+    /// While merged the layer holds both weights, 8 bytes for each of them: [`Self::unmerge`] is then exact. Changes
+    /// of `A` or `B` while merged count from the next merge on.
+    ///
+    /// # Panics
+    /// If the adapter or a tensor of it was replaced by one that does not fit, or if there is no memory for the merged
+    /// weight.
+    #[track_caller]
+    pub fn merge(&mut self) {
+        if self.merged.is_none() {
+            self.merged = Some(or_panic(self.merge_weight()));
+        }
+    }
+
+    fn merge_weight(&self) -> Result<Tensor, Error> {
+        let pair = self.adapter.pair(&self.frozen())?;
+        let mut merged = copy(self.base.data())?;
+        let rows = merged.chunks_exact_mut(self.d_in.max(1));
+        rows.enumerate().for_each(|(row, weights)| pair.merge_row(row, weights));
+        Ok(Tensor::from_vec(merged, false))
+    }
+
+    /// Takes the adapter out of the weight: it is what it was before [`Self::merge`], bit for bit.
+    pub fn unmerge(&mut self) {
+        self.merged = None;
+    }
+
+    /// Whether the adapter is added to the weight.
+    #[must_use]
+    pub fn is_merged(&self) -> bool {
+        self.merged.is_some()
+    }
+}
+
+/// The adapter.
+impl LoRALayer {
+    /// The adapter.
+    #[must_use]
+    pub fn adapter(&self) -> &LoRAAdapter {
+        self.adapter.adapter()
+    }
+
+    /// The adapter, to be changed, or replaced by another one for the same shape. With `DoRA`, norms are stale from here
+    /// on: see [`Self::refresh_dora`].
+    pub fn adapter_mut(&mut self) -> &mut LoRAAdapter {
+        self.adapter.adapter_mut()
+    }
+
+    /// `A`, `[rank, d_in]` row-major.
+    #[must_use]
+    pub fn lora_a(&self) -> &Tensor {
+        self.adapter().a()
+    }
+
+    /// `A`, to be changed; see [`Self::adapter_mut`].
+    pub fn lora_a_mut(&mut self) -> &mut Tensor {
+        self.adapter_mut().a_mut()
+    }
+
+    /// `B`, `[d_out, rank]` row-major.
+    #[must_use]
+    pub fn lora_b(&self) -> &Tensor {
+        self.adapter().b()
+    }
+
+    /// `B`, to be changed; see [`Self::adapter_mut`].
+    pub fn lora_b_mut(&mut self) -> &mut Tensor {
+        self.adapter_mut().b_mut()
+    }
+
+    /// `A`, `B` and, with `DoRA`, the magnitude, to be trained; see [`Self::adapter_mut`].
+    pub fn trainable_params(&mut self) -> Vec<&mut Tensor> {
+        self.adapter_mut().trainable_params()
+    }
+
+    /// The rank of the adapter.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.adapter().rank()
+    }
+
+    /// The factor of the adapter.
+    #[must_use]
+    pub fn scale(&self) -> f32 {
+        self.adapter().scale()
+    }
+}
+
+/// Accessors.
+impl LoRALayer {
+    /// The weight that [`Self::forward`] multiplies by, row-major `[d_out, d_in]`: `W`, and while merged `W + scale *
+    /// B A`.
+    #[must_use]
+    pub fn base_weight(&self) -> &Tensor {
+        self.merged.as_ref().unwrap_or(&self.base)
+    }
+
+    /// The bias, `[d_out]`, if there is one.
+    #[must_use]
+    pub fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_deref()
+    }
+
+    /// The kernels in use.
+    #[must_use]
+    pub fn kernels(&self) -> Kernels {
+        self.executor.kernels
+    }
+
+    /// Number of outputs.
+    #[must_use]
+    pub fn d_out(&self) -> usize {
+        self.d_out
+    }
+
+    /// Number of inputs.
+    #[must_use]
+    pub fn d_in(&self) -> usize {
+        self.d_in
+    }
+
+    /// The frozen weight, never merged.
+    fn frozen(&self) -> Base<'_> {
+        Base::dense(self.base.data(), self.d_out, self.d_in, &self.executor)
+    }
+}

@@ -1,0 +1,118 @@
+//! The scales of the blocks of a weight, and what holds them.
+
+use alloc::boxed::Box;
+
+use nf4_kernels::{Absmax, DYNAMIC_MAP, Kernels, NESTED_BLOCK, NestedAbsmax, ShapeError};
+
+use crate::buffer::zeros;
+use crate::error::Error;
+use crate::weight::store::Store;
+
+/// The scales of the blocks of a weight: plain, or double-quantized. [`Self::view`] borrows them as an [`Absmax`].
+#[derive(Debug, Clone)]
+pub struct AbsmaxBuf(Storage);
+
+#[derive(Debug, Clone)]
+enum Storage {
+    Plain(Store<f32>),
+    Nested {
+        codes: Store<u8>,
+        absmax: Store<f32>,
+        /// `None` stands for [`DYNAMIC_MAP`].
+        map: Option<Box<[f32; 256]>>,
+        offset: f32,
+    },
+}
+
+impl AbsmaxBuf {
+    /// One f32 per block.
+    #[must_use]
+    pub fn plain(absmax: impl Into<Store<f32>>) -> Self {
+        Self(Storage::Plain(absmax.into()))
+    }
+
+    /// Double-quantized scales as files hold them: one code per block, one f32 per [`NESTED_BLOCK`] of them, the map and
+    /// the offset; see [`NestedAbsmax`]. The map is copied (1 KiB), and only if it differs from [`DYNAMIC_MAP`] in a
+    /// bit.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `absmax` does not have `ceil(codes.len() / 256)` values.
+    pub fn nested(
+        codes: impl Into<Store<u8>>,
+        absmax: impl Into<Store<f32>>,
+        map: &[f32; 256],
+        offset: f32,
+    ) -> Result<Self, Error> {
+        let (codes, absmax) = (codes.into(), absmax.into());
+        NestedAbsmax::new(codes.as_slice(), map, absmax.as_slice(), offset)?;
+        let same = map.iter().zip(&DYNAMIC_MAP).all(|(a, b)| a.to_bits() == b.to_bits());
+        Ok(Self(Storage::Nested { codes, absmax, map: (!same).then(|| Box::new(*map)), offset }))
+    }
+
+    /// Double-quantizes plain scales, bit for bit as `bitsandbytes` does on a CPU.
+    ///
+    /// A NaN or infinity makes every scale NaN; [`crate::Quantized4Bit`] takes neither.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn double_quantize(absmax: &[f32]) -> Result<Self, Error> {
+        let mut codes = zeros(1, absmax.len())?;
+        let mut nested = zeros(1, absmax.len().div_ceil(NESTED_BLOCK))?;
+        let offset = Kernels::detect().quantize_absmax(absmax, &mut codes, &mut nested)?;
+        Ok(Self(Storage::Nested { codes: codes.into(), absmax: nested.into(), map: None, offset }))
+    }
+
+    /// A borrowed view of the scales.
+    ///
+    /// # Panics
+    /// If shared bytes are no longer what they were.
+    #[must_use]
+    pub fn view(&self) -> Absmax<'_> {
+        self.try_view().expect("the constructors checked the lengths")
+    }
+
+    /// As [`Self::view`], with an error in place of a panic.
+    pub(crate) fn try_view(&self) -> Result<Absmax<'_>, ShapeError> {
+        match &self.0 {
+            Storage::Plain(absmax) => Ok(Absmax::Plain(absmax.as_slice())),
+            Storage::Nested { codes, absmax, map, offset } => {
+                let map = map.as_deref().unwrap_or(&DYNAMIC_MAP);
+                Ok(Absmax::Nested(NestedAbsmax::new(codes.as_slice(), map, absmax.as_slice(), *offset)?))
+            }
+        }
+    }
+
+    /// Whether the scales are double-quantized.
+    #[must_use]
+    pub fn is_nested(&self) -> bool {
+        matches!(self.0, Storage::Nested { .. })
+    }
+
+    /// Bytes of the scales: 4 per block; or 1 per block, 4 per [`NESTED_BLOCK`] blocks, and 1024 for a map other than
+    /// [`DYNAMIC_MAP`].
+    #[must_use]
+    pub fn data_bytes(&self) -> usize {
+        match &self.0 {
+            Storage::Plain(absmax) => size_of_val(absmax.as_slice()),
+            Storage::Nested { codes, absmax, .. } => {
+                codes.as_slice().len() + size_of_val(absmax.as_slice()) + self.map_bytes()
+            }
+        }
+    }
+
+    /// Of [`Self::data_bytes`], those on the heap that belong to these scales alone.
+    #[must_use]
+    pub fn memory_bytes(&self) -> usize {
+        match &self.0 {
+            Storage::Plain(absmax) => absmax.memory_bytes(),
+            Storage::Nested { codes, absmax, .. } => codes.memory_bytes() + absmax.memory_bytes() + self.map_bytes(),
+        }
+    }
+
+    fn map_bytes(&self) -> usize {
+        match &self.0 {
+            Storage::Nested { map: Some(map), .. } => size_of_val(&**map),
+            _ => 0,
+        }
+    }
+}
