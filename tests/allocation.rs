@@ -3,10 +3,12 @@
 #![cfg(feature = "alloc")]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+use std::sync::Arc;
+
 use allocation_counter::measure;
 use nf4::{
-    Adapters, Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, MultiAdapterLayer, QLoRALayer, Quantized4Bit,
-    Scratch, bf16, f16,
+    Absmax, AbsmaxBuf, Adapters, Arithmetic, BlockSize, DYNAMIC_MAP, InputsBuf, Kernels, LoRAAdapter, LoRAScaling,
+    MultiAdapterLayer, QLoRALayer, Quantized4Bit, Scratch, SharedBytes, Store, bf16, f16,
 };
 
 const RANK: usize = 5;
@@ -86,6 +88,66 @@ fn many_adapters_allocate_nothing() {
             check("chosen", || layer.forward_into(&x, chosen, &mut scratch, &mut y).unwrap());
             check("types", || layer.forward_into(&x, chosen, &mut scratch, &mut halves).unwrap());
         }
+    }
+}
+
+#[test]
+fn inputs_that_layers_share_allocate_nothing() {
+    for shape @ [d_out, d_in] in SHAPES {
+        let layer = QLoRALayer::from_parts(base(shape, true), adapter(shape, RANK)).unwrap();
+        let (mut buffers, mut scratch) = (InputsBuf::new(), layer.scratch(7));
+        buffers.reserve(d_in, BlockSize::B64, 7);
+        for batch in [7, 1] {
+            let (x, mut y) = (values(batch * d_in), vec![0.0; batch * d_out]);
+            check("shared inputs", || {
+                let inputs = layer.quantize_inputs(&x, &mut buffers).unwrap();
+                layer.forward_shared(&inputs, &mut scratch, &mut y).unwrap();
+                layer.forward_shared(&inputs, &mut scratch, &mut y).unwrap();
+            });
+        }
+    }
+}
+
+/// A weight in a file in memory, and a layer on it: only what the layer adds is allocated.
+#[test]
+fn shared_weights_are_not_copied() {
+    let [d_out, d_in] = [200, 256];
+    for double_quant in [false, true] {
+        let owned = base([d_out, d_in], double_quant);
+        let (codes, floats, offset) = match owned.absmax().view() {
+            Absmax::Nested(nested) => (nested.codes(), nested.absmax(), nested.offset()),
+            Absmax::Plain(absmax) => (&[][..], absmax, 0.0),
+            _ => panic!("another kind of scales"),
+        };
+        let floats: Vec<u8> = floats.iter().flat_map(|f| f.to_le_bytes()).collect();
+        // Both lengths before the floats are multiples of 4, and so their address is.
+        let parts = [owned.packed(), codes, &floats].concat();
+        let mut file = vec![0; parts.len() + 3];
+        let start = file.as_ptr().align_offset(4);
+        file[start..][..parts.len()].copy_from_slice(&parts);
+        let file: SharedBytes = Arc::new(file);
+        let (at_codes, at_floats) = (start + owned.packed().len(), start + owned.packed().len() + codes.len());
+        let share = || {
+            let bytes = |range| Store::<u8>::shared(file.clone(), range);
+            let floats = Store::<f32>::shared(file.clone(), at_floats..at_floats + floats.len())?;
+            let absmax = if double_quant {
+                AbsmaxBuf::nested(bytes(at_codes..at_floats)?, floats, &DYNAMIC_MAP, offset)?
+            } else {
+                AbsmaxBuf::plain(floats)
+            };
+            Quantized4Bit::from_parts(bytes(start..at_codes)?, absmax, d_out, d_in, BlockSize::B64)
+        };
+        let mut weight = None;
+        check("a shared weight", || weight = Some(share().unwrap()));
+        let weight = weight.unwrap();
+        assert_eq!(weight.dequantize::<f32>(), owned.dequantize::<f32>());
+        check("a clone of it", || drop(core::hint::black_box(weight.clone())));
+        let mut layer = MultiAdapterLayer::new(weight);
+        let mut scratch = layer.scratch(3);
+        let (x, mut y) = (values(3 * d_in), vec![0.0; 3 * d_out]);
+        check("its forward", || layer.forward_into(&x, Adapters::Active, &mut scratch, &mut y).unwrap());
+        layer = layer.with_arithmetic(Arithmetic::F32);
+        check("its forward", || layer.forward_into(&x, Adapters::Active, &mut scratch, &mut y).unwrap());
     }
 }
 

@@ -5,9 +5,8 @@
 //! itself, and what changes a layer takes `&mut self`. `nf4` has no unsafe code, and what is unsafe in `nf4-kernels`
 //! calls pure functions, so the compiler sees to the rest: the assertions below hold because of what the types are
 //! made of. The one value that threads may write at the same time is the answer of the CPU to which instructions it
-//! has (in `cpufeatures`: one atomic byte; whoever asks first, and whoever asks meanwhile, stores the same). With the
-//! feature `rayon`, threads get disjoint slices of the result from `rayon::join`; `tests/threads.rs` compares those
-//! bits.
+//! has (in `cpufeatures`: one atomic byte; whoever asks first, and whoever asks meanwhile, stores the same). Threads
+//! of a pool get disjoint slices of the result; `tests/threads.rs` compares those bits.
 
 #![cfg(feature = "alloc")]
 #![allow(clippy::unwrap_used, clippy::std_instead_of_alloc, reason = "tests panic, and have std")]
@@ -16,9 +15,9 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 
 use nf4::{
-    Absmax, AbsmaxBuf, Activations, Arithmetic, BackwardScratch, BlockSize, Error, Isa, Kernels, LoRAAdapter,
-    LoRALayer, LoRAScaling, MemoryStats, MultiAdapterLayer, NestedAbsmax, Nf4Matrix, QLoRALayer, Quantized4Bit,
-    RequantizationStats, Scratch, ShapeError, Tensor, bf16,
+    Absmax, AbsmaxBuf, Activations, AdapterId, Adapters, Arithmetic, BackwardScratch, BlockSize, Error, Inputs,
+    InputsBuf, Isa, Kernels, LoRAAdapter, LoRALayer, LoRAScaling, MemoryStats, MultiAdapterLayer, NestedAbsmax,
+    Nf4Matrix, QLoRALayer, Quantized4Bit, RequantizationStats, Scratch, ShapeError, SharedBytes, Store, Tensor, bf16,
 };
 
 /// Every public type can be sent to another thread and shared with it.
@@ -35,9 +34,13 @@ const _: () = {
     shared::<ShapeError>();
     // nf4
     shared::<AbsmaxBuf>();
+    shared::<AdapterId>();
+    shared::<Adapters<'_>>();
     shared::<Arithmetic>();
     shared::<BackwardScratch>();
     shared::<Error>();
+    shared::<Inputs<'_>>();
+    shared::<InputsBuf>();
     shared::<LoRAAdapter>();
     shared::<LoRALayer>();
     shared::<LoRAScaling>();
@@ -47,6 +50,8 @@ const _: () = {
     shared::<Quantized4Bit>();
     shared::<RequantizationStats>();
     shared::<Scratch>();
+    shared::<SharedBytes>();
+    shared::<Store<f32>>();
     shared::<Tensor>();
     shared::<nf4::optim::AdamW>();
     shared::<nf4::optim::Moments>();

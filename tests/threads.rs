@@ -1,8 +1,13 @@
-//! With the feature `rayon`: the number of threads changes no bit.
-#![cfg(feature = "rayon")]
+//! The number of threads, and the pool that they come from, change no bit.
+#![cfg(feature = "alloc")]
 #![allow(clippy::unwrap_used, reason = "tests panic")]
 
-use nf4::{Arithmetic, BlockSize, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor, bf16};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nf4::{
+    Arithmetic, BlockSize, LoRAAdapter, LoRALayer, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor, Threads, bf16,
+};
 
 /// Large enough to be shared, with a number of rows that no number of threads here divides, and more than two row chunks.
 const D_OUT: usize = 2101;
@@ -23,8 +28,8 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
 }
 
-/// Everything that uses the pool.
-fn results(block_size: BlockSize, arithmetic: Arithmetic) -> Vec<Vec<u32>> {
+/// Everything that uses threads: those of a pool, or by default.
+fn results(block_size: BlockSize, arithmetic: Arithmetic, pool: Option<Arc<dyn Threads>>) -> Vec<Vec<u32>> {
     let base = Quantized4Bit::quantize(&values(D_OUT * D_IN, 1), D_OUT, D_IN, block_size, true).unwrap();
     let packed = base.packed().iter().map(|b| u32::from(*b)).collect();
     let restored = bits(&base.dequantize::<f32>());
@@ -32,6 +37,9 @@ fn results(block_size: BlockSize, arithmetic: Arithmetic) -> Vec<Vec<u32>> {
     let mut adapter = LoRAAdapter::new(D_OUT, D_IN, rank, 8.0, LoRAScaling::Standard, 7).unwrap();
     adapter.b_mut().data_mut().copy_from_slice(&values(D_OUT * rank, 2));
     let mut layer = QLoRALayer::from_parts(base, adapter).unwrap().with_arithmetic(arithmetic);
+    if let Some(pool) = &pool {
+        layer = layer.with_threads(pool.clone());
+    }
     let x = Tensor::from_vec(values(BATCH * D_IN, 3), false);
     let y = layer.forward(&x);
     let dx = layer.backward(&x, &Tensor::from_vec(values(BATCH * D_OUT, 4), false));
@@ -54,6 +62,86 @@ fn results(block_size: BlockSize, arithmetic: Arithmetic) -> Vec<Vec<u32>> {
     ]
 }
 
+/// A thread for each split, of the standard library.
+struct Spawn {
+    count: usize,
+    splits: AtomicUsize,
+}
+
+impl Spawn {
+    fn new(count: usize) -> Arc<Self> {
+        Arc::new(Self { count, splits: AtomicUsize::new(0) })
+    }
+}
+
+impl Threads for Spawn {
+    fn count(&self) -> usize {
+        self.count
+    }
+
+    fn join(&self, a: &mut (dyn FnMut() + Send), b: &mut (dyn FnMut() + Send)) {
+        self.splits.fetch_add(1, Ordering::Relaxed);
+        std::thread::scope(|scope| {
+            scope.spawn(b);
+            a();
+        });
+    }
+}
+
+/// A pool that calls what it is given so often, in this order.
+struct Careless(&'static [usize]);
+
+impl Threads for Careless {
+    fn count(&self) -> usize {
+        3
+    }
+
+    fn join(&self, a: &mut (dyn FnMut() + Send), b: &mut (dyn FnMut() + Send)) {
+        for which in self.0 {
+            if *which == 0 { a() } else { b() }
+        }
+    }
+}
+
+#[test]
+fn any_pool_gives_the_bits_of_one_thread() {
+    for (block_size, arithmetic) in [(BlockSize::B64, Arithmetic::SixteenByFour), (BlockSize::B128, Arithmetic::F32)] {
+        let one = Spawn::new(1);
+        let expected = results(block_size, arithmetic, Some(one.clone()));
+        assert_eq!(one.splits.load(Ordering::Relaxed), 0);
+        for count in [0, 2, 3, 7] {
+            let pool = Spawn::new(count);
+            assert!(results(block_size, arithmetic, Some(pool.clone())) == expected, "{count} threads, {block_size:?}");
+            assert_eq!(pool.splits.load(Ordering::Relaxed) > 0, count > 1, "{count} threads were used");
+        }
+        for order in [&[][..], &[0], &[1], &[1, 0], &[0, 0, 1, 1, 0]] {
+            let got = results(block_size, arithmetic, Some(Arc::new(Careless(order))));
+            assert!(got == expected, "a pool that calls {order:?}, {block_size:?}");
+        }
+    }
+}
+
+/// A dense layer, and the panic of a thread.
+#[test]
+fn a_panic_in_a_pool_comes_through() {
+    struct Panics;
+    impl Threads for Panics {
+        fn count(&self) -> usize {
+            2
+        }
+        fn join(&self, _: &mut (dyn FnMut() + Send), _: &mut (dyn FnMut() + Send)) {
+            panic!("no thread is left");
+        }
+    }
+    let base = Tensor::from_vec(values(D_OUT * D_IN, 1), false);
+    let layer = LoRALayer::new(base, D_OUT, D_IN, 2, 4.0).with_threads(Arc::new(Panics));
+    let layer = QLoRALayer::from_lora(layer).with_threads(Arc::new(Panics));
+    let forward = || layer.forward(&Tensor::zeros(BATCH * D_IN, false));
+    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(forward)).unwrap_err();
+    assert_eq!(panic.downcast_ref(), Some(&"no thread is left"));
+}
+
+#[cfg(feature = "rayon")]
 #[test]
 fn the_number_of_threads_changes_no_bit() {
     for block_size in [BlockSize::B32, BlockSize::B64, BlockSize::B128] {
@@ -62,7 +150,7 @@ fn the_number_of_threads_changes_no_bit() {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 pool.install(|| {
                     assert_eq!(rayon::current_num_threads(), threads);
-                    results(block_size, arithmetic)
+                    results(block_size, arithmetic, None)
                 })
             };
             let expected = in_pool(1);

@@ -10,6 +10,7 @@ mod memory;
 mod merge;
 mod multi;
 mod peft;
+mod shared;
 mod tensor;
 mod training;
 mod truth;
