@@ -1,7 +1,7 @@
 //! The forwards and backwards that end in `_into` allocate nothing, and a layer no more than it says; a counting
 //! allocator sees to it.
 #![cfg(feature = "alloc")]
-#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+#![allow(clippy::unwrap_used, clippy::std_instead_of_alloc, reason = "tests panic, and have std")]
 
 use std::sync::Arc;
 

@@ -1,9 +1,9 @@
 //! The number of threads, and the pool that they come from, change no bit.
 #![cfg(feature = "alloc")]
-#![allow(clippy::unwrap_used, reason = "tests panic")]
+#![allow(clippy::unwrap_used, clippy::std_instead_of_alloc, reason = "tests panic, and have std")]
 
+use core::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nf4::{
     Arithmetic, BlockSize, LoRAAdapter, LoRALayer, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor, Threads, bf16,
@@ -137,7 +137,7 @@ fn a_panic_in_a_pool_comes_through() {
     let layer = LoRALayer::new(base, D_OUT, D_IN, 2, 4.0).with_threads(Arc::new(Panics));
     let layer = QLoRALayer::from_lora(layer).with_threads(Arc::new(Panics));
     let forward = || layer.forward(&Tensor::zeros(BATCH * D_IN, false));
-    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(forward)).unwrap_err();
+    let panic = std::panic::catch_unwind(core::panic::AssertUnwindSafe(forward)).unwrap_err();
     assert_eq!(panic.downcast_ref(), Some(&"no thread is left"));
 }
 

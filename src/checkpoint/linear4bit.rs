@@ -9,7 +9,8 @@ use safetensors::Dtype;
 
 use super::float::{FloatType, read_f32, read_floats};
 use super::quant_state::{ABSMAX, NESTED_ABSMAX, NESTED_QUANT_MAP, QUANT_MAP, QuantState, STATE, STATE_FP4, WEIGHT};
-use super::source::{TensorData, TensorMap, TensorSource, bytes_of, check_shape};
+use super::shared::{store_bytes, store_f32};
+use super::source::{TensorData, TensorMap, TensorSource, check_shape};
 use super::{CheckpointError, join};
 use crate::error::{check_finite, check_len};
 use crate::weight::absmax::AbsmaxBuf;
@@ -29,7 +30,7 @@ impl Linear4bit {
     ///
     /// Scales are plain or nested, and nested ones are decoded with the map in the file. The packed bytes may have any
     /// type, a bias any float type (F64 is rounded to f32). A weight that is not a matrix becomes one by
-    /// [`QuantState::matrix_shape`].
+    /// [`QuantState::matrix_shape`]. From a [`super::SharedFile`] packed codes and scales are not copied.
     ///
     /// # Errors
     /// Those of [`QuantState::load`]; [`CheckpointError::Codebook`]; [`CheckpointError::Shape`] for the bias;
@@ -40,11 +41,11 @@ impl Linear4bit {
         check_codebook(source, &join(prefix, QUANT_MAP))?;
         let layer_error = |error| CheckpointError::Layer { layer: join(prefix, WEIGHT), error };
         let absmax = match state.nested_offset {
-            None => AbsmaxBuf::plain(read_f32(source, &join(prefix, ABSMAX), state.block_size.blocks(rows * cols))?),
+            None => AbsmaxBuf::plain(store_f32(source, &join(prefix, ABSMAX), state.block_size.blocks(rows * cols))?),
             Some(offset) => read_nested(source, prefix, offset)?,
         };
-        let packed = bytes_of(source, &join(prefix, WEIGHT))?.into_owned();
-        check_storage(packed.len(), state.quant_storage)?;
+        let packed = store_bytes(source, &join(prefix, WEIGHT))?;
+        check_storage(packed.as_slice().len(), state.quant_storage)?;
         let weight = Quantized4Bit::from_parts(packed, absmax, rows, cols, state.block_size).map_err(layer_error)?;
         let layer = Self { weight, state, bias: None };
         let bias = join(prefix, "bias");
@@ -187,9 +188,9 @@ fn check_storage(bytes: usize, dtype: Dtype) -> Result<(), CheckpointError> {
 }
 
 fn read_nested(source: &dyn TensorSource, prefix: &str, offset: f32) -> Result<AbsmaxBuf, CheckpointError> {
-    let codes = bytes_of(source, &join(prefix, ABSMAX))?.into_owned();
+    let codes = store_bytes(source, &join(prefix, ABSMAX))?;
     let (name, map_name) = (join(prefix, NESTED_ABSMAX), join(prefix, NESTED_QUANT_MAP));
-    let absmax = read_f32(source, &name, codes.len().div_ceil(nf4_kernels::NESTED_BLOCK))?;
+    let absmax = store_f32(source, &name, codes.as_slice().len().div_ceil(nf4_kernels::NESTED_BLOCK))?;
     let map = read_f32(source, &map_name, 256)?;
     let error = |error| CheckpointError::Layer { layer: name.clone(), error };
     check_len("nested quant map", 256, map.len()).map_err(error)?;

@@ -31,6 +31,7 @@ mod merged;
 mod model_config;
 mod peft;
 mod quant_state;
+mod shared;
 mod source;
 mod write;
 
@@ -49,6 +50,7 @@ pub use peft::{BiasTraining, PeftAdapter, PeftConfig, PeftModule, TargetModules}
 pub use quant_state::QuantState;
 pub use safetensors::Dtype;
 pub use safetensors::tensor::TensorInfo;
+pub use shared::SharedFile;
 pub use source::{TensorData, TensorFile, TensorMap, TensorSource};
 pub use write::{Layout, to_safetensors, write_safetensors};
 

@@ -5,6 +5,7 @@ use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
@@ -12,6 +13,7 @@ use safetensors::tensor::TensorInfo;
 use super::float::FloatType;
 use super::header::tensor_bytes;
 use super::{CheckpointError, Header};
+use crate::weight::store::SharedBytes;
 
 /// Tensors by name. A [`TensorFile`] is one on a byte slice; a reader of several files can be one too.
 ///
@@ -28,6 +30,13 @@ pub trait TensorSource: Sync {
     /// # Errors
     /// [`CheckpointError::Missing`]; [`CheckpointError::Read`] with the reason.
     fn read(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError>;
+
+    /// Where the bytes of a tensor are, if they are in memory that layers can share; else they are copied. A
+    /// [`super::SharedFile`] shares all.
+    fn shared(&self, name: &str) -> Option<(SharedBytes, Range<usize>)> {
+        let _ = name;
+        None
+    }
 }
 
 /// A safetensors file in memory: nothing is copied.

@@ -11,6 +11,7 @@ mod hostile;
 mod layers;
 mod merged;
 mod round_trip;
+mod shared;
 
 use nf4::checkpoint::{FloatType, TensorData};
 

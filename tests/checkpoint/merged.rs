@@ -4,7 +4,7 @@ use nf4::checkpoint::{
     CheckpointError, Dtype, FloatType, GgufValue, Linear4bit, MergedModel, PeftAdapter, TensorData, TensorFile,
     TensorMap, TensorSource, to_safetensors, write_gguf,
 };
-use nf4::{BlockSize, Float, LoRAAdapter, LoRAScaling, Quantized4Bit, bf16, f16};
+use nf4::{BlockSize, Float, LoRAAdapter, LoRAScaling, Quantized4Bit, Tensor, bf16, f16};
 
 use crate::support::{Case, Checker, check_kind};
 use crate::tensor;
@@ -78,6 +78,45 @@ fn every_tensor_has_one_type_and_the_merged_values() {
         let plain = MergedModel::new(&base, None, float).unwrap();
         let dequantized = Linear4bit::load(&base, "m.q").unwrap().weight().dequantize::<f32>();
         assert!(plain.read("m.q.weight").unwrap() == encoded(&dequantized, float));
+    }
+}
+
+/// A tensor of an adapter can be replaced by one of any length.
+#[test]
+fn replaced_tensors_are_errors_wherever_the_adapter_is_used() {
+    let replace: [(fn(&mut LoRAAdapter), &str); 4] = [
+        (|l| *l.a_mut() = Tensor::zeros(1, true), "lora_a: expected 2 x 6 values, got 1"),
+        (|l| *l.b_mut() = Tensor::zeros(0, true), "lora_b: expected 70 x 2 values, got 0"),
+        (|l| *l.b_mut() = Tensor::zeros(141, true), "lora_b: expected 70 x 2 values, got 141"),
+        (
+            |l| *l.magnitude_mut().unwrap() = Tensor::zeros(69, true),
+            "lora_magnitude_vector: expected length 70, got 69",
+        ),
+    ];
+    let base = base();
+    let layer = || Linear4bit::load(&base, "m.q").unwrap();
+    for (replace, expected) in replace {
+        let good = adapter().module("m.q").unwrap().adapter().clone().with_magnitude(vec![1.0; 70]).unwrap();
+        let mut bad = good.clone();
+        replace(&mut bad);
+        let made = PeftAdapter::new([("m.q".to_owned(), bad.clone())]).unwrap();
+        let mut replaced = PeftAdapter::new([("m.q".to_owned(), good)]).unwrap();
+        replaced.replace("m.q", bad).unwrap();
+        for adapter in [made, replaced] {
+            let mut dense = vec![0.0; 70 * 6];
+            let errors = [
+                adapter.merge_dense("m.q", &mut dense, [70, 6]).unwrap_err(),
+                adapter.tensors(FloatType::F32).unwrap_err(),
+                adapter.layer("m.q", layer()).unwrap_err(),
+                MergedModel::new(&base, Some(&adapter), FloatType::F32)
+                    .and_then(|m| Ok(m.read("m.q.weight")?.len()))
+                    .unwrap_err(),
+            ];
+            for error in errors {
+                assert_eq!(error.to_string(), format!("m.q: {expected}"));
+            }
+            assert_eq!(dense, [0.0; 70 * 6]);
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! What is written is read again, bit for bit: every block size, storage type, bias type and shape.
 
 use nf4::checkpoint::{
-    Dtype, FloatType, Linear4bit, QuantState, QuantizationConfig, TensorData, TensorFile, TensorMap, to_safetensors,
+    CheckpointError, Dtype, FloatType, Linear4bit, QuantState, QuantizationConfig, TensorData, TensorFile, TensorMap,
+    to_safetensors,
 };
 use nf4::{Absmax, AbsmaxBuf, BlockSize, DYNAMIC_MAP, Quantized4Bit};
 
@@ -104,6 +105,28 @@ fn every_number_of_dimensions() {
 }
 
 /// The offset is a decimal: its digits are those of Python's `repr`, and give the f32 back.
+/// The fields are public, so they may have any value.
+#[test]
+fn shapes_that_overflow_are_errors() {
+    let mut state = Linear4bit::new(quantized(4, 64, BlockSize::B64, false), FloatType::F32).state().clone();
+    for (shape, expected) in [
+        (vec![], Some([1, 1])),
+        (vec![5], Some([1, 5])),
+        (vec![2, 3, 5], Some([6, 5])),
+        (vec![1 << (usize::BITS / 2); 3], None),
+        (vec![usize::MAX, 2], None),
+        (vec![usize::MAX, 2, 0], None),
+        (vec![usize::MAX, 1], Some([usize::MAX, 1])),
+    ] {
+        state.shape = shape;
+        match (state.matrix_shape(), expected) {
+            (Ok(got), Some(expected)) => assert_eq!(got, expected),
+            (Err(CheckpointError::Overflow { shape, .. }), None) => assert_eq!(shape, state.shape),
+            (got, _) => panic!("{:?}: {got:?}", state.shape),
+        }
+    }
+}
+
 #[test]
 fn the_offset_is_written_as_python_does() {
     for (offset, text) in [

@@ -64,6 +64,10 @@ fn of_adapters() {
     assert_eq!(message(new(9, 6)), "lora_a: expected 2 x 5 values, got 9");
     assert_eq!(message(new(10, 7)), "lora_b: expected 3 x 2 values, got 7");
     let b = vec![0.0, f32::INFINITY, 0.0];
+    let alpha = |alpha| LoRAAdapter::from_parts(vec![0.0; 5], vec![0.0; 3], 3, 5, 1, alpha, LoRAScaling::Standard);
+    assert_eq!(message(alpha(f64::NAN)), "alpha is NaN, which is not finite");
+    assert_eq!(message(alpha(f64::NEG_INFINITY)), "alpha is -inf, which is not finite");
+    assert_eq!(message(alpha(1e39)), format!("alpha {} gives a scale that is not finite", 1e39));
     let got = LoRAAdapter::from_parts(vec![0.0; 5], b, 3, 5, 1, 1.0, LoRAScaling::Standard);
     assert_eq!(message(got), "lora_b: value 1 is inf, which is not finite");
     let base = Quantized4Bit::quantize(&[0.0_f32; 15], 5, 3, BlockSize::B64, false).unwrap();

@@ -1,6 +1,6 @@
 //! The layers against plain f64 arithmetic, on every instruction set of this machine.
 #![cfg(feature = "alloc")]
-#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+#![allow(clippy::unwrap_used, clippy::std_instead_of_alloc, reason = "tests panic, and have std")]
 
 mod batch;
 mod dora;

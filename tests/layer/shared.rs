@@ -1,7 +1,7 @@
 //! Weights on bytes that somebody else owns, and inputs that several layers share.
 
+use core::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nf4::{
     Absmax, AbsmaxBuf, Adapters, Arithmetic, BlockSize, Error, Inputs, InputsBuf, Kernels, MultiAdapterLayer,

@@ -75,6 +75,17 @@ fn scales() {
     // The nearest f32: neighbours of 16 / sqrt(8) are 2^-21 apart.
     let scale = f64::from(LoRAScaling::RsLoRA.compute(16.0, 8));
     assert!((scale - 5.656_854_249_492_38).abs() <= 1.0 / 4_194_304.0);
+    // Alphas that no f32 has: what PEFT computes in f64, rounded once. By way of an f32 all would be an ulp off.
+    for (scaling, alpha, rank, expected) in [
+        (LoRAScaling::Standard, 0.3, 5, 0x3d75_c28f),
+        (LoRAScaling::Standard, 62.2, 5, 0x4147_0a3d),
+        (LoRAScaling::RsLoRA, 0.1, 3, 0x3d6c_7b90),
+        (LoRAScaling::RsLoRA, 39.1, 12, 0x4134_985d),
+    ] {
+        assert_eq!(scaling.compute(alpha, rank).to_bits(), expected);
+        let adapter = LoRAAdapter::new(1, 1, rank, alpha, scaling, 0).unwrap();
+        assert_eq!((adapter.scale().to_bits(), adapter.alpha()), (expected, alpha));
+    }
     let layer = LoRALayer::new_with_scaling(Tensor::zeros(64, false), 1, 64, 16, 8.0, LoRAScaling::RsLoRA);
     assert_eq!(layer.scale(), 2.0);
     assert_eq!(LoRALayer::new(Tensor::zeros(64, false), 1, 64, 16, 8.0).scale(), 0.5);
