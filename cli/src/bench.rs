@@ -7,8 +7,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use nf4::{AbsmaxBuf, BlockSize, Float, Kernels, Nf4Matrix, bf16, packed_len};
+use serde::Serialize;
 use serde_json::json;
 
+use crate::memory;
 use crate::report::Prepared;
 use crate::text::Text;
 
@@ -35,6 +37,8 @@ pub(crate) struct Bench {
     /// Rounds; the median of each operation's times is reported
     #[arg(long, default_value_t = 15, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
+    #[arg(skip)]
+    only_products: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -70,17 +74,47 @@ struct Operation<'a> {
     run: Box<dyn FnMut() + 'a>,
 }
 
+/// What was measured.
+#[derive(Debug)]
+pub(crate) struct Measured {
+    /// Codes and scales of the matrix.
+    bytes: usize,
+    /// The last one is a pure read of these bytes.
+    pub(crate) operations: Vec<Measurement>,
+}
+
+/// What was measured of an operation.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Measurement {
+    pub(crate) operation: &'static str,
+    pub(crate) isa: &'static str,
+    pub(crate) median_ns: f64,
+    pub(crate) weights_per_ns: f64,
+    pub(crate) gb_per_s: f64,
+    pub(crate) share_of_read: f64,
+}
+
 impl Bench {
+    /// Measures the products alone, with blocks of 64.
+    pub(crate) fn products([rows, cols]: [usize; 2], batch: usize, rounds: u32) -> Self {
+        let shape = Shape { rows, cols };
+        Self { shape, batch, block_size: BlockSize::B64, double_quant: false, rounds, only_products: true }
+    }
+
     pub(crate) fn run(&self) -> Result<Prepared> {
+        Ok(self.report(&self.measure()?))
+    }
+
+    pub(crate) fn measure(&self) -> Result<Measured> {
         ensure!(self.batch > 0, "--batch 0: expected at least 1");
         let Shape { rows, cols } = self.shape;
         let large = || format!("--shape {} --batch {} does not fit in memory", self.shape, self.batch);
         let weights = noise(rows.checked_mul(cols).with_context(large)?, 1).with_context(large)?;
         let inputs = noise(cols.checked_mul(self.batch).with_context(large)?, 2).with_context(large)?;
-        let outputs = zeros(rows.checked_mul(self.batch).with_context(large)?).with_context(large)?;
+        let outputs = memory::filled(rows.checked_mul(self.batch).with_context(large)?, 0.0).with_context(large)?;
         let (kernels, block_size) = (Kernels::detect(), self.block_size);
-        let mut packed = vec![0; packed_len(weights.len())];
-        let mut absmax = vec![0.0; block_size.blocks(weights.len())];
+        let mut packed = memory::filled(packed_len(weights.len()), 0).with_context(large)?;
+        let mut absmax = memory::filled(block_size.blocks(weights.len()), 0.0).with_context(large)?;
         kernels.quantize(&weights, block_size, &mut packed, &mut absmax)?;
         let scales =
             if self.double_quant { AbsmaxBuf::double_quantize(&absmax)? } else { AbsmaxBuf::plain(absmax.clone()) };
@@ -88,8 +122,10 @@ impl Bench {
 
         let mut operations = Vec::new();
         for kernels in Kernels::available() {
-            operations.extend(self.products(kernels, matrix, &inputs, &outputs)?);
-            operations.extend(conversions(kernels, matrix, &weights, &packed, &absmax));
+            operations.extend(self.multiplications(kernels, matrix, &inputs, &outputs)?);
+            if !self.only_products {
+                operations.extend(conversions(kernels, matrix, &weights, &packed, &absmax));
+            }
         }
         let read = Box::new(|| {
             black_box(xor(black_box(&packed)));
@@ -97,12 +133,20 @@ impl Bench {
         });
         operations.push(Operation { name: "read", isa: "any", uses: 1, run: read });
         let medians = self.medians(&mut operations);
-        let bytes = packed.len() + scales.memory_bytes();
-        Ok(self.report(&operations, &medians, weights.len(), bytes))
+        let (bytes, read) = (packed.len() + scales.memory_bytes(), medians[medians.len() - 1]);
+        let measurement = |(operation, time): (&Operation<'_>, f64)| Measurement {
+            operation: operation.name,
+            isa: operation.isa,
+            median_ns: time,
+            weights_per_ns: (weights.len() * operation.uses) as f64 / time,
+            gb_per_s: bytes as f64 / time,
+            share_of_read: read / time,
+        };
+        Ok(Measured { bytes, operations: operations.iter().zip(medians).map(measurement).collect() })
     }
 
     /// The products of the whole batch, from inputs in f32 to outputs in f32.
-    fn products<'a>(
+    fn multiplications<'a>(
         &self,
         kernels: Kernels,
         matrix: Nf4Matrix<'a>,
@@ -151,22 +195,15 @@ impl Bench {
         times.into_iter().map(median).collect()
     }
 
-    fn report(&self, operations: &[Operation<'_>], medians: &[f64], weights: usize, bytes: usize) -> Prepared {
-        let read = medians[medians.len() - 1];
+    fn report(&self, measured: &Measured) -> Prepared {
         let mut rows = vec![["", "", "weights/ns", "GB/s", "of read"].map(str::to_owned).to_vec()];
-        let mut results = Vec::new();
-        for (Operation { name, isa, uses, .. }, time) in operations.iter().zip(medians) {
-            let (speed, bandwidth) = ((weights * uses) as f64 / time, bytes as f64 / time);
-            let cells = [format!("{speed:.2}"), format!("{bandwidth:.2}"), format!("{:.0} %", read / time * 100.0)];
-            rows.push([(*name).to_owned(), (*isa).to_owned()].into_iter().chain(cells).collect());
-            results.push(json!({
-                "operation": name,
-                "isa": isa,
-                "median_ns": time,
-                "weights_per_ns": speed,
-                "gb_per_s": bandwidth,
-                "share_of_read": read / time,
-            }));
+        for m in &measured.operations {
+            let cells = [
+                format!("{:.2}", m.weights_per_ns),
+                format!("{:.2}", m.gb_per_s),
+                format!("{:.0} %", m.share_of_read * 100.0),
+            ];
+            rows.push([m.operation, m.isa].map(str::to_owned).into_iter().chain(cells).collect());
         }
         let (shape, batch, block) = (self.shape, self.batch, self.block_size.get());
         let scales = if self.double_quant { "double-quantized" } else { "plain" };
@@ -182,8 +219,8 @@ impl Bench {
             "block_size": block,
             "double_quant": self.double_quant,
             "rounds": rounds,
-            "packed_bytes": bytes,
-            "results": results,
+            "packed_bytes": measured.bytes,
+            "results": measured.operations,
         });
         Prepared::report(text, json, true)
     }
@@ -223,17 +260,9 @@ fn xor(bytes: &[u8]) -> [u64; 16] {
     })
 }
 
-/// `len` zeros, if there is memory for them.
-fn zeros(len: usize) -> Result<Vec<f32>> {
-    let mut values = Vec::new();
-    values.try_reserve_exact(len)?;
-    values.resize(len, 0.0);
-    Ok(values)
-}
-
 /// Numbers uniform in `[-0.5, 0.5)`.
 fn noise(len: usize, seed: u64) -> Result<Vec<f32>> {
-    let mut values = zeros(len)?;
+    let mut values = memory::filled(len, 0.0)?;
     let mut state = seed;
     for value in &mut values {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

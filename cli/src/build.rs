@@ -69,6 +69,9 @@ pub(crate) struct Built {
 /// Bytes that are copied at a time.
 const COPY_CHUNK: usize = 1 << 20;
 
+/// About the most memory that a tensor costs, with those that take its place: names, places in the file, the new header.
+const PER_TENSOR: usize = 1 << 13;
+
 /// How a command makes a new model.
 pub(crate) trait Conversion {
     /// What it has to know to make a tensor.
@@ -99,8 +102,10 @@ pub(crate) fn build<C: Conversion>(
     let output = Output::new(&target.out, model.directory.is_some(), target.force, inputs)?;
     let (mut workers, mut bytes, mut weight_map) = (Workers::new(threads), 0, BTreeMap::new());
     for shard in &model.shards {
+        let names = shard.names();
+        memory::probe(names.len().saturating_mul(PER_TENSOR)).with_context(|| shard.path.display().to_string())?;
         let (mut steps, mut entries) = (Vec::new(), Vec::new());
-        for name in shard.names() {
+        for name in names {
             let step = conversion.step(name)?;
             match &step {
                 Step::Copy => {

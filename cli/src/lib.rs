@@ -38,9 +38,12 @@ mod rename;
 mod report;
 mod rows;
 mod rule;
+mod selftest;
 mod shard;
 mod staging;
 mod text;
+#[allow(dead_code, reason = "the tests use more of it")]
+mod vector;
 mod verify;
 mod workers;
 mod writer;
@@ -71,7 +74,7 @@ Exit status:
   0    done
   1    failed; standard error says which file and tensor, and why. Nothing is left under the name of the output
   2    the command line is wrong
-  3    `verify` or `inspect` did its work and found something wrong
+  3    `verify`, `inspect` or `selftest` did its work and found something wrong
   130  interrupted; what was unfinished is removed";
 
 /// What every command takes.
@@ -96,6 +99,7 @@ enum Command {
     Merge(merge::Merge),
     Verify(verify::Verify),
     Bench(bench::Bench),
+    Selftest(selftest::Selftest),
 }
 
 impl Command {
@@ -107,6 +111,7 @@ impl Command {
             Self::Merge(command) => command.run(global),
             Self::Verify(command) => command.run(global),
             Self::Bench(command) => command.run(),
+            Self::Selftest(command) => command.run(),
         }
     }
 }

@@ -164,8 +164,9 @@ impl Conversion for Conversion4bit<'_> {
         let Quantize { block_size, double_quant, .. } = *self.command;
         let [rows, cols] = weight.state.matrix_shape()?;
         let (elements, dtype) = (rows * cols, weight.state.dtype);
-        let mut packed = memory::filled(packed_len(elements), 0)?;
-        let mut absmax = memory::filled(block_size.blocks(elements), 0.0)?;
+        let at = || job.shard.at(name);
+        let mut packed = memory::filled(packed_len(elements), 0).with_context(at)?;
+        let mut absmax = memory::filled(block_size.blocks(elements), 0.0).with_context(at)?;
         with_float!(dtype, T => quantize_chunks::<T>(name, block_size, [rows, cols], &mut packed, &mut absmax, job))?;
         let scales = if double_quant { AbsmaxBuf::double_quantize(&absmax)? } else { AbsmaxBuf::plain(absmax) };
         let quantized = Quantized4Bit::from_parts(packed, scales, rows, cols, block_size);

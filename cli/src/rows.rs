@@ -2,7 +2,7 @@
 
 use core::ops::Range;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use nf4::checkpoint::FloatType;
 
 use crate::build::{Buffers, Job};
@@ -19,13 +19,13 @@ pub(crate) fn write_rows<T: FileFloat>(
     job: &mut Job<'_, Buffers>,
     fill: impl Fn(Range<usize>, &mut [T]) -> Result<()> + Sync,
 ) -> Result<()> {
-    let Job { writer, progress, .. } = *job;
+    let Job { shard, writer, progress, .. } = *job;
     if cols == 0 {
         return Ok(());
     }
     job.workers.run(rows, (CHUNK / cols).max(1), |buffers, part| {
         let offset = (part.start * cols * size_of::<T>()) as u64;
-        let mut weights = memory::filled(part.len() * cols, T::from_f32(0.0))?;
+        let mut weights = memory::filled(part.len() * cols, T::from_f32(0.0)).with_context(|| shard.at(name))?;
         fill(part, &mut weights)?;
         T::write(&weights, &mut buffers.bytes);
         writer.write(name, offset, &buffers.bytes)?;

@@ -10,6 +10,10 @@ use crate::inputs::Inputs;
 use crate::io::read_exact_at;
 use crate::memory;
 
+/// About the most memory that a byte of a header costs a command, which keeps what it says of each tensor and reports it.
+/// An entry of a header has 50 bytes or more.
+const HEADER_FACTOR: usize = 64;
+
 /// An open safetensors file.
 #[derive(Debug)]
 pub(crate) struct Shard {
@@ -27,7 +31,9 @@ impl Shard {
             let mut start = [0; 8];
             let short = usize::try_from(length).map_or(8, |length| length.min(8));
             read_exact_at(&file, &mut start[..short], 0)?;
-            let mut header = memory::filled(Header::len_from(&start[..short], length)?, 0)?;
+            let header_len = Header::len_from(&start[..short], length)?;
+            memory::probe(header_len.saturating_mul(HEADER_FACTOR))?;
+            let mut header = memory::filled(header_len, 0)?;
             read_exact_at(&file, &mut header, 0)?;
             let header = Header::parse(&header, length)?;
             Ok(Self { path: path.to_owned(), header, file })

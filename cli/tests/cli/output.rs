@@ -1,13 +1,12 @@
 //! Outputs are whole or not there, and nothing is overwritten unasked.
 
 use std::fs;
-use std::time::Duration;
 
 use nf4::checkpoint::{FloatType, TensorMap};
 use tempfile::tempdir;
 
 use crate::files::{SHARDS, add, save, sharded, weights};
-use crate::run::{command, fails, json, names};
+use crate::run::{command, fails, json, names, nf4};
 
 #[test]
 fn force() {
@@ -90,64 +89,48 @@ fn failure_half_way() {
     assert!(report["error"].as_str().unwrap().contains("z.weight"), "{report}");
 }
 
-/// Killed at any time, the tool leaves no output or a whole one.
+/// What is wrong with the place of an output is said before the work begins, which would fail as well.
 #[test]
-fn killed() {
+fn before_the_work() {
     let root = tempdir().unwrap();
+    let path = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
     let mut map = TensorMap::new();
-    for i in 0..8 {
-        add(&mut map, &format!("layer{i}.weight"), FloatType::F32, &[512, 1024], &weights(&[512, 1024], i));
-    }
-    let input = root.path().join("in");
-    save(&input, &map);
-    let (mut absent, mut complete) = (0, 0);
-    for attempt in 0..12_u32 {
-        let out = root.path().join(format!("out{attempt}"));
-        let mut child =
-            command(&["quantize", input.to_str().unwrap(), "--out", out.to_str().unwrap(), "--threads", "1"])
-                .stdout(std::process::Stdio::null())
-                .spawn()
-                .unwrap();
-        std::thread::sleep(Duration::from_millis(u64::from(attempt) * 5));
-        child.kill().unwrap();
-        child.wait().unwrap();
-        if out.exists() {
-            json(&["verify", out.to_str().unwrap(), input.to_str().unwrap()]);
-            complete += 1;
-        } else {
-            absent += 1;
+    add(&mut map, "z.weight", FloatType::F32, &[2, 32], &[f32::NAN; 64]);
+    save(&root.path().join("file"), &map);
+    fs::create_dir(root.path().join("model")).unwrap();
+    save(&root.path().join("model/model.safetensors"), &map);
+    let before = names(root.path());
+    let long = "n".repeat(256);
+    for input in ["file", "model"] {
+        fails(&["quantize", &path(input), "--out", &path("out")], &["z.weight", "NaN"]);
+        for out in ["file", "model", "model/", "file/out", "gone/out", &long, "..", ".", "/"] {
+            let out = path(out);
+            for force in [&[][..], &["--force"]] {
+                let outcome = nf4(&[&["quantize", &path(input), "--out", &out], force].concat());
+                assert_eq!(outcome.code, Some(1), "{input} to {out}: {outcome:?}");
+                assert!(!outcome.stderr.contains("NaN"), "{input} to {out}: {outcome:?}");
+                assert_eq!(names(root.path()), before, "{input} to {out}");
+            }
         }
     }
-    println!("killed {} times: no output {absent}, a whole one {complete}", absent + complete);
-    assert!(absent > 0, "the first kill comes at once");
+    fails(&["quantize", &path("file"), "--out", &path("new/")], &["new/", "name of a directory"]);
 }
 
-/// Interrupted, it removes what it had begun.
-#[cfg(unix)]
+/// As long a name as the file system has room for.
 #[test]
-fn interrupted() {
+fn long_names() {
     let root = tempdir().unwrap();
-    let mut map = TensorMap::new();
-    for i in 0..8 {
-        add(&mut map, &format!("layer{i}.weight"), FloatType::F32, &[512, 1024], &weights(&[512, 1024], i));
-    }
-    let input = root.path().join("in");
-    save(&input, &map);
-    let mut interrupted = 0;
-    for signal in ["-INT", "-TERM", "-INT", "-TERM"] {
-        let out = root.path().join("out");
-        let args = ["quantize", input.to_str().unwrap(), "--out", out.to_str().unwrap(), "--threads", "1", "--force"];
-        let mut child = command(&args).stdout(std::process::Stdio::null()).spawn().unwrap();
-        let started = || names(root.path()).iter().any(|name| name.contains("nf4-partial"));
-        while !started() && child.try_wait().unwrap().is_none() {
-            std::thread::yield_now();
-        }
-        std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
-        interrupted += u32::from(child.wait().unwrap().code() == Some(130));
-        assert!(!started(), "{:?}", names(root.path()));
-        if out.exists() {
-            json(&["verify", out.to_str().unwrap(), input.to_str().unwrap()]);
+    let path = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
+    sharded(&root.path().join("model"), FloatType::F32);
+    let file = format!("{}/{}", path("model"), SHARDS[0]);
+    for length in [200, 240, 255] {
+        for input in [&path("model"), &file] {
+            let out = path(&"n".repeat(length));
+            json(&["quantize", input, "--out", &out]);
+            json(&["quantize", input, "--out", &out, "--force"]);
+            json(&["verify", &out, input]);
+            if input == &file { fs::remove_file(&out) } else { fs::remove_dir_all(&out) }.unwrap();
+            assert_eq!(names(root.path()), ["model"]);
         }
     }
-    println!("interrupted {interrupted} times of 4");
 }

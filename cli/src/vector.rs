@@ -1,0 +1,249 @@
+// The committed test vector: inputs by a generator, outputs as hashes.
+//
+// This file needs neither `std` nor a heap, so that firmware and WebAssembly can include it and run the same vector. A change
+// of a single bit in any result, on any machine, changes a hash. It is here because the tool's package must hold it; the
+// tests include it from `tests/support/vector.rs`.
+
+use nf4::{
+    Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, ShapeError, bf16, f16,
+};
+
+/// One shape. Inputs come from [`Generator`] seeded with `seed`: first the weights, row by row, then the inputs, then a dense
+/// matrix `[rows, cols]`, then the inputs of a batch.
+pub(crate) struct Vector {
+    pub name: &'static str,
+    pub rows: usize,
+    pub cols: usize,
+    pub block_size: BlockSize,
+    pub seed: u64,
+    pub expected: Hashes,
+}
+
+/// FNV-1a hashes, of the little-endian bytes, of everything that is computed from a vector.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Hashes {
+    /// Packed codes and absmax.
+    pub quantize: u64,
+    /// The weights as f32, f16, bf16.
+    pub dequantize: u64,
+    /// Codes, nested absmax and offset.
+    pub double_quant: u64,
+    /// `i16` values in column order, and scales.
+    pub activations: u64,
+    /// The 16x4 product, with plain and with nested absmax.
+    pub gemv: u64,
+    /// The f32 product, with plain and with nested absmax.
+    pub gemv_f32: u64,
+    /// The dense product, and it again added times 0.5.
+    pub gemv_dense: u64,
+    /// The 16x4 product of [`BATCH`] vectors with plain absmax, and the f32 product with nested absmax.
+    pub gemm: u64,
+    /// The transposed product, with plain and with nested absmax.
+    pub transposed: u64,
+}
+
+/// Vectors of a batch.
+const BATCH: usize = 3;
+
+/// Room for the largest vector.
+const MAX: usize = 12 * 1024;
+const MAX_COLS: usize = 4160;
+
+pub(crate) const VECTORS: [Vector; 6] = [
+    // Strides of eight spans, and a rest.
+    vector("b64", 12, 1024 - 64, BlockSize::B64, 1),
+    // An odd number of groups: the last span is half empty.
+    vector("b32", 11, 608, BlockSize::B32, 2),
+    // Several groups in a block.
+    vector("b256", 5, 1024, BlockSize::B256, 3),
+    // More than one panel of the f32 product, and nested blocks that straddle strides.
+    vector("wide", 2, 4160, BlockSize::B64, 4),
+    // Blocks straddle rows, rows start in the middle of a byte, the last block is partial.
+    vector("straddling", 13, 75, BlockSize::B64, 5),
+    // One row that is shorter than a block.
+    vector("short", 1, 7, BlockSize::B4096, 6),
+];
+
+const fn vector(name: &'static str, rows: usize, cols: usize, block_size: BlockSize, number: usize) -> Vector {
+    let [quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed] =
+        EXPECTED[number - 1];
+    let expected =
+        Hashes { quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed };
+    Vector { name, rows, cols, block_size, seed: number as u64, expected }
+}
+
+/// A row a vector, in the order of the fields of [`Hashes`].
+#[rustfmt::skip]
+const EXPECTED: [[u64; 9]; 6] = [
+    [0x4e82e927f03cdd6, 0x391d367b7d0c7d91, 0xf163faccb486d452, 0x1237225a5ded3956, 0x86385b1615aeff2, 0x7f6cdd5aad175711, 0xe0ae902470afba8d, 0x265a801cc6a71ea3, 0xc8d01fea11a64650],
+    [0x9257ab5c399e01e3, 0x6129a221fe8406c9, 0x6fb3a28dcecc75b5, 0x45739eef60974ff5, 0xffccf5ff42431400, 0x930634af1e5418a1, 0xc637afc95a06046f, 0xa74ea65f158f7f71, 0xb97afcbc3ee073f0],
+    [0x24359dd3df5ec672, 0x2daf6b8f109af3f6, 0xa03a81c49c5c0d57, 0x63cb5fbbb7a96e2e, 0xe061306f749f3a1, 0x9dca0e4506d13f83, 0x5681b4791976a4b6, 0x6c7ee245a4fdd67a, 0x5be7a417469b90e8],
+    [0x666738943849bcdb, 0x519f293450863532, 0xbff830b5472c7721, 0x7a6d316a71c4ca61, 0x34f1d6aa157acce, 0x52d6de64a711e0ed, 0x40707ee3433417e3, 0x26b4654743f16bc9, 0xcc3e4f6e31bc0048],
+    [0xbfdf1e198ee99977, 0x28a622e59633bc5a, 0xf5f320d4e3a36b9a, 0xcbf29ce484222325, 0x4c402b7741a8a673, 0x4c402b7741a8a673, 0xe654157a576c0fca, 0x3cc334df78eed178, 0xcc8206fbafba2345],
+    [0x906647254ebe7e78, 0x8abf0baf41e92379, 0x96d45d8770777c09, 0xcbf29ce484222325, 0x69d19d77c118d125, 0x69d19d77c118d125, 0xc1f1a17487be18, 0x4d2b27e8a32e260d, 0xb3ad115f1fe05b39],
+];
+
+/// `SplitMix64` (Steele, Lea, Flood 2014), and from it values that are exact in f32 on every machine.
+pub(crate) struct Generator(pub u64);
+
+impl Generator {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A multiple of `2^-21` in `[-2, 2)`, bell-shaped: the sum of four uniform 21-bit parts of a draw and the next. One in
+    /// sixteen is sixteen times as large.
+    #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "below 2^24, exact")]
+    pub(crate) fn value(&mut self) -> f32 {
+        let (a, b) = (self.next(), self.next());
+        let parts = [a, a >> 21, b, b >> 21].map(|p| (p & 0x1f_ffff) as i32);
+        let sum = parts.iter().sum::<i32>() - (1 << 22);
+        let value = sum as f32 / (1 << 21) as f32;
+        if (a >> 60) == 0 { value * 16.0 } else { value }
+    }
+
+    pub(crate) fn fill(&mut self, out: &mut [f32]) {
+        out.iter_mut().for_each(|x| *x = self.value());
+    }
+}
+
+struct Hash(u64);
+
+impl Hash {
+    const fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    fn bytes(mut self, bytes: &[u8]) -> Self {
+        for b in bytes {
+            self.0 = (self.0 ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3);
+        }
+        self
+    }
+
+    fn floats<T: Float>(self, values: &[T]) -> Self {
+        values.iter().fold(self, |h, x| h.bytes(&x.to_f32().to_le_bytes()))
+    }
+}
+
+/// What a machine reports in one line: the hash of all hashes of all vectors, and how many vectors have a changed bit.
+pub(crate) fn run_all(kernels: Kernels, buffers: &mut Buffers) -> Result<(u64, usize), ShapeError> {
+    let (mut hash, mut changed) = (Hash::new(), 0);
+    for vector in &VECTORS {
+        let hashes = vector.run(kernels, buffers)?;
+        let Hashes { quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed } =
+            hashes;
+        let all = [quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed];
+        hash = all.iter().fold(hash, |hash, part| hash.bytes(&part.to_le_bytes()));
+        changed += usize::from(hashes != vector.expected);
+    }
+    Ok((hash.0, changed))
+}
+
+/// The buffers that [`Vector::run`] works in, about 290 KB.
+pub(crate) struct Buffers {
+    weights: [f32; MAX],
+    packed: [u8; MAX / 2],
+    absmax: [f32; MAX / 32],
+    codes: [u8; MAX / 32],
+    nested: [f32; MAX / 32 / 256 + 1],
+    f16: [f16; MAX],
+    bf16: [bf16; MAX],
+    inputs: [f32; MAX_COLS],
+    values: [i16; MAX_COLS + 64],
+    scales: [f32; MAX_COLS / 32],
+    batch_inputs: [f32; BATCH * MAX_COLS],
+    batch_values: [i16; BATCH * (MAX_COLS + 64)],
+    batch_scales: [f32; BATCH * (MAX_COLS / 32)],
+}
+
+impl Buffers {
+    pub(crate) const fn new() -> Self {
+        Self {
+            weights: [0.0; MAX],
+            packed: [0; MAX / 2],
+            absmax: [0.0; MAX / 32],
+            codes: [0; MAX / 32],
+            nested: [0.0; MAX / 32 / 256 + 1],
+            f16: [f16::ZERO; MAX],
+            bf16: [bf16::ZERO; MAX],
+            inputs: [0.0; MAX_COLS],
+            values: [0; MAX_COLS + 64],
+            scales: [0.0; MAX_COLS / 32],
+            batch_inputs: [0.0; BATCH * MAX_COLS],
+            batch_values: [0; BATCH * (MAX_COLS + 64)],
+            batch_scales: [0.0; BATCH * (MAX_COLS / 32)],
+        }
+    }
+}
+
+impl Vector {
+    /// Computes everything with the given kernels.
+    pub(crate) fn run(&self, kernels: Kernels, buffers: &mut Buffers) -> Result<Hashes, ShapeError> {
+        let (rows, cols, block_size) = (self.rows, self.cols, self.block_size);
+        let (n, blocks) = (rows * cols, block_size.blocks(rows * cols));
+        let mut generator = Generator(self.seed);
+
+        let weights = &mut buffers.weights[..n];
+        generator.fill(weights);
+        let (packed, absmax) = (&mut buffers.packed[..n.div_ceil(2)], &mut buffers.absmax[..blocks]);
+        kernels.quantize(weights, block_size, packed, absmax)?;
+        let quantize = Hash::new().bytes(packed).floats(absmax).0;
+
+        let (codes, nested) = (&mut buffers.codes[..blocks], &mut buffers.nested[..blocks.div_ceil(256)]);
+        let offset = kernels.quantize_absmax(absmax, codes, nested)?;
+        let double_quant = Hash::new().bytes(codes).floats(nested).floats(&[offset]).0;
+
+        let plain = Nf4Matrix::new(packed, Absmax::Plain(absmax), rows, cols, block_size)?;
+        let nested = Absmax::Nested(NestedAbsmax::new(codes, &DYNAMIC_MAP, nested, offset)?);
+        let nested = Nf4Matrix::new(packed, nested, rows, cols, block_size)?;
+
+        let (half, brain) = (&mut buffers.f16[..n], &mut buffers.bf16[..n]);
+        kernels.dequantize(&plain, weights)?;
+        kernels.dequantize(&plain, half)?;
+        kernels.dequantize(&nested, brain)?;
+        let dequantize = Hash::new().floats(weights).floats(half).floats(brain).0;
+
+        let inputs = &mut buffers.inputs[..cols];
+        generator.fill(inputs);
+        let values = &mut buffers.values[..Activations::values_len(cols, block_size)];
+        let scales = &mut buffers.scales[..Activations::scales_len(cols, block_size)];
+        let activations = kernels.quantize_activations(inputs, block_size, values, scales)?;
+        let in_order = (0..cols).filter_map(|c| activations.get(c));
+        let hash = in_order.fold(Hash::new(), |h, q| h.bytes(&q.to_le_bytes())).floats(activations.scales());
+
+        let (y, z) = (&mut [0.0; 64][..rows], &mut [0.0; 64][..rows]);
+        kernels.gemv(&plain, &activations, y)?;
+        kernels.gemv(&nested, &activations, z)?;
+        let gemv = Hash::new().floats(y).floats(z).0;
+        kernels.gemv_f32(&plain, inputs, y)?;
+        kernels.gemv_f32(&nested, inputs, z)?;
+        let gemv_f32 = Hash::new().floats(y).floats(z).0;
+
+        generator.fill(weights);
+        kernels.gemv_dense(weights, inputs, y)?;
+        z.copy_from_slice(y);
+        kernels.gemv_dense_add(weights, inputs, 0.5, z)?;
+        let gemv_dense = Hash::new().floats(y).floats(z).0;
+
+        let inputs = &mut buffers.batch_inputs[..BATCH * cols];
+        generator.fill(inputs);
+        let values = &mut buffers.batch_values[..BATCH * Activations::values_len(cols, block_size)];
+        let scales = &mut buffers.batch_scales[..BATCH * Activations::scales_len(cols, block_size)];
+        let batch = kernels.quantize_activations_batch(inputs, cols, block_size, values, scales)?;
+        let (fast, exact) = (&mut [0.0; 64][..BATCH * rows], &mut [0.0; 64][..BATCH * rows]);
+        kernels.gemm(&plain, &batch, fast)?;
+        kernels.gemm_f32(&nested, inputs, exact)?;
+        let gemm = Hash::new().floats(fast).floats(exact).0;
+
+        let columns = &mut buffers.inputs[..cols];
+        kernels.gemv_transposed_f32(&plain, y, columns)?;
+        let hash_plain = Hash::new().floats(columns);
+        kernels.gemv_transposed_f32(&nested, y, columns)?;
+        let (activations, transposed) = (hash.0, hash_plain.floats(columns).0);
+        Ok(Hashes { quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed })
+    }
+}
