@@ -232,7 +232,7 @@ fn products_are_the_same_bits_everywhere() {
             let [here, there] = &mut buffers;
             let expected = there.quantize(Kernels::scalar(), &x, block_size);
             let activations = here.quantize(k, &x, block_size);
-            let values = |a: &Activations<'_>| (0..cols).map(|c| a.get(c)).collect::<Vec<_>>();
+            let values = |a: &Activations<'_>| (0..cols).map(|c| a.get(0, c)).collect::<Vec<_>>();
             assert_eq!(values(&activations), values(&expected), "activations {what}");
             assert_eq!(bits(activations.scales()), bits(expected.scales()), "scales {what}");
             for matrix in [q.plain(), q.nested()] {

@@ -71,10 +71,18 @@ fn vectors_of_a_batch_are_cut_out() {
             let one = k.quantize_activations(x, BlockSize::B64, &mut values, &mut scales).unwrap();
             let cut = all.vector(n);
             assert_eq!((cut.inputs(), cut.scales(), cut.cols(), cut.batch()), (x, one.scales(), cols, 1), "vector {n}");
-            assert!((0..cols).all(|c| cut.get(c) == one.get(c) && cut.get(c).is_some()), "vector {n}");
-            assert_eq!(cut.get(cols), None);
+            assert!(
+                (0..cols).all(|c| all.get(n, c) == one.get(0, c)
+                    && cut.get(0, c) == one.get(0, c)
+                    && one.get(0, c).is_some()),
+                "vector {n}"
+            );
+            assert_eq!(
+                (cut.get(0, cols), cut.get(1, 0), all.get(n, cols), all.get(batch, 0)),
+                (None, None, None, None)
+            );
             // 13 bits and a sign.
-            let restored = |c: usize| f32::from(cut.get(c).unwrap()) * cut.scales()[c / 64];
+            let restored = |c: usize| f32::from(cut.get(0, c).unwrap()) * cut.scales()[c / 64];
             assert!((0..cols).all(|c| (restored(c) - x[c]).abs() <= cut.scales()[c / 64]), "vector {n}");
         }
     }

@@ -212,7 +212,7 @@ impl Vector {
         let values = &mut buffers.values[..Activations::values_len(cols, block_size)];
         let scales = &mut buffers.scales[..Activations::scales_len(cols, block_size)];
         let activations = kernels.quantize_activations(inputs, block_size, values, scales)?;
-        let in_order = (0..cols).filter_map(|c| activations.get(c));
+        let in_order = (0..cols).filter_map(|c| activations.get(0, c));
         let hash = in_order.fold(Hash::new(), |h, q| h.bytes(&q.to_le_bytes())).floats(activations.scales());
 
         let (y, z) = (&mut [0.0; 64][..rows], &mut [0.0; 64][..rows]);

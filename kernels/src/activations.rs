@@ -2,19 +2,20 @@
 
 use crate::error::{ShapeError, check_len};
 use crate::format::BlockSize;
+use crate::spec::SPAN;
 
 /// The largest quantized activation: 14 bits with sign, so that eight products with a 16-bit weight fit in an `i32`.
 pub const ACTIVATION_MAX: i16 = 8191;
 
-/// A span of 64 columns: what the packed order below permutes, and the row step of the 16x4 multiply.
-pub(crate) const SPAN: usize = 64;
+const _: () = assert!(8 * 32767 * (ACTIVATION_MAX as i64) <= i32::MAX as i64, "a lane's sum of a span is exact");
 
 /// A batch of vectors, most often one, quantized in groups of 64 columns (32 for block size 32) to `i16` with one f32
 /// scale a group.
 ///
 /// Made by [`crate::Kernels::quantize_activations`] or [`crate::Kernels::quantize_activations_batch`] in buffers of the
-/// caller; see [`crate::spec`] for the arithmetic. It also keeps the f32 inputs, for matrices whose blocks straddle
-/// rows are multiplied in f32.
+/// caller; see [`crate::spec`] for the arithmetic. The values stand in the order in which the instruction set of those
+/// kernels decodes weights, so only the same kernels multiply with them. The f32 inputs are kept too, because matrices
+/// whose blocks straddle rows are multiplied in f32.
 ///
 /// If the number of columns is not a multiple of the group, every matrix with so many columns has straddling blocks;
 /// then nothing is quantized and both buffers have length 0.
@@ -25,6 +26,8 @@ pub struct Activations<'a> {
     values: &'a [i16],
     scales: &'a [f32],
     group: usize,
+    /// Where each column of a span stands in its values.
+    slots: &'static [u8; SPAN],
 }
 
 impl<'a> Activations<'a> {
@@ -43,19 +46,20 @@ impl<'a> Activations<'a> {
         if cols.is_multiple_of(block_size.group()) { cols / block_size.group() } else { 0 }
     }
 
-    /// Joins the parts if they fit.
+    /// Joins the parts if they fit. `slots` is the order of the values.
     pub(crate) fn new(
         inputs: &'a [f32],
         cols: usize,
         block_size: BlockSize,
         values: &'a [i16],
         scales: &'a [f32],
+        slots: &'static [u8; SPAN],
     ) -> Result<Self, ShapeError> {
         let batch = inputs.len().checked_div(cols).unwrap_or(0);
         check_len("inputs", batch * cols, inputs.len())?;
         check_len("activation values", batch * Self::values_len(cols, block_size), values.len())?;
         check_len("activation scales", batch * Self::scales_len(cols, block_size), scales.len())?;
-        Ok(Self { inputs, cols, values, scales, group: block_size.group() })
+        Ok(Self { inputs, cols, values, scales, group: block_size.group(), slots })
     }
 
     /// Number of inputs of a vector.
@@ -105,15 +109,21 @@ impl<'a> Activations<'a> {
         self.group
     }
 
-    /// The quantized value of input `column` of the first vector, or `None` if nothing was quantized or there is no
-    /// such column.
+    /// The quantized value of input `column` of vector `vector`, or `None` if nothing was quantized or there is no such
+    /// input.
     #[must_use]
-    pub fn get(&self, column: usize) -> Option<i16> {
-        if column >= self.cols || self.values.is_empty() {
+    pub fn get(&self, vector: usize, column: usize) -> Option<i16> {
+        if column >= self.cols || vector >= self.batch() || self.values.is_empty() {
             return None;
         }
-        let slot = usize::from(SLOTS[column % SPAN]);
-        Some(self.values[column / SPAN * SPAN + slot])
+        let values = self.values.len() / self.batch();
+        let slot = usize::from(self.slots[column % SPAN]);
+        Some(self.values[vector * values + column / SPAN * SPAN + slot])
+    }
+
+    /// `Ok` if these were quantized by kernels whose table has the order `slots`.
+    pub(crate) fn check_order(&self, slots: &'static [u8; SPAN]) -> Result<(), ShapeError> {
+        if core::ptr::eq(self.slots, slots) { Ok(()) } else { Err(ShapeError::Order) }
     }
 
     /// `Ok` if these were quantized in the groups that matrices of `block_size` need.
@@ -122,59 +132,9 @@ impl<'a> Activations<'a> {
         if got == expected { Ok(()) } else { Err(ShapeError::Group { expected, got }) }
     }
 
-    /// Values in the packed order of [`SLOTS`], padded with zeros to whole spans.
+    /// Values in the order of the kernels that made them, padded with zeros to whole spans.
     #[inline(always)]
     pub(crate) fn values(&self) -> &'a [i16] {
         self.values
     }
 }
-
-/// The activations of the two columns of a byte of a span, as [`SLOTS`] has them.
-#[inline(always)]
-pub(crate) fn pair(values: &[i16; SPAN], byte: usize) -> [i16; 2] {
-    if cfg!(nf4_dsp) {
-        values.as_chunks().0[byte % (SPAN / 2)]
-    } else {
-        let (even, odd) = (SLOTS[2 * byte % SPAN], SLOTS[(2 * byte + 1) % SPAN]);
-        [values[usize::from(even) % SPAN], values[usize::from(odd) % SPAN]]
-    }
-}
-
-/// Where each column of a span of 64 stands in the buffer of quantized values: the order in which kernels decode 32
-/// packed bytes. First come the even columns (high nibbles), then the odd ones (low nibbles); within each, bytes 0-7,
-/// 16-23, 8-15, 24-31. That is what two `vpunpck` of the two byte planes leave in 256-bit registers, so AVX2 multiplies
-/// without a shuffle; every 128-bit piece holds eight consecutive bytes, which suits WebAssembly.
-///
-/// On 64-bit Arm each half of the span stands by itself, first every fourth column from the first on, then from the
-/// second on, and so on. That is what `trn` of the two byte planes leave. The columns of elements `i` and `i + 4` of
-/// such a piece belong to the same lane, so the widening multiplications of both its halves add to the same sums.
-///
-/// On Arm cores with the DSP extension the columns stay in order: a byte's two weights meet two adjacent activations
-/// there.
-pub(crate) const SLOTS: [u8; SPAN] = {
-    let mut slots = [0; SPAN];
-    let mut column = 0;
-    while column < SPAN {
-        let (byte, odd) = (column / 2, column % 2);
-        let piece = match byte / 8 {
-            0 => 0,
-            1 => 2,
-            2 => 1,
-            _ => 3,
-        };
-        let slot = if cfg!(nf4_dsp) {
-            column
-        } else if cfg!(target_arch = "aarch64") {
-            column / 32 * 32 + column % 4 * 8 + column % 32 / 4
-        } else {
-            odd * 32 + piece * 8 + byte % 8
-        };
-        assert!(slot < SPAN);
-        #[allow(clippy::cast_possible_truncation, reason = "slot < 64, asserted above")]
-        {
-            slots[column] = slot as u8;
-        }
-        column += 1;
-    }
-    slots
-};

@@ -43,6 +43,8 @@ pub enum ShapeError {
         /// Group length of the activations.
         got: usize,
     },
+    /// Activations that were quantized by the kernels of an instruction set that has them in another order.
+    Order,
 }
 
 impl fmt::Display for ShapeError {
@@ -60,6 +62,7 @@ impl fmt::Display for ShapeError {
                 f,
                 "activations are quantized in groups of {got}, but the matrix's block size needs groups of {expected}"
             ),
+            Self::Order => write!(f, "activations were quantized by the kernels of another instruction set"),
         }
     }
 }

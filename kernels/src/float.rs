@@ -2,10 +2,8 @@
 
 use half::{bf16, f16};
 
-use crate::kernels::{Dequantize, Quantize, Table};
-
 /// An element type that weights can be quantized from and restored to: `f32`, [`struct@f16`], [`bf16`]. Sealed.
-pub trait Float: Copy + Send + Sync + sealed::Sealed + 'static {
+pub trait Float: Copy + Send + Sync + sealed::Sealed {
     /// The value as f32; exact.
     fn to_f32(self) -> f32;
 
@@ -15,12 +13,20 @@ pub trait Float: Copy + Send + Sync + sealed::Sealed + 'static {
 }
 
 pub(crate) mod sealed {
-    /// Picks the entry of the dispatch table for the type.
-    pub trait Sealed: Sized {
+    use half::{bf16, f16};
+
+    /// Picks, of what exists for each element type, what is there for this one.
+    pub trait Sealed: Sized + 'static {
         #[doc(hidden)]
-        fn quantize(table: &super::Table) -> super::Quantize<Self>;
-        #[doc(hidden)]
-        fn dequantize(table: &super::Table) -> super::Dequantize<Self>;
+        fn pick<P: PerFloat>(of: &P) -> &P::Of<Self>;
+    }
+
+    /// Something that exists for each element type.
+    pub trait PerFloat {
+        type Of<T: 'static>;
+        fn f32(&self) -> &Self::Of<f32>;
+        fn f16(&self) -> &Self::Of<f16>;
+        fn bf16(&self) -> &Self::Of<bf16>;
     }
 }
 
@@ -61,28 +67,22 @@ impl Float for bf16 {
 }
 
 impl sealed::Sealed for f32 {
-    fn quantize(table: &Table) -> Quantize<Self> {
-        table.quantize_f32
-    }
-    fn dequantize(table: &Table) -> Dequantize<Self> {
-        table.dequantize_f32
+    #[inline(always)]
+    fn pick<P: sealed::PerFloat>(of: &P) -> &P::Of<Self> {
+        of.f32()
     }
 }
 
 impl sealed::Sealed for f16 {
-    fn quantize(table: &Table) -> Quantize<Self> {
-        table.quantize_f16
-    }
-    fn dequantize(table: &Table) -> Dequantize<Self> {
-        table.dequantize_f16
+    #[inline(always)]
+    fn pick<P: sealed::PerFloat>(of: &P) -> &P::Of<Self> {
+        of.f16()
     }
 }
 
 impl sealed::Sealed for bf16 {
-    fn quantize(table: &Table) -> Quantize<Self> {
-        table.quantize_bf16
-    }
-    fn dequantize(table: &Table) -> Dequantize<Self> {
-        table.dequantize_bf16
+    #[inline(always)]
+    fn pick<P: sealed::PerFloat>(of: &P) -> &P::Of<Self> {
+        of.bf16()
     }
 }

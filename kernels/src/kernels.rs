@@ -1,95 +1,15 @@
-//! The table of kernels: which instruction sets there are, which this CPU has, and the operations.
-//!
-//! An operation checks its arguments once, here, and then calls the function of its instruction set. Adding an
-//! instruction set is one file in `isa/` and one row of [`TABLES`].
+//! The operations: each checks its arguments once, and then calls the function of an instruction set.
+
+#![expect(unsafe_code, reason = "calls functions of instruction sets that this CPU was found to have")]
 
 use core::fmt;
-
-use half::{bf16, f16};
 
 use crate::activations::Activations;
 use crate::error::{ShapeError, check_len};
 use crate::float::Float;
 use crate::format::{BlockSize, NESTED_BLOCK, packed_len};
-use crate::isa;
+use crate::isa::{Isa, PORTABLE, TABLES, Table};
 use crate::matrix::Nf4Matrix;
-
-/// The name of an instruction set. A name grants nothing: [`Kernels`] is the proof that this CPU supports it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Isa {
-    /// Portable Rust.
-    Scalar,
-    /// x86-64 with AVX2.
-    Avx2,
-    /// aarch64 with Advanced SIMD.
-    Neon,
-    /// WebAssembly with 128-bit SIMD.
-    Simd128,
-    /// Arm with the DSP extension: Cortex-M4 and M7, and M33 and newer where it was built in.
-    CortexMDsp,
-}
-
-impl Isa {
-    /// The name in lower case, as in benchmark ids: `scalar`, `avx2`, `neon`, `simd128`, `cortex-m-dsp`.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Scalar => "scalar",
-            Self::Avx2 => "avx2",
-            Self::Neon => "neon",
-            Self::Simd128 => "simd128",
-            Self::CortexMDsp => "cortex-m-dsp",
-        }
-    }
-}
-
-impl fmt::Display for Isa {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-pub(crate) type Quantize<T> = unsafe fn(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32]);
-pub(crate) type Dequantize<T> = unsafe fn(matrix: &Nf4Matrix<'_>, out: &mut [T]);
-
-/// The functions of one instruction set. All are `unsafe` to call only because the CPU must have it.
-#[derive(Debug)]
-pub struct Table {
-    pub isa: Isa,
-    pub quantize_f32: Quantize<f32>,
-    pub quantize_f16: Quantize<f16>,
-    pub quantize_bf16: Quantize<bf16>,
-    pub dequantize_f32: Dequantize<f32>,
-    pub dequantize_f16: Dequantize<f16>,
-    pub dequantize_bf16: Dequantize<bf16>,
-    pub mean: unsafe fn(values: &[f32]) -> f32,
-    pub quantize_absmax: unsafe fn(absmax: &[f32], offset: f32, codes: &mut [u8], nested_absmax: &mut [f32]),
-    pub quantize_activations: unsafe fn(inputs: &[f32], group: usize, values: &mut [i16], scales: &mut [f32]),
-    /// Only for row-aligned matrices and quantized activations.
-    pub gemv: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]),
-    pub gemv_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
-    /// As `gemv`, for any batch; `out` is `[rows, batch]`.
-    pub gemm: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]),
-    /// `inputs` is `[batch, cols]` with `cols > 0`, `out` `[rows, batch]`.
-    pub gemm_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
-    pub gemv_transposed_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
-    /// `x` is not empty.
-    pub gemv_dense: unsafe fn(a: &[f32], x: &[f32], add: Option<f32>, out: &mut [f32]),
-}
-
-/// Every instruction set that was compiled in, the best first, and whether this CPU has it.
-static TABLES: &[(&Table, fn() -> bool)] = &[
-    #[cfg(target_arch = "x86_64")]
-    (&isa::avx2::TABLE, isa::avx2::is_supported),
-    #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
-    (&isa::neon::TABLE, || true),
-    #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
-    (&isa::simd128::TABLE, || true),
-    #[cfg(nf4_dsp)]
-    (&isa::cortex_m_dsp::TABLE, || true),
-    (&isa::scalar::TABLE, || true),
-];
 
 /// The operations on one instruction set, and the proof that this CPU has it: a value exists only where it was
 /// detected.
@@ -148,19 +68,17 @@ impl Kernels {
     /// The fastest kernels that this CPU supports. The CPU is asked once, then remembered; this does not need `std`.
     #[must_use]
     pub fn detect() -> Self {
-        if cfg!(target_arch = "x86_64") {
-            Self::available().next().unwrap_or(Self::scalar())
-        } else {
-            // Elsewhere the target decides, and this is a constant: firmware then links only the operations that it
-            // calls.
-            Self { table: TABLES[0].0 }
+        match TABLES[0] {
+            (_, Some(_)) => Self::available().next().unwrap_or(Self::scalar()),
+            // The target decides, and this is a constant: firmware then links only the operations that it calls.
+            (table, None) => Self { table },
         }
     }
 
     /// The portable kernels.
     #[must_use]
     pub const fn scalar() -> Self {
-        Self { table: &isa::scalar::TABLE }
+        Self { table: PORTABLE.0 }
     }
 
     /// The kernels for `isa`, if they were compiled in and this CPU supports them.
@@ -171,7 +89,7 @@ impl Kernels {
 
     /// Every kind of kernels that this CPU supports, the fastest first.
     pub fn available() -> impl Iterator<Item = Self> {
-        TABLES.iter().filter(|(_, supported)| supported()).map(|&(table, _)| Self { table })
+        TABLES.iter().filter(|(_, supported)| supported.is_none_or(|f| f())).map(|&(table, _)| Self { table })
     }
 
     /// The instruction set.
@@ -202,7 +120,7 @@ impl Kernels {
     ) -> Result<(), ShapeError> {
         check_len("packed codes", packed_len(weights.len()), packed.len())?;
         check_len("absmax", block_size.blocks(weights.len()), absmax.len())?;
-        let quantize = T::quantize(self.table);
+        let quantize = T::pick(self.table).quantize;
         // SAFETY: `self` exists, so the CPU has the instruction set of its table.
         unsafe { quantize(weights, block_size.get(), packed, absmax) };
         Ok(())
@@ -216,7 +134,7 @@ impl Kernels {
     /// [`ShapeError::Length`] if `out` does not have `rows * cols` elements.
     pub fn dequantize<T: Float>(&self, matrix: &Nf4Matrix<'_>, out: &mut [T]) -> Result<(), ShapeError> {
         check_len("dequantized weights", matrix.rows() * matrix.cols(), out.len())?;
-        let dequantize = T::dequantize(self.table);
+        let dequantize = T::pick(self.table).dequantize;
         // SAFETY: `self` exists, so the CPU has the instruction set of its table.
         unsafe { dequantize(matrix, out) };
         Ok(())
@@ -297,7 +215,8 @@ impl Kernels {
         values: &'a mut [i16],
         scales: &'a mut [f32],
     ) -> Result<Activations<'a>, ShapeError> {
-        Activations::new(inputs, cols, block_size, values, scales)?;
+        let slots = self.table.slots;
+        Activations::new(inputs, cols, block_size, values, scales, slots)?;
         let (values_len, scales_len) =
             (Activations::values_len(cols, block_size), Activations::scales_len(cols, block_size));
         // One of them is 0 only if all are; the compiler needs to hear it to drop the panics of `chunks`.
@@ -308,7 +227,7 @@ impl Kernels {
                 unsafe { (self.table.quantize_activations)(inputs, block_size.group(), values, scales) };
             }
         }
-        Activations::new(inputs, cols, block_size, values, scales)
+        Activations::new(inputs, cols, block_size, values, scales, slots)
     }
 }
 
@@ -320,7 +239,8 @@ impl Kernels {
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `activations` does not have `cols` inputs or `out` not `rows` elements;
-    /// [`ShapeError::Group`] if the activations were quantized for another group.
+    /// [`ShapeError::Group`] if the activations were quantized for another group; [`ShapeError::Order`] if by the
+    /// kernels of another instruction set.
     pub fn gemv(
         &self,
         matrix: &Nf4Matrix<'_>,
@@ -336,6 +256,7 @@ impl Kernels {
         }
         check_len("outputs", matrix.rows(), out.len())?;
         activations.check_group(matrix.block_size())?;
+        activations.check_order(self.table.slots)?;
         // SAFETY: `self` exists, so the CPU has the instruction set of its table.
         unsafe { (self.table.gemv)(matrix, activations, out) };
         Ok(())
@@ -349,7 +270,8 @@ impl Kernels {
     ///
     /// # Errors
     /// [`ShapeError::Length`] if the activations do not have `cols` inputs or `out` not `rows * batch` elements;
-    /// [`ShapeError::Group`] if the activations were quantized for another group.
+    /// [`ShapeError::Group`] if the activations were quantized for another group; [`ShapeError::Order`] if by the
+    /// kernels of another instruction set.
     pub fn gemm(
         &self,
         matrix: &Nf4Matrix<'_>,
@@ -362,6 +284,7 @@ impl Kernels {
         }
         check_batch_outputs(matrix, activations.batch(), out)?;
         activations.check_group(matrix.block_size())?;
+        activations.check_order(self.table.slots)?;
         match activations.batch() {
             0 => {}
             // SAFETY: `self` exists, so the CPU has the instruction set of its table.
@@ -446,7 +369,7 @@ impl Kernels {
         let elements = rows.checked_mul(cols).ok_or(ShapeError::Overflow { rows, cols })?;
         check_len("dense matrix", elements, a.len())?;
         if x.is_empty() {
-            out.iter_mut().for_each(|o| isa::scalar::store_dense(o, 0.0, add));
+            out.iter_mut().for_each(|o| crate::isa::store_dense(o, 0.0, add));
         } else {
             // SAFETY: `self` exists, so the CPU has the instruction set of its table.
             unsafe { (self.table.gemv_dense)(a, x, add, out) };

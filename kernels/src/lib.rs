@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 #![no_std]
+#![deny(unsafe_code)]
 
 mod absmax;
 mod activations;
@@ -19,5 +20,6 @@ pub use error::ShapeError;
 pub use float::Float;
 pub use format::{BlockSize, CODEBOOK, NESTED_BLOCK, THRESHOLDS, packed_len};
 pub use half::{bf16, f16};
-pub use kernels::{Isa, Kernels};
+pub use isa::Isa;
+pub use kernels::Kernels;
 pub use matrix::Nf4Matrix;

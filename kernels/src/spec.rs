@@ -27,19 +27,22 @@ pub fn add_lanes(l: [f32; 8]) -> f32 {
     ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]))
 }
 
+/// Columns of a span: the step of every product along a row.
+pub const SPAN: usize = 64;
+
 /// Columns of a panel of the f32 product. Its inputs are put into decode order once for all rows, on the stack.
 pub const PANEL: usize = 4096;
 
 /// Rows that the transposed f32 product sums before it adds to its output.
 pub const ROW_CHUNK: usize = 512;
 
-/// Lane and place in the lane of each column of a span of 64 in the f32 product, as `place * 8 + lane`.
+/// Lane and place in the lane of each column of a span in the f32 product, as `place * 8 + lane`.
 ///
 /// The even columns come first, then the odd ones; the first 32 columns go to lanes 0-3, the others to lanes 4-7.
-pub const F32_SLOTS: [u8; 64] = {
-    let mut slots = [0; 64];
+pub const F32_SLOTS: [u8; SPAN] = {
+    let mut slots = [0; SPAN];
     let mut column = 0;
-    while column < 64 {
+    while column < SPAN {
         let (byte, odd) = (column / 2, column % 2);
         let (place, lane) = (odd * 4 + byte % 16 / 4, byte / 16 * 4 + byte % 4);
         #[allow(clippy::cast_possible_truncation, reason = "place and lane are below 8")]
@@ -54,7 +57,7 @@ pub const F32_SLOTS: [u8; 64] = {
 /// The lane sums of the f32 product: eight places of eight lanes, added as a tree.
 #[inline(always)]
 #[must_use]
-pub fn add_places(products: &[f32; 64]) -> [f32; 8] {
+pub fn add_places(products: &[f32; SPAN]) -> [f32; 8] {
     let p = products.as_chunks::<8>().0;
     core::array::from_fn(|l| ((p[0][l] + p[1][l]) + (p[2][l] + p[3][l])) + ((p[4][l] + p[5][l]) + (p[6][l] + p[7][l])))
 }

@@ -58,7 +58,7 @@ impl Row {
         for (c, (code, a, w, x)) in self.terms(x).enumerate() {
             let (a, x) = (a.abs(), x.abs());
             let scale = f64::from(activations.scales()[c / activations.group()]);
-            let q = f64::from(activations.get(c).unwrap()).abs();
+            let q = f64::from(activations.get(0, c).unwrap()).abs();
             let step_error = if scale > 0.0 { scale * (0.5 + 2.0_f64.powi(-100)) + 8.0 * U * x } else { x };
             let weight = f64::from(spec::CODEBOOK_I16[code]) / 32767.0;
             quantization += a * (w.abs() * step_error + (weight - w).abs() * (x + step_error));

@@ -15,25 +15,25 @@
 //!               0 1 8 9   2 3 10 11   4 5 12 13   6 7 14 15   16 17 24 25  18 19 26 27  20 21 28 29  22 23 30 31
 //! ```
 //!
-//! Both columns of a byte are in one lane, so with activations in the order of the columns (`SLOTS`) a product of pairs
-//! adds to one lane only. Two rows share the loads of activations; more would not leave enough registers. The last step
+//! Both columns of a byte are in one lane, so with activations in the order of the columns a product of pairs adds to
+//! one lane only. Two rows share the loads of activations; more would not leave enough registers. The last step
 //! is a `vmla`, which rounds the product and then the sum, as the definition wants (`vfma` would be the fused one).
 //!
 //! Only the 16x4 products are faster than portable code this way. The other operations are f32 arithmetic, one number
 //! at a time on these cores, and are those of `scalar.rs`.
 
+#![expect(unsafe_code, reason = "the instructions of the DSP extension have no stable intrinsics")]
+
 use core::arch::asm;
 
-use super::scalar::{self, PAIRS, add_half_span, add_scaled};
-use crate::activations::{ACTIVATION_MAX, Activations, SPAN, pair};
+use super::scalar::{self, PAIRS, add_half_span, add_scaled, pair};
+use super::table::{Isa, Table};
+use crate::activations::Activations;
 use crate::format::{canonical, get_or};
-use crate::kernels::Table;
 use crate::matrix::Nf4Matrix;
-use crate::{Isa, spec};
+use crate::spec::{self, SPAN};
 
-const _: () = assert!(ACTIVATION_MAX == 8191, "the sums below rely on it to fit in 32 bits");
-
-pub(crate) static TABLE: Table = Table { isa: Isa::CortexMDsp, gemv, gemm, ..scalar::TABLE };
+pub(super) static TABLE: Table = Table { isa: Isa::CortexMDsp, gemv, gemm, ..scalar::TABLE };
 
 /// Rows that share the loads of activations.
 const ROWS: usize = 2;

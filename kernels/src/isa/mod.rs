@@ -1,22 +1,56 @@
-//! One module an instruction set. They have the same functions in the same files; `scalar.rs` is the plainest to read,
-//! and what the others must equal to the bit. What those with vectors share of the products is in `products.rs` and
-//! `products_f32.rs`.
+//! The instruction sets: which there are, and what computes what.
 //!
-//! Every function takes arguments whose shapes the callers in `kernels.rs` have checked.
+//! A [`Table`] holds the functions of one instruction set. `scalar.rs` is portable Rust, the plainest to read, and what
+//! the others must equal to the bit. Those with vector registers share the loops over rows, columns and blocks, which
+//! stand in `simd/`; what is their own are the steps inside, and the entries that compile the loops for them.
+//!
+//! | operation | loops | steps, in the folder of the instruction set |
+//! |---|---|---|
+//! | `quantize` | `simd/quantize.rs` | `conversions.rs`: `widen`, `encode` |
+//! | `dequantize` | `simd/dequantize.rs` | `conversions.rs`: `book`, `decode` |
+//! | `quantize_activations` | `simd/activations.rs` | `conversions.rs`: `widen`, `arrange_i16` |
+//! | `gemv`, `gemm` (16x4) | `simd/product_16x4.rs` | `steps_16x4.rs`: `add_span` |
+//! | `gemv_f32`, `gemm_f32`, `gemv_transposed_f32` | `simd/product_f32.rs` | `steps_f32.rs` |
+//! | `gemv_dense` | `simd/product_dense.rs` | `conversions.rs`: `widen`; `add`, `mul` |
+//! | `mean`, `quantize_absmax` | `double_quant.rs`, one for all | |
+//!
+//! An arithmetic for packed weights takes three files: its traits, `simd/steps_NAME.rs`, its loops,
+//! `simd/product_NAME.rs`, and its steps, `steps_NAME.rs` in the folder of each instruction set.
 
-mod products;
-mod products_f32;
-pub(crate) mod scalar;
-mod steps;
+use cfg_if::cfg_if;
 
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx2;
+mod scalar;
+mod table;
 
-#[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
-pub(crate) mod neon;
+pub(crate) use scalar::store_dense;
+pub use table::Isa;
+pub(crate) use table::Table;
 
-#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
-pub(crate) mod simd128;
+/// A table, and how to find out whether this CPU has its instruction set; `None` if the target already promises it.
+type Entry = (&'static Table, Option<fn() -> bool>);
 
-#[cfg(nf4_dsp)]
-pub(crate) mod cortex_m_dsp;
+// Every instruction set that this target can have, the best first: this is the only place that says which that are.
+cfg_if! {
+    // Soft-float targets have no registers for vectors in their calls, and assembly takes pointers of 64 bits.
+    if #[cfg(all(target_arch = "x86_64", target_feature = "sse2", target_pointer_width = "64"))] {
+        mod avx2;
+        mod simd;
+        pub(crate) static TABLES: &[Entry] = &[(&avx2::TABLE, Some(avx2::is_supported)), PORTABLE];
+    } else if #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))] {
+        mod neon;
+        mod simd;
+        pub(crate) static TABLES: &[Entry] = &[(&neon::TABLE, None), PORTABLE];
+    } else if #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))] {
+        mod simd;
+        mod simd128;
+        pub(crate) static TABLES: &[Entry] = &[(&simd128::TABLE, None), PORTABLE];
+    } else if #[cfg(nf4_dsp)] {
+        mod cortex_m_dsp;
+        pub(crate) static TABLES: &[Entry] = &[(&cortex_m_dsp::TABLE, None), PORTABLE];
+    } else {
+        pub(crate) static TABLES: &[Entry] = &[PORTABLE];
+    }
+}
+
+/// The one that every CPU has.
+pub(crate) const PORTABLE: Entry = (&scalar::TABLE, None);

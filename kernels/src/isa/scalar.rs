@@ -1,34 +1,49 @@
-//! Portable code: any core, and the reference for the other files.
+//! Portable code: any CPU, and the reference for the others.
 //!
-//! The last block of a tensor if it is partial, blocks that straddle rows and rests shorter than a vector are handled
+//! The last block of a tensor if it is partial, blocks that straddle rows and rests shorter than a register are handled
 //! here for every instruction set.
 
-use crate::activations::{ACTIVATION_MAX, Activations, SLOTS, SPAN, pair};
+use half::{bf16, f16};
+
+use super::table::{FloatTable, Isa, Table};
+use crate::activations::{ACTIVATION_MAX, Activations};
+use crate::double_quant;
 use crate::float::Float;
 use crate::format::{
     CODEBOOK, ZERO_CODE, absmax_from_bits, canonical, floored, get_range, inverse_absmax, nearest_code,
 };
-use crate::kernels::Table;
 use crate::matrix::{Nf4Matrix, Segment};
-use crate::{Isa, double_quant, spec};
+use crate::spec::{self, SPAN};
 
-pub(crate) static TABLE: Table = Table {
+pub(super) static TABLE: Table = Table {
     isa: Isa::Scalar,
-    quantize_f32: quantize,
-    quantize_f16: quantize,
-    quantize_bf16: quantize,
-    dequantize_f32: dequantize,
-    dequantize_f16: dequantize,
-    dequantize_bf16: dequantize,
+    slots: &SLOTS,
+    f32: FloatTable { quantize: quantize::<f32>, dequantize: dequantize::<f32> },
+    f16: FloatTable { quantize: quantize::<f16>, dequantize: dequantize::<f16> },
+    bf16: FloatTable { quantize: quantize::<bf16>, dequantize: dequantize::<bf16> },
     mean: double_quant::mean,
     quantize_absmax: double_quant::quantize_absmax,
     quantize_activations,
     gemv,
-    gemv_f32,
     gemm,
+    gemv_f32,
     gemm_f32,
     gemv_transposed_f32,
     gemv_dense,
+};
+
+/// Activations stand in the order of the columns: a byte's two weights meet two adjacent ones.
+static SLOTS: [u8; SPAN] = {
+    let mut slots = [0; SPAN];
+    let mut column = 0;
+    while column < SPAN {
+        #[allow(clippy::cast_possible_truncation, reason = "a column of a span is below 64")]
+        {
+            slots[column] = column as u8;
+        }
+        column += 1;
+    }
+    slots
 };
 
 /// Codes and absmax of a tensor.
@@ -47,7 +62,7 @@ fn quantize<T: Float>(weights: &[T], block_size: usize, packed: &mut [u8], absma
 
 /// The last block if it is not full: the floored absmax is what is stored, and the division is a true one
 /// (`bitsandbytes` pads and reshapes whole blocks, and runs the rest through other code).
-pub(crate) fn quantize_partial_block<T: Float>(block: &[T], packed: &mut [u8]) -> f32 {
+pub(super) fn quantize_partial_block<T: Float>(block: &[T], packed: &mut [u8]) -> f32 {
     let absmax = floored(largest(block));
     pack(packed, block, |w| w / absmax);
     absmax
@@ -79,14 +94,14 @@ fn dequantize<T: Float>(matrix: &Nf4Matrix<'_>, out: &mut [T]) {
 }
 
 /// Part of a block that starts or ends anywhere.
-pub(crate) fn dequantize_segment<T: Float>(matrix: &Nf4Matrix<'_>, segment: &Segment<'_>, out: &mut [T]) {
+pub(super) fn dequantize_segment<T: Float>(matrix: &Nf4Matrix<'_>, segment: &Segment<'_>, out: &mut [T]) {
     let values = CODEBOOK.map(|c| T::from_f32(c * segment.absmax));
     for (i, o) in out.iter_mut().enumerate() {
         *o = values[matrix.code(segment.start + i)];
     }
 }
 
-/// Activations for the 16x4 multiply, in the order of [`SLOTS`].
+/// Quantizes inputs in groups, in the order of the columns.
 fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i16], scales: &mut [f32]) {
     // There are only these two; so the compiler knows that it is not 0.
     let group = if group == SPAN { SPAN } else { SPAN / 2 };
@@ -98,8 +113,8 @@ fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i16], scales
             let factor;
             (*scale, factor) = activation_scale(f32::from_bits(bits));
             if factor > 0.0 {
-                for (x, slot) in inputs.iter().zip(SLOTS.iter().skip(g * group)) {
-                    values[usize::from(*slot) % SPAN] = round_to_i16(x * factor);
+                for (x, value) in inputs.iter().zip(values.iter_mut().skip(g * group)) {
+                    *value = round_to_i16(x * factor);
                 }
             }
         }
@@ -109,7 +124,7 @@ fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i16], scales
 /// Scale of a group and factor that its inputs are multiplied by (0: all values are 0), from the largest absolute
 /// input.
 #[inline(always)]
-pub(crate) fn activation_scale(largest: f32) -> (f32, f32) {
+pub(super) fn activation_scale(largest: f32) -> (f32, f32) {
     let max = f32::from(ACTIVATION_MAX);
     let factor = max / largest;
     if !largest.is_finite() {
@@ -193,7 +208,7 @@ fn add_span(lanes: &mut [f32; 8], sums: [i32; 8], factors: [f32; 2]) {
 /// Adds the last span of a row if it has only the first 32 columns: the other activations are 0, and so is the other
 /// factor, so they change no lane.
 #[cold]
-pub(crate) fn add_half_span(lanes: &mut [f32; 8], rest: &[u8], values: &[i16; SPAN], factor: f32) {
+pub(super) fn add_half_span(lanes: &mut [f32; 8], rest: &[u8], values: &[i16; SPAN], factor: f32) {
     let mut bytes = [0; SPAN / 2];
     for (byte, rest) in bytes.iter_mut().zip(rest) {
         *byte = *rest;
@@ -203,14 +218,14 @@ pub(crate) fn add_half_span(lanes: &mut [f32; 8], rest: &[u8], values: &[i16; SP
 
 /// A lane with an exact sum added, as f32 and times its factor.
 #[inline(always)]
-pub(crate) fn add_scaled(lane: f32, sum: i32, factor: f32) -> f32 {
+pub(super) fn add_scaled(lane: f32, sum: i32, factor: f32) -> f32 {
     #[allow(clippy::cast_precision_loss, reason = "this rounding is part of the definition")]
     let sum = sum as f32;
     lane + sum * factor
 }
 
 /// The weights of the two columns of each packed byte, so that one look-up gives both; 1 KB.
-pub(crate) static PAIRS: Pairs = Pairs({
+pub(super) static PAIRS: Pairs = Pairs({
     let mut pairs = [[0; 2]; 256];
     let mut byte = 0;
     while byte < 256 {
@@ -222,7 +237,13 @@ pub(crate) static PAIRS: Pairs = Pairs({
 
 /// Aligned, so that one load takes both weights.
 #[repr(align(4))]
-pub(crate) struct Pairs(pub(crate) [[i16; 2]; 256]);
+pub(super) struct Pairs(pub(super) [[i16; 2]; 256]);
+
+/// The activations of the two columns of a byte of a span.
+#[inline(always)]
+pub(super) fn pair(values: &[i16; SPAN], byte: usize) -> [i16; 2] {
+    values.as_chunks().0[byte % (SPAN / 2)]
+}
 
 /// The eight exact lane sums of a span.
 #[inline(always)]
@@ -238,14 +259,14 @@ fn span_sums(bytes: &[u8; SPAN / 2], values: &[i16; SPAN]) -> [i32; 8] {
 }
 
 /// The f32 product of a matrix of any shape.
-pub(crate) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+pub(super) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     for (row, out) in out.iter_mut().enumerate() {
         *out = dot_f32(matrix, row, inputs);
     }
 }
 
 /// The f32 product of a batch, with a matrix of any shape.
-pub(crate) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+pub(super) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     for (row, out) in out.chunks_exact_mut(inputs.len() / matrix.cols()).enumerate() {
         for (inputs, out) in inputs.chunks_exact(matrix.cols()).zip(out) {
             *out = dot_f32(matrix, row, inputs);
@@ -290,7 +311,7 @@ fn add_segment(matrix: &Nf4Matrix<'_>, segment: &Segment<'_>, skip: usize, input
 }
 
 /// The f32 product with the transpose of a matrix of any shape.
-pub(crate) fn gemv_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+pub(super) fn gemv_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     out.fill(0.0);
     for (chunk, inputs) in inputs.chunks(spec::ROW_CHUNK).enumerate() {
         for (s, out) in out.chunks_mut(SPAN).enumerate() {

@@ -22,56 +22,62 @@
 //! The f32 products look up the four bytes of each f32 and unpack them twice, which takes fewer instructions than two
 //! look-ups by `vpermps` and a blend, and put the inputs into that order once for all rows.
 
-mod activations;
-mod dense;
-mod dequantize;
-mod products;
-mod products_f32;
-mod quantize;
-mod steps;
-mod vector;
+mod codes;
+mod conversions;
+mod detection;
+mod entries;
+mod registers;
+mod steps_16x4;
+mod steps_f32;
 
-use core::arch::x86_64::__cpuid;
-use core::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use core::arch::x86_64::__m256i;
 
-use crate::kernels::Table;
-use crate::{Isa, double_quant};
+use half::{bf16, f16};
 
-cpufeatures::new!(avx2, "avx2");
+pub(super) use detection::is_supported;
 
-/// Whether the processor has AVX2, and F16C, which converts f16: every one with AVX2 has it, but nothing says that it
-/// must.
-pub(crate) fn is_supported() -> bool {
-    /// 0 is not known yet, 1 no, 2 yes. `cpuid` is slow under a hypervisor.
-    static F16C: AtomicU8 = AtomicU8::new(0);
-    const BIT: u32 = 1 << 29;
-    if !avx2::get() {
-        return false;
-    }
-    if F16C.load(Relaxed) == 0 {
-        // SAFETY: every x86-64 processor has `cpuid`, with this leaf.
-        #[allow(unused_unsafe, reason = "the function is safe in newer versions of Rust")]
-        let features = unsafe { __cpuid(1) }.ecx;
-        F16C.store(1 + u8::from(features & BIT != 0), Relaxed);
-    }
-    F16C.load(Relaxed) == 2
-}
+use super::table::{FloatTable, Isa, Table};
+use crate::double_quant;
+use crate::spec::SPAN;
 
-pub(crate) static TABLE: Table = Table {
+pub(super) static TABLE: Table = Table {
     isa: Isa::Avx2,
-    quantize_f32: quantize::quantize_f32,
-    quantize_f16: quantize::quantize_f16,
-    quantize_bf16: quantize::quantize_bf16,
-    dequantize_f32: dequantize::dequantize_f32,
-    dequantize_f16: dequantize::dequantize_f16,
-    dequantize_bf16: dequantize::dequantize_bf16,
+    slots: &SLOTS,
+    f32: FloatTable { quantize: entries::quantize::<f32>, dequantize: entries::dequantize_f32 },
+    f16: FloatTable { quantize: entries::quantize::<f16>, dequantize: entries::dequantize::<f16> },
+    bf16: FloatTable { quantize: entries::quantize::<bf16>, dequantize: entries::dequantize::<bf16> },
     mean: double_quant::mean,
     quantize_absmax: double_quant::quantize_absmax,
-    quantize_activations: activations::quantize_activations,
-    gemv: steps::gemv,
-    gemv_f32: steps::gemv_f32,
-    gemm: steps::gemm,
-    gemm_f32: steps::gemm_f32,
-    gemv_transposed_f32: steps::gemv_transposed_f32,
-    gemv_dense: dense::gemv_dense,
+    quantize_activations: entries::quantize_activations,
+    gemv: entries::gemv,
+    gemm: entries::gemm,
+    gemv_f32: entries::gemv_f32,
+    gemm_f32: entries::gemm_f32,
+    gemv_transposed_f32: entries::gemv_transposed_f32,
+    gemv_dense: entries::gemv_dense,
 };
+
+/// First the even columns (high nibbles), then the odd ones; within each, bytes 0-7, 16-23, 8-15, 24-31. That is what
+/// two `vpunpck` of the two byte planes leave in 256-bit registers, so nothing has to be shuffled.
+static SLOTS: [u8; SPAN] = {
+    let mut slots = [0; SPAN];
+    let mut column = 0;
+    while column < SPAN {
+        let (byte, odd) = (column / 2, column % 2);
+        let piece = [0, 2, 1, 3][byte / 8];
+        #[allow(clippy::cast_possible_truncation, reason = "a slot is below 64")]
+        {
+            slots[column] = (odd * 32 + piece * 8 + byte % 8) as u8;
+        }
+        column += 1;
+    }
+    slots
+};
+
+/// Tables for look-ups, each in both halves of a register.
+struct Avx2 {
+    /// The two bytes of each entry of the 16x4 codebook.
+    i16_planes: [__m256i; 2],
+    /// The four bytes of each entry of the f32 codebook.
+    f32_planes: [__m256i; 4],
+}

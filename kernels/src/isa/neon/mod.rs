@@ -1,4 +1,4 @@
-//! aarch64 with NEON. Nothing is detected: this file is compiled only for targets that have it.
+//! aarch64 with NEON. Nothing is detected: this is compiled only for targets that have it.
 //!
 //! The step of the 16x4 product, for 16 packed bytes (32 weights, half of the lanes); a span of 64 columns takes two:
 //!
@@ -36,33 +36,58 @@
 //!
 //! A sum of products is two operations everywhere: the single rounding of `fmla` would give other bits.
 
-mod activations;
-mod dense;
-mod dequantize;
-mod products;
-mod products_f32;
-mod quantize;
-mod steps;
-mod vector;
+mod codes;
+mod conversions;
+mod entries;
+mod registers;
+mod steps_16x4;
+mod steps_f32;
 
-use crate::kernels::Table;
-use crate::{Isa, double_quant};
+use core::arch::aarch64::uint8x16_t;
 
-pub(crate) static TABLE: Table = Table {
+use half::{bf16, f16};
+
+use super::table::{FloatTable, Isa, Table};
+use crate::double_quant;
+use crate::spec::SPAN;
+
+pub(super) static TABLE: Table = Table {
     isa: Isa::Neon,
-    quantize_f32: quantize::quantize_f32,
-    quantize_f16: quantize::quantize_f16,
-    quantize_bf16: quantize::quantize_bf16,
-    dequantize_f32: dequantize::dequantize_f32,
-    dequantize_f16: dequantize::dequantize_f16,
-    dequantize_bf16: dequantize::dequantize_bf16,
+    slots: &SLOTS,
+    f32: FloatTable { quantize: entries::quantize::<f32>, dequantize: entries::dequantize::<f32> },
+    f16: FloatTable { quantize: entries::quantize::<f16>, dequantize: entries::dequantize::<f16> },
+    bf16: FloatTable { quantize: entries::quantize::<bf16>, dequantize: entries::dequantize::<bf16> },
     mean: double_quant::mean,
     quantize_absmax: double_quant::quantize_absmax,
-    quantize_activations: activations::quantize_activations,
-    gemv: steps::gemv,
-    gemv_f32: steps::gemv_f32,
-    gemm: steps::gemm,
-    gemm_f32: steps::gemm_f32,
-    gemv_transposed_f32: steps::gemv_transposed_f32,
-    gemv_dense: dense::gemv_dense,
+    quantize_activations: entries::quantize_activations,
+    gemv: entries::gemv,
+    gemm: entries::gemm,
+    gemv_f32: entries::gemv_f32,
+    gemm_f32: entries::gemm_f32,
+    gemv_transposed_f32: entries::gemv_transposed_f32,
+    gemv_dense: entries::gemv_dense,
 };
+
+/// Each half of the span stands by itself, first every fourth column from the first on, then from the second on, and so
+/// on. That is what `trn` of the two byte planes leave. The columns of elements `i` and `i + 4` of such a piece belong to
+/// the same lane, so the widening multiplications of both its halves add to the same sums.
+static SLOTS: [u8; SPAN] = {
+    let mut slots = [0; SPAN];
+    let mut column = 0;
+    while column < SPAN {
+        #[allow(clippy::cast_possible_truncation, reason = "a slot is below 64")]
+        {
+            slots[column] = (column / 32 * 32 + column % 4 * 8 + column % 32 / 4) as u8;
+        }
+        column += 1;
+    }
+    slots
+};
+
+/// Tables for look-ups.
+struct Neon {
+    /// The two bytes of each entry of the 16x4 codebook.
+    i16_planes: [uint8x16_t; 2],
+    /// The four bytes of each entry of the f32 codebook.
+    f32_planes: [uint8x16_t; 4],
+}

@@ -1,15 +1,12 @@
-//! The way of the f32 products over rows, panels of columns and vectors, which is the same for all instruction sets with
-//! vectors. They give the [`StepsF32`].
+//! The loops of the f32 products over rows, panels of columns and vectors.
 
-#![allow(dead_code, reason = "only instruction sets with vectors take a span at once")]
-
-use super::products::{AHEAD, padded};
-use super::scalar;
-use super::steps::{DECODED_SPANS, DecodedRow, StepsF32};
-use crate::activations::SPAN;
+use super::product_16x4::{AHEAD, padded};
+use super::steps::Steps;
+use super::steps_f32::{DECODED_SPANS, DecodedRow, StepsF32};
 use crate::format::canonical;
+use crate::isa::scalar;
 use crate::matrix::Nf4Matrix;
-use crate::spec;
+use crate::spec::{self, SPAN};
 
 /// Spans that share one look at the scales. No more than eight, so that decoding nested absmax hides behind the vector work
 /// of the spans before.
@@ -17,7 +14,7 @@ const STRIDE: usize = 8;
 
 /// The f32 product.
 #[inline(always)]
-pub(super) fn gemv_f32<S: StepsF32>(steps: &S, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+pub(in crate::isa) fn gemv_f32<S: StepsF32>(steps: &Steps<S>, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     if !matrix.is_row_aligned() {
         return scalar::gemv_f32(matrix, inputs, out);
     }
@@ -37,7 +34,7 @@ pub(super) fn gemv_f32<S: StepsF32>(steps: &S, matrix: &Nf4Matrix<'_>, inputs: &
 
 /// Puts inputs into order, span by span, with zeros after the last.
 #[inline(always)]
-fn arrange<S: StepsF32>(steps: &S, inputs: &[f32], panel: &mut [[f32; SPAN]]) {
+fn arrange<S: StepsF32>(steps: &Steps<S>, inputs: &[f32], panel: &mut [[f32; SPAN]]) {
     let (spans, rest) = inputs.as_chunks();
     for (inputs, panel) in spans.iter().zip(&mut *panel) {
         steps.arrange(inputs, panel);
@@ -53,7 +50,7 @@ fn arrange<S: StepsF32>(steps: &S, inputs: &[f32], panel: &mut [[f32; SPAN]]) {
 /// most; `SCALES` is `GROUPS * STRIDE`.
 #[inline(always)]
 fn gemv_panel<S: StepsF32, const GROUPS: usize, const SCALES: usize>(
-    steps: &S,
+    steps: &Steps<S>,
     matrix: &Nf4Matrix<'_>,
     p: usize,
     cols: usize,
@@ -96,7 +93,7 @@ fn gemv_panel<S: StepsF32, const GROUPS: usize, const SCALES: usize>(
 /// Adds spans to the lanes, and asks for the bytes that are so far ahead.
 #[inline(always)]
 fn add_spans<S: StepsF32, const GROUPS: usize>(
-    steps: &S,
+    steps: &Steps<S>,
     mut lanes: S::Lanes,
     packed: &[[u8; SPAN / 2]],
     inputs: &[[f32; SPAN]],
@@ -120,7 +117,7 @@ const VECTORS: usize = 64;
 /// The f32 product of a batch: the weights of a tile are decoded once for all vectors, whose inputs are arranged again for
 /// each tile of rows.
 #[inline(always)]
-pub(super) fn gemm_f32<S: StepsF32>(steps: &S, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+pub(in crate::isa) fn gemm_f32<S: StepsF32>(steps: &Steps<S>, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     if !matrix.is_row_aligned() {
         scalar::gemm_f32(matrix, inputs, out);
     } else if matrix.block_size().group() == SPAN {
@@ -132,7 +129,12 @@ pub(super) fn gemm_f32<S: StepsF32>(steps: &S, matrix: &Nf4Matrix<'_>, inputs: &
 
 /// The product with `GROUPS` blocks in a span of 64 columns at most.
 #[inline(always)]
-fn gemm_groups<S: StepsF32, const GROUPS: usize>(steps: &S, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+fn gemm_groups<S: StepsF32, const GROUPS: usize>(
+    steps: &Steps<S>,
+    matrix: &Nf4Matrix<'_>,
+    inputs: &[f32],
+    out: &mut [f32],
+) {
     let (cols, batch) = (matrix.cols(), inputs.len() / matrix.cols());
     let mut rows: [DecodedRow<GROUPS>; ROWS] = core::array::from_fn(|_| DecodedRow {
         weights: [[0.0; SPAN]; DECODED_SPANS],
@@ -180,7 +182,7 @@ fn gemm_groups<S: StepsF32, const GROUPS: usize>(steps: &S, matrix: &Nf4Matrix<'
 /// Decodes `width` columns from `column` on of a row of the matrix.
 #[inline(always)]
 fn decode_row<S: StepsF32, const GROUPS: usize>(
-    steps: &S,
+    steps: &Steps<S>,
     matrix: &Nf4Matrix<'_>,
     row: usize,
     column: usize,
@@ -204,7 +206,7 @@ fn decode_row<S: StepsF32, const GROUPS: usize>(
 /// Adds the products of decoded rows, `R` at a time, and a vector to their lanes.
 #[inline(always)]
 fn add_rows<S: StepsF32, const GROUPS: usize, const R: usize>(
-    steps: &S,
+    steps: &Steps<S>,
     rows: &[DecodedRow<GROUPS>],
     inputs: &[[f32; SPAN]],
     lanes: &mut [[f32; 8]],
@@ -222,7 +224,12 @@ fn add_rows<S: StepsF32, const GROUPS: usize, const R: usize>(
 /// The f32 product with the transposed matrix. Four rows at a time are decoded, multiplied by the product of absmax and
 /// input, and added to the sums of their columns, which stay on the stack in order for a panel of columns and a chunk of rows.
 #[inline(always)]
-pub(super) fn gemv_transposed_f32<S: StepsF32>(steps: &S, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+pub(in crate::isa) fn gemv_transposed_f32<S: StepsF32>(
+    steps: &Steps<S>,
+    matrix: &Nf4Matrix<'_>,
+    inputs: &[f32],
+    out: &mut [f32],
+) {
     if !matrix.is_row_aligned() {
         scalar::gemv_transposed_f32(matrix, inputs, out);
     } else if matrix.block_size().group() == SPAN {
@@ -235,7 +242,7 @@ pub(super) fn gemv_transposed_f32<S: StepsF32>(steps: &S, matrix: &Nf4Matrix<'_>
 /// The product with `GROUPS` blocks in a span of 64 columns at most; `SCALES` is `GROUPS * STRIDE`.
 #[inline(always)]
 fn transposed_groups<S: StepsF32, const GROUPS: usize, const SCALES: usize>(
-    steps: &S,
+    steps: &Steps<S>,
     matrix: &Nf4Matrix<'_>,
     inputs: &[f32],
     out: &mut [f32],
@@ -284,7 +291,7 @@ fn transposed_groups<S: StepsF32, const GROUPS: usize, const SCALES: usize>(
 /// Adds four rows, times their factors, to the sums of some spans.
 #[inline(always)]
 fn add_fours<S: StepsF32, const GROUPS: usize, const SCALES: usize>(
-    steps: &S,
+    steps: &Steps<S>,
     packed: [&[u8]; 4],
     factors: &[[f32; SCALES]; 4],
     sums: &mut [[f32; SPAN]],

@@ -1,35 +1,58 @@
 //! The steps of the 16x4 products.
 
+#![expect(unsafe_code, reason = "the steps of a trait are `unsafe fn`: the CPU must have AVX2")]
+
 use core::arch::x86_64::*;
 
-use super::dequantize::split_codes;
-use super::vector::*;
-use crate::activations::SPAN;
+use super::Avx2;
+use super::codes::split_codes;
+use super::registers::{broadcast, load_again, load_i16, opaque};
+use crate::activations::Activations;
+use crate::isa::simd::product_16x4;
+use crate::isa::simd::steps::Steps;
+use crate::isa::simd::steps_16x4::Steps16x4;
+use crate::matrix::Nf4Matrix;
+use crate::spec::SPAN;
 
-/// Adds the products of a span and `N` vectors to their lanes.
-#[target_feature(enable = "avx2")]
-#[inline]
-pub(super) fn add_span<const GROUPS: usize, const N: usize>(
-    planes: &[__m256i; 2],
-    mut lanes: [__m256; N],
-    packed: &[u8; SPAN / 2],
-    values: &[[i16; SPAN]; N],
-    absmax: &[f32; GROUPS],
-    scales: &[[f32; GROUPS]; N],
-) -> [__m256; N] {
-    // The lanes of eight vectors and the weights leave no register for the tables.
-    let weights = if N < 8 {
-        decode_span(packed, planes)
-    } else {
-        decode_span(packed, &[load_again(&planes[0]), load_again(&planes[1])])
-    };
-    let products = scales.map(|scales| core::array::from_fn(|g| absmax[g] * scales[g]));
-    for (n, lanes) in lanes.iter_mut().enumerate() {
-        let sums = _mm256_cvtepi32_ps(sums_of_span(weights, &values[n]));
-        let factor = if N == 1 { spread_products(absmax, &scales[n]) } else { broadcast::<GROUPS>(&products[n]) };
-        *lanes = _mm256_add_ps(*lanes, _mm256_mul_ps(sums, factor));
+impl Steps16x4 for Avx2 {
+    const VECTORS: usize = 8;
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    unsafe fn add_span<const GROUPS: usize, const N: usize>(
+        &self,
+        mut lanes: [__m256; N],
+        packed: &[u8; SPAN / 2],
+        values: &[[i16; SPAN]; N],
+        absmax: &[f32; GROUPS],
+        scales: &[[f32; GROUPS]; N],
+    ) -> [__m256; N] {
+        // The lanes of eight vectors and the weights leave no register for the tables.
+        let weights = if N < 8 {
+            decode_span(packed, &self.i16_planes)
+        } else {
+            decode_span(packed, &self.i16_planes.each_ref().map(|plane| load_again(plane)))
+        };
+        let products = scales.map(|scales| core::array::from_fn(|g| absmax[g] * scales[g]));
+        for (n, lanes) in lanes.iter_mut().enumerate() {
+            let sums = _mm256_cvtepi32_ps(sums_of_span(weights, &values[n]));
+            let factor = if N == 1 { spread_products(absmax, &scales[n]) } else { broadcast::<GROUPS>(&products[n]) };
+            *lanes = _mm256_add_ps(*lanes, _mm256_mul_ps(sums, factor));
+        }
+        lanes
     }
-    lanes
+
+    #[target_feature(enable = "avx2")]
+    #[inline(never)]
+    unsafe fn gemm_vectors<const GROUPS: usize, const N: usize>(
+        steps: &Steps<Self>,
+        matrix: &Nf4Matrix<'_>,
+        activations: &Activations<'_>,
+        first: usize,
+        out: &mut [f32],
+    ) {
+        product_16x4::gemm_vectors::<Self, GROUPS, N>(steps, matrix, activations, first, out);
+    }
 }
 
 /// The products of absmax and activation scale for each lane: of one group, or of two for the two halves.

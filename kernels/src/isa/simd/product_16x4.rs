@@ -1,23 +1,21 @@
-//! The way of the 16x4 products over rows, columns and vectors, which is the same for all instruction sets with
-//! vectors.
-//!
-//! They give the [`Steps16x4`]. All is inlined into one function of the instruction set, so nothing here has features of
-//! its own.
+//! The loops of the 16x4 products over rows, columns and vectors.
 
-#![allow(dead_code, reason = "only instruction sets with vectors take a span at once")]
-
+use super::steps::Steps;
+use super::steps_16x4::Steps16x4;
 use crate::absmax::Absmax;
-use crate::activations::{ACTIVATION_MAX, Activations, SPAN};
+use crate::activations::Activations;
 use crate::format::{NESTED_BLOCK, canonical};
-use crate::isa::steps::Steps16x4;
 use crate::matrix::Nf4Matrix;
-use crate::spec;
-
-const _: () = assert!(ACTIVATION_MAX == 8191, "the sums of a span rely on it to fit in 32 bits");
+use crate::spec::{self, SPAN};
 
 /// The 16x4 product of a row-aligned matrix.
 #[inline(always)]
-pub(super) fn gemv<S: Steps16x4>(steps: &S, matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+pub(in crate::isa) fn gemv<S: Steps16x4>(
+    steps: &Steps<S>,
+    matrix: &Nf4Matrix<'_>,
+    activations: &Activations<'_>,
+    out: &mut [f32],
+) {
     if activations.group() == SPAN {
         gemv_groups::<S, 1>(steps, matrix, activations, out);
     } else {
@@ -27,7 +25,7 @@ pub(super) fn gemv<S: Steps16x4>(steps: &S, matrix: &Nf4Matrix<'_>, activations:
 
 #[inline(always)]
 fn gemv_groups<S: Steps16x4, const GROUPS: usize>(
-    steps: &S,
+    steps: &Steps<S>,
     matrix: &Nf4Matrix<'_>,
     activations: &Activations<'_>,
     out: &mut [f32],
@@ -80,19 +78,19 @@ fn gemv_groups<S: Steps16x4, const GROUPS: usize>(
 
 /// The output of a row.
 #[inline(always)]
-fn result<S: Steps16x4>(steps: &S, lanes: S::Lanes) -> f32 {
+fn result<S: Steps16x4>(steps: &Steps<S>, lanes: S::Lanes) -> f32 {
     canonical(steps.add_lanes(lanes) * spec::WEIGHT_STEP)
 }
 
-/// How far ahead packed bytes are asked for. On Zen 4, 2 KB made products from DRAM 1.3 times as fast, with rows of
+/// How many bytes ahead of their use packed bytes are prefetched. On Zen 4, 2 KB made products from DRAM 1.3 times as fast, with rows of
 /// more than a page 1.7 times, and took 2 percent of the speed in cache; 1 KB and 4 KB gained less.
-pub(super) const AHEAD: usize = 2048;
+pub(in crate::isa) const AHEAD: usize = 2048;
 
 /// Adds consecutive columns of a row to the lanes: whole groups, as many as there are scales. `absmax` gives that of a
 /// group.
 #[inline(always)]
 fn add_columns<S: Steps16x4, const GROUPS: usize>(
-    steps: &S,
+    steps: &Steps<S>,
     lanes: S::Lanes,
     packed: &[u8],
     values: &[i16],
@@ -129,7 +127,7 @@ fn one<T>(x: &T) -> &[T; 1] {
 
 /// The packed bytes of half a span, with zeros after them.
 #[inline(always)]
-pub(super) fn padded(half: &[u8]) -> [u8; SPAN / 2] {
+pub(in crate::isa) fn padded(half: &[u8]) -> [u8; SPAN / 2] {
     let mut packed = [0; SPAN / 2];
     packed[..half.len()].copy_from_slice(half);
     packed
@@ -154,7 +152,12 @@ struct Panel<const GROUPS: usize> {
 /// in the order of use, aligned, and small enough for the nearest cache; so a tile of rows shares them. The lanes of a
 /// row wait on the stack from one tile of columns to the next, so that they are added to in the order of [`gemv`].
 #[inline(always)]
-pub(super) fn gemm<S: Steps16x4>(steps: &S, matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+pub(in crate::isa) fn gemm<S: Steps16x4>(
+    steps: &Steps<S>,
+    matrix: &Nf4Matrix<'_>,
+    activations: &Activations<'_>,
+    out: &mut [f32],
+) {
     if activations.group() == SPAN {
         gemm_groups::<S, 1>(steps, matrix, activations, out);
     } else {
@@ -164,7 +167,7 @@ pub(super) fn gemm<S: Steps16x4>(steps: &S, matrix: &Nf4Matrix<'_>, activations:
 
 #[inline(always)]
 fn gemm_groups<S: Steps16x4, const GROUPS: usize>(
-    steps: &S,
+    steps: &Steps<S>,
     matrix: &Nf4Matrix<'_>,
     activations: &Activations<'_>,
     out: &mut [f32],
@@ -185,8 +188,8 @@ fn gemm_groups<S: Steps16x4, const GROUPS: usize>(
 
 /// The products with the `N` vectors from `first` on.
 #[inline(always)]
-pub(super) fn gemm_vectors<S: Steps16x4, const GROUPS: usize, const N: usize>(
-    steps: &S,
+pub(in crate::isa) fn gemm_vectors<S: Steps16x4, const GROUPS: usize, const N: usize>(
+    steps: &Steps<S>,
     matrix: &Nf4Matrix<'_>,
     activations: &Activations<'_>,
     first: usize,
@@ -252,7 +255,7 @@ fn fill_panel<const GROUPS: usize, const N: usize>(
 /// Adds the products of the columns of a row in a tile and `N` vectors to their lanes.
 #[inline(always)]
 fn add_tile<S: Steps16x4, const GROUPS: usize, const N: usize>(
-    steps: &S,
+    steps: &Steps<S>,
     lanes: &mut [[f32; 8]; N],
     packed: &[u8],
     panel: &Panel<GROUPS>,

@@ -1,0 +1,100 @@
+//! Registers: loads, the assembly that the compiler does not make of its own accord, stores past the caches.
+//!
+//! Loads and stores of arrays are casts, which compile to the unaligned instructions or to memory operands.
+
+#![expect(unsafe_code, reason = "single instructions of assembly, prefetches and streaming stores")]
+
+use core::arch::asm;
+use core::arch::x86_64::*;
+
+use bytemuck::must_cast;
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load_f32(x: &[f32; 8]) -> __m256 {
+    must_cast(*x)
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load_i16(x: &[i16; 16]) -> __m256i {
+    must_cast(*x)
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn store_f32(out: &mut [f32; 8], x: __m256) {
+    *out = must_cast(x);
+}
+
+/// One value in all lanes, or one in each half.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn spread<const GROUPS: usize>(x: &[f32; GROUPS]) -> __m256 {
+    if GROUPS == 1 { _mm256_set1_ps(x[0]) } else { _mm256_set_m128(_mm_set1_ps(x[1]), _mm_set1_ps(x[0])) }
+}
+
+/// As [`spread`], always from memory: the compiler would rather load several at once and spread them from a register.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn broadcast<const GROUPS: usize>(x: &[f32; GROUPS]) -> __m256 {
+    let one = |x: &f32| {
+        let mut y: __m256;
+        // SAFETY: reads the four bytes of `x`.
+        unsafe {
+            asm!(
+                "vbroadcastss {}, dword ptr [{}]",
+                out(ymm_reg) y,
+                in(reg) x,
+                options(pure, readonly, nostack, preserves_flags)
+            )
+        };
+        y
+    };
+    if GROUPS == 1 { one(&x[0]) } else { _mm256_blend_ps::<0xf0>(one(&x[0]), one(&x[1])) }
+}
+
+/// A load that stays where it is, for loops that need every register.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load_again(x: &__m256i) -> __m256i {
+    let y: __m256i;
+    // SAFETY: reads the 32 bytes of `x`, which has their alignment.
+    unsafe {
+        asm!("vmovdqa {}, ymmword ptr [{}]", out(ymm_reg) y, in(reg) x, options(readonly, nostack, preserves_flags))
+    };
+    y
+}
+
+/// An optimization barrier: the same register, about which the compiler knows nothing more. No instruction.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn opaque(mut x: __m256) -> __m256 {
+    // SAFETY: the assembly is empty.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) x, options(pure, nomem, nostack, preserves_flags)) };
+    x
+}
+
+/// Prefetches the cache line `ahead` bytes after the start of `bytes`, whether it lies in them or not.
+#[inline(always)]
+pub(super) fn prefetch(bytes: &[u8], ahead: usize) {
+    // SAFETY: a prefetch takes any address, and every x86-64 CPU has it.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(ahead).cast()) };
+}
+
+/// As [`store_f32`], but past the caches if the place has an alignment of 16 bytes, as allocators give.
+///
+/// # Safety
+/// Before anything else uses the place, there must be an `_mm_sfence`.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) unsafe fn stream_f32(out: &mut [f32; 8], x: __m256) {
+    if !out.as_ptr().addr().is_multiple_of(16) {
+        return store_f32(out, x);
+    }
+    let halves = [_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x)];
+    for (out, x) in out.as_chunks_mut::<4>().0.iter_mut().zip(halves) {
+        // SAFETY: the array has the 16 bytes that the store writes, and their alignment; the caller has the fence.
+        unsafe { _mm_stream_ps(out.as_mut_ptr(), x) }
+    }
+}

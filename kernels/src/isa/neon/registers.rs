@@ -1,0 +1,72 @@
+//! Registers: loads and stores, which are casts of arrays, arithmetic on two at a time, and single instructions of
+//! assembly.
+
+#![expect(unsafe_code, reason = "an optimization barrier and prefetches in assembly")]
+
+use core::arch::aarch64::*;
+use core::arch::asm;
+
+use bytemuck::must_cast;
+
+/// Eight columns, or the eight lanes of a row.
+pub(super) type F32x8 = [float32x4_t; 2];
+
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn load_f32(x: &[f32; 8]) -> F32x8 {
+    must_cast(*x)
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn load_f32x4(x: &[f32; 4]) -> float32x4_t {
+    must_cast(*x)
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn store_f32(out: &mut [f32; 8], x: F32x8) {
+    *out = must_cast(x);
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn store_f32x4(out: &mut [f32; 4], x: float32x4_t) {
+    *out = must_cast(x);
+}
+
+/// One value in all lanes, or one in each half.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn spread<const GROUPS: usize>(x: &[f32; GROUPS]) -> F32x8 {
+    [vdupq_n_f32(x[0]), vdupq_n_f32(x[GROUPS - 1])]
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn add(a: F32x8, b: F32x8) -> F32x8 {
+    [vaddq_f32(a[0], b[0]), vaddq_f32(a[1], b[1])]
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn mul(a: F32x8, b: F32x8) -> F32x8 {
+    [vmulq_f32(a[0], b[0]), vmulq_f32(a[1], b[1])]
+}
+
+/// An optimization barrier: keeps the loads after it from being done before, for loops that need every register. No
+/// instruction.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn one_after_the_other([low, high]: &mut F32x8) {
+    // SAFETY: the assembly is empty.
+    unsafe { asm!("/* {0:v} {1:v} */", inout(vreg) * low, inout(vreg) * high, options(nostack, preserves_flags)) };
+}
+
+/// Prefetches the cache line `ahead` bytes after the start of `bytes`, whether it lies in them or not.
+#[inline(always)]
+pub(super) fn prefetch(bytes: &[u8], ahead: usize) {
+    let line = bytes.as_ptr().wrapping_add(ahead);
+    // SAFETY: a prefetch takes any address.
+    unsafe { asm!("prfm pldl1keep, [{}]", in(reg) line, options(readonly, nostack, preserves_flags)) };
+}

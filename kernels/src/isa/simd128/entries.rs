@@ -1,0 +1,62 @@
+//! The functions of the table: each compiles a loop for WebAssembly SIMD.
+
+#![expect(unsafe_code, reason = "proves that the target has what these functions are compiled for")]
+
+use bytemuck::must_cast;
+
+use super::Simd128;
+use crate::activations::Activations;
+use crate::float::Float;
+use crate::isa::simd::planes::{PLANES_F32, PLANES_I16};
+use crate::isa::simd::steps::{Decode, Steps, Widen};
+use crate::isa::simd::{activations, dequantize, product_16x4, product_dense, product_f32, quantize};
+use crate::matrix::Nf4Matrix;
+
+#[inline]
+fn steps() -> Steps<Simd128> {
+    let (i16_planes, f32_planes) = (must_cast(PLANES_I16), must_cast(PLANES_F32));
+    // SAFETY: this is compiled only for targets that have the features of all steps.
+    unsafe { Steps::new(Simd128 { i16_planes, f32_planes }) }
+}
+
+pub(super) fn quantize<T: Float>(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32])
+where
+    Simd128: Widen<T>,
+{
+    quantize::quantize(&steps(), weights, block_size, packed, absmax);
+}
+
+pub(super) fn dequantize<T: Float>(matrix: &Nf4Matrix<'_>, out: &mut [T])
+where
+    Simd128: Decode<T>,
+{
+    dequantize::dequantize(&steps(), matrix, out);
+}
+
+pub(super) fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i16], scales: &mut [f32]) {
+    activations::quantize_activations(&steps(), inputs, group, values, scales);
+}
+
+pub(super) fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    product_16x4::gemv(&steps(), matrix, activations, out);
+}
+
+pub(super) fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    product_16x4::gemm(&steps(), matrix, activations, out);
+}
+
+pub(super) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+    product_f32::gemv_f32(&steps(), matrix, inputs, out);
+}
+
+pub(super) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+    product_f32::gemm_f32(&steps(), matrix, inputs, out);
+}
+
+pub(super) fn gemv_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+    product_f32::gemv_transposed_f32(&steps(), matrix, inputs, out);
+}
+
+pub(super) fn gemv_dense(a: &[f32], x: &[f32], add: Option<f32>, out: &mut [f32]) {
+    product_dense::gemv_dense(&steps(), a, x, add, out);
+}

@@ -1,0 +1,98 @@
+//! What an instruction set is: a name, and a function for each operation.
+
+use core::fmt;
+
+use half::{bf16, f16};
+
+use crate::activations::Activations;
+use crate::float::sealed::PerFloat;
+use crate::matrix::Nf4Matrix;
+use crate::spec::SPAN;
+
+/// The name of an instruction set. A name grants nothing: [`crate::Kernels`] is the proof that this CPU supports it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Isa {
+    /// Portable Rust.
+    Scalar,
+    /// x86-64 with AVX2.
+    Avx2,
+    /// aarch64 with Advanced SIMD.
+    Neon,
+    /// WebAssembly with 128-bit SIMD.
+    Simd128,
+    /// Arm with the DSP extension: Cortex-M4 and M7, and M33 and newer where it was built in.
+    CortexMDsp,
+}
+
+impl Isa {
+    /// The name in lower case, as in benchmark ids: `scalar`, `avx2`, `neon`, `simd128`, `cortex-m-dsp`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Neon => "neon",
+            Self::Simd128 => "simd128",
+            Self::CortexMDsp => "cortex-m-dsp",
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// The functions of one instruction set. All are `unsafe` to call only because the CPU must have it; they take
+/// arguments whose shapes [`crate::Kernels`] has checked.
+///
+/// An instruction set that only multiplies better than another names what differs:
+/// `Table { isa, gemv, gemm, ..avx2::TABLE }`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Table {
+    pub isa: Isa,
+    /// Where each column of a span stands in the values of [`Activations`]: the order in which `gemv` and `gemm` decode
+    /// packed bytes.
+    pub slots: &'static [u8; SPAN],
+    pub f32: FloatTable<f32>,
+    pub f16: FloatTable<f16>,
+    pub bf16: FloatTable<bf16>,
+    pub mean: unsafe fn(values: &[f32]) -> f32,
+    pub quantize_absmax: unsafe fn(absmax: &[f32], offset: f32, codes: &mut [u8], nested_absmax: &mut [f32]),
+    pub quantize_activations: unsafe fn(inputs: &[f32], group: usize, values: &mut [i16], scales: &mut [f32]),
+    /// Only for row-aligned matrices and quantized activations.
+    pub gemv: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]),
+    /// As `gemv`, for any batch; `out` is `[rows, batch]`.
+    pub gemm: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]),
+    pub gemv_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
+    /// `inputs` is `[batch, cols]` with `cols > 0`, `out` `[rows, batch]`.
+    pub gemm_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
+    pub gemv_transposed_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
+    /// `x` is not empty.
+    pub gemv_dense: unsafe fn(a: &[f32], x: &[f32], add: Option<f32>, out: &mut [f32]),
+}
+
+/// The functions that exist for each type of elements.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct FloatTable<T: 'static> {
+    pub quantize: unsafe fn(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32]),
+    pub dequantize: unsafe fn(matrix: &Nf4Matrix<'_>, out: &mut [T]),
+}
+
+impl PerFloat for Table {
+    type Of<T: 'static> = FloatTable<T>;
+
+    fn f32(&self) -> &FloatTable<f32> {
+        &self.f32
+    }
+
+    fn f16(&self) -> &FloatTable<f16> {
+        &self.f16
+    }
+
+    fn bf16(&self) -> &FloatTable<bf16> {
+        &self.bf16
+    }
+}
