@@ -1,0 +1,86 @@
+//! Many prompts together, each with its own adapter.
+
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+use std::{eprintln, println};
+
+use anyhow::{Context, Result, ensure};
+
+use super::Arguments;
+use super::chat::opening;
+use super::loaded::Loaded;
+use crate::cache::Cache;
+use crate::model::{AdapterId, Logits, Part};
+use crate::sample::Sampler;
+use crate::workspace::Workspace;
+
+/// A prompt and what has been answered.
+struct Sequence {
+    prompt: String,
+    name: String,
+    adapter: Option<AdapterId>,
+    cache: Cache,
+    sampler: Sampler,
+    /// The token that comes next; `None` at the end.
+    next: Option<u32>,
+    answer: Vec<u32>,
+}
+
+/// Answers the prompts of a file and prints them in its order.
+pub(super) fn run(loaded: &mut Loaded, arguments: &Arguments, file: &Path) -> Result<()> {
+    let content = fs::read_to_string(file).with_context(|| file.display().to_string())?;
+    let mut sequences = Vec::new();
+    let start = Instant::now();
+    for (number, line) in content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let at = || alloc::format!("{}, line {}", file.display(), number + 1);
+        let (name, prompt) = line.split_once(": ").with_context(|| at() + ": not `NAME: text`")?;
+        let adapter = loaded.adapter(name).with_context(at)?;
+        let text = loaded.text()?;
+        let tokens = text.encode(&text.chat(&opening(arguments, Some(prompt)))?, false)?;
+        let mut cache = loaded.cache(arguments)?;
+        let mut sampler = Sampler::new(arguments.sampling());
+        let logits = loaded.model.extend(&mut cache, &tokens, adapter, &mut loaded.workspace)?;
+        let next = Some(sampler.choose(logits));
+        let (prompt, name) = (prompt.into(), name.into());
+        sequences.push(Sequence { prompt, name, adapter, cache, sampler, next, answer: Vec::new() });
+    }
+    ensure!(!sequences.is_empty(), "{}: no prompts", file.display());
+    let mut workspace = Workspace::new(&loaded.model, sequences.len(), sequences.len())?;
+    let prompts = start.elapsed();
+
+    let (start, mut tokens) = (Instant::now(), 0);
+    loop {
+        for s in &mut sequences {
+            let ends = |token: &u32| loaded.text.as_ref().is_some_and(|text| text.is_end(*token));
+            let full = s.answer.len() >= arguments.max_tokens || s.cache.len() >= s.cache.positions();
+            s.next = s.next.filter(|token| !ends(token) && !full);
+            s.answer.extend(s.next);
+        }
+        let mut running: Vec<&mut Sequence> = sequences.iter_mut().filter(|s| s.next.is_some()).collect();
+        if running.is_empty() {
+            break;
+        }
+        tokens += running.len();
+        let next: Vec<u32> = running.iter().filter_map(|s| s.next).collect();
+        let parts = running.iter_mut().zip(next.chunks(1));
+        let mut parts: Vec<Part<'_>> =
+            parts.map(|(s, tokens)| Part { cache: &mut s.cache, tokens, adapter: s.adapter }).collect();
+        let logits = loaded.model.forward(&mut parts, Logits::Last, &mut workspace)?;
+        for (s, logits) in running.iter_mut().zip(logits.chunks_exact(loaded.model.config().vocabulary)) {
+            s.next = Some(s.sampler.choose(logits));
+        }
+    }
+    let rate = tokens as f64 / start.elapsed().as_secs_f64().max(1e-9);
+    for s in &sequences {
+        println!("[{}] {}\n{}\n", s.name, s.prompt, loaded.text()?.decode(&s.answer)?);
+    }
+    eprintln!(
+        "[{} prompts in {:.2} s; decoding {tokens} tokens, {rate:.1} tokens/s]",
+        sequences.len(),
+        prompts.as_secs_f64()
+    );
+    Ok(())
+}
