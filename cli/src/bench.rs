@@ -14,12 +14,12 @@ use crate::memory;
 use crate::report::Prepared;
 use crate::text::Text;
 
-/// Measure every instruction set of this machine.
+/// Measure every instruction set of this machine on a matrix.
 ///
-/// One thread; all operations are timed in turn, round by round, so that what disturbs the machine disturbs all alike,
-/// and medians are reported. GB/s counts the packed bytes (codes and scales) of the matrix, so that it compares with
-/// memory bandwidth, and `of read` is the share of a pure read of the same bytes in the same run. With a batch,
-/// weights/ns counts each weight once for every vector.
+/// One thread. All operations are timed in turn, round by round, so that a disturbance hits all alike, and the medians are
+/// reported. GB/s counts the packed bytes (codes and scales) of the matrix, so that it compares with memory bandwidth;
+/// `of read` is the share of a pure read of the same bytes in the same run. With a batch, weights/ns counts each weight
+/// once per vector.
 #[derive(Debug, Args)]
 pub(crate) struct Bench {
     /// Rows x columns of the weight matrix
@@ -234,7 +234,7 @@ fn conversions<'a>(
     packed: &[u8],
     absmax: &[f32],
 ) -> Vec<Operation<'a>> {
-    fn restore<'a, T: Float>(kernels: Kernels, matrix: Nf4Matrix<'a>, len: usize) -> Box<dyn FnMut() + 'a> {
+    fn dequantize<'a, T: Float>(kernels: Kernels, matrix: Nf4Matrix<'a>, len: usize) -> Box<dyn FnMut() + 'a> {
         let mut out = vec![T::from_f32(0.0); len];
         Box::new(move || kernels.dequantize(black_box(&matrix), &mut out).expect("made for this matrix"))
     }
@@ -245,8 +245,8 @@ fn conversions<'a>(
     });
     vec![
         Operation { name: "quantize f32", isa, uses: 1, run: quantize },
-        Operation { name: "dequantize f32", isa, uses: 1, run: restore::<f32>(kernels, matrix, weights.len()) },
-        Operation { name: "dequantize bf16", isa, uses: 1, run: restore::<bf16>(kernels, matrix, weights.len()) },
+        Operation { name: "dequantize f32", isa, uses: 1, run: dequantize::<f32>(kernels, matrix, weights.len()) },
+        Operation { name: "dequantize bf16", isa, uses: 1, run: dequantize::<bf16>(kernels, matrix, weights.len()) },
     ]
 }
 

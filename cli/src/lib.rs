@@ -72,21 +72,21 @@ pub struct Cli {
 const EXIT_CODES: &str = "\
 Exit status:
   0    done
-  1    failed; standard error says which file and tensor, and why. Nothing is left under the name of the output
+  1    failed; standard error says which file and tensor, and why. No output appears under its name
   2    the command line is wrong
   3    `verify`, `inspect` or `selftest` did its work and found something wrong
-  130  interrupted; what was unfinished is removed";
+  130  interrupted; the unfinished output is removed";
 
 /// What every command takes.
 #[derive(Debug, Args)]
 struct Global {
-    /// Print one JSON object on standard output, in place of text; on failure {"error": "..."}
+    /// Print one JSON object on standard output instead of text; on failure {"error": "..."}
     #[arg(long, global = true)]
     json: bool,
-    /// No progress bar (there is none either if standard error is not a terminal)
+    /// Show no progress bar; there is none either if standard error is not a terminal
     #[arg(short, long, global = true)]
     quiet: bool,
-    /// Threads to work with; 0: as many as there are processors
+    /// Threads to work with; 0 means one per processor
     #[arg(long, global = true, value_name = "N", default_value_t = 0)]
     threads: usize,
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use nf4::BlockSize;
 use nf4::checkpoint::{Dtype, TensorFile, TensorSource};
 use nf4_fuzz::files::{ADAPTERS, LAYERS, parts, tensors};
-use nf4_fuzz::folder::WORDS;
+use nf4_fuzz::folder::{Comer, WORDS};
 
 /// Bytes of a seed at most: what the fuzzer makes inputs of.
 const MOST: usize = 8192;
@@ -75,6 +75,9 @@ fn commands(seeds: &Seeds) -> std::io::Result<()> {
         b"inspect link.safetensors",
         b"quantize dense --out out",
         b"quantize link --out empty --force",
+        b"quantize dense --out out --force",
+        b"quantize nf4.safetensors --out out --force",
+        b"quantize dense/model.safetensors --out out --force",
         b"quantize sharded/b.safetensors --out=out --block-size 4096 --double-quant",
         b"quantize dense/model.safetensors --out letter.txt --force --skip weight,x.* --compute-dtype bf16",
         b"quantize \xff.safetensors --out \xff --quantize-head",
@@ -93,7 +96,11 @@ fn commands(seeds: &Seeds) -> std::io::Result<()> {
         let words: Vec<Vec<u8>> = line.split(|b| *b == b' ').map(shortened).collect();
         let command = words.join(&0);
         let length = u8::try_from(command.len()).expect("a short line");
-        seeds.write("cli_paths", &format!("line{i}"), &[&[0, 7, length], &*command].concat())?;
+        // What happens at the place of the output is in the higher bits.
+        for comer in 0..Comer::ALL.len() {
+            let change = u8::try_from(7 + 8 * comer).expect("few kinds");
+            seeds.write("cli_paths", &format!("line{i}_{comer}"), &[&[0, change, length], &*command].concat())?;
+        }
     }
     Ok(())
 }

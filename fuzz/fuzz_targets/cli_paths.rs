@@ -3,7 +3,10 @@
 //! what succeeds changes what is named by `--out` alone, that only if it was not there or with `--force`, and never an
 //! input.
 //!
-//! Left out are the program's `main`, the handler for interrupts, and large matrices of `bench`.
+//! Between the work and the moment in which the output gets its name, something may come to its place, or go: the promises
+//! are those of that moment.
+//!
+//! Left out are the program's `main`, the handler for interrupts, `selftest`, and large matrices of `bench`.
 #![no_main]
 
 use std::ffi::{OsStr, OsString};
@@ -16,11 +19,11 @@ use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use libfuzzer_sys::fuzz_target;
 use nf4_cli::{Cli, Report};
 use nf4_fuzz::files::{self, parts, with_header};
-use nf4_fuzz::folder::{Contents, FILES, Folder, WORDS};
+use nf4_fuzz::folder::{Comer, Contents, FILES, Folder, WORDS};
 
 #[derive(Debug, Arbitrary)]
 struct Input<'a> {
-    /// Which file is changed, and in which way.
+    /// Which file is changed before, and in which way; in the higher bits of `change`, what happens before the commit.
     file: u8,
     change: u8,
     /// How many of the bytes are the command line; the others are for the change.
@@ -46,7 +49,8 @@ fuzz_target!(|input: Input<'_>| {
         4 => FOLDER.replace(name, None),
         _ => {}
     }
-    FOLDER.enter(|| check(&arguments));
+    let comer = Comer::ALL[usize::from(input.change / 8) % Comer::ALL.len()];
+    FOLDER.enter(|| check(&arguments, comer));
 });
 
 /// The words of a command line, which zeros end: a byte above 127 stands for one of [`WORDS`]. A slash comes from those
@@ -69,8 +73,8 @@ fn leaves(argument: &OsStr) -> bool {
     bytes.starts_with(b"/") || bytes.windows(2).any(|w| w == b"=/") || bytes.windows(5).any(|w| w == b"../..")
 }
 
-/// Runs the tool.
-fn check(arguments: &[OsString]) {
+/// Runs the tool, and has something happen at the place of its output.
+fn check(arguments: &[OsString], comer: Comer) {
     let matches = match Cli::command().try_get_matches_from(arguments) {
         Ok(matches) => matches,
         Err(error) => {
@@ -81,7 +85,7 @@ fn check(arguments: &[OsString]) {
     };
     let cli = Cli::from_arg_matches(&matches).expect("they are its own");
     let (name, options) = matches.subcommand().expect("there must be one");
-    if name == "bench" && !is_small(options) {
+    if name == "selftest" || name == "bench" && !is_small(options) {
         return;
     }
     let paths = |ids: &[&str]| -> Vec<PathBuf> {
@@ -90,7 +94,7 @@ fn check(arguments: &[OsString]) {
     };
     let inputs = paths(&["path", "model", "other", "base", "adapter"]);
     let inputs: Vec<PathBuf> = inputs.iter().filter_map(|path| path.canonicalize().ok()).collect();
-    // The place of the output: a link at its end is replaced, one before is followed.
+    // The place of the output: a link at its end is what stands there, one before is followed.
     let output = paths(&["out"]).pop().and_then(|out| {
         let parent = out.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
         Some(parent.canonicalize().ok()?.join(out.file_name()?))
@@ -98,25 +102,59 @@ fn check(arguments: &[OsString]) {
     let force = matches!(options.try_get_one("force"), Ok(Some(true)));
 
     let before = FOLDER.contents();
-    let result = cli.run();
+    let prepared = cli.prepare();
+    let at_work = FOLDER.contents();
+    let visible = changed(&before, &at_work).into_iter().find(|path| !is_hidden(path));
+    assert_eq!(visible, None, "changed before the commit");
+    let prepared = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            assert!(!format!("{error:#}").is_empty());
+            assert_eq!(changed(&before, &at_work), Vec::<&PathBuf>::new(), "changed by what failed: {error:#}");
+            return;
+        }
+    };
+    let moved = output.as_ref().and_then(|output| FOLDER.come(output, comer));
+    let may_be_replaced = output.as_ref().is_some_and(|output| force && is_file_or_model(output));
+    let mut before = FOLDER.contents();
+    before.retain(|path, _| !is_hidden(path));
+    let result = prepared.commit();
     let after = FOLDER.contents();
     match result {
         Err(error) => {
             assert!(!format!("{error:#}").is_empty());
-            assert_eq!(changed(&before, &after), Vec::<&PathBuf>::new(), "changed by what failed: {error:#}");
+            assert_eq!(changed(&before, &after), Vec::<&PathBuf>::new(), "changed by a commit that failed: {error:#}");
         }
         Ok(Report { text, json, good: _ }) => {
             assert!(!text.is_empty() && json.is_object());
+            assert!(!moved.is_some_and(|moved| inputs.contains(&moved)), "an input was moved there");
             let output = output.unwrap_or_default();
             for path in changed(&before, &after) {
                 assert!(path.starts_with(&output), "{} is not below the output {}", path.display(), output.display());
-                assert!(force || !before.contains_key(path), "{} was there", path.display());
+                assert!(may_be_replaced || !before.contains_key(path), "{} was there", path.display());
                 let of_input = |input: &PathBuf| path == input || path.parent() == Some(input);
                 let is_input = before.get(path).is_some_and(Option::is_some) && inputs.iter().any(of_input);
-                assert!(!is_input, "{} is an input", path.display());
+                assert!(!is_input || comer != Comer::Nothing, "{} is an input", path.display());
             }
         }
     }
+}
+
+/// Whether a path is in a hidden directory of the tool.
+fn is_hidden(path: &Path) -> bool {
+    path.components().any(|part| part.as_os_str().as_bytes().starts_with(b".nf4-partial-"))
+}
+
+/// Whether `--force` replaces what stands there: a file, or a directory of files alone with one of tensors.
+fn is_file_or_model(path: &Path) -> bool {
+    let Ok(metadata) = path.symlink_metadata() else { return false };
+    if !metadata.is_dir() {
+        return metadata.is_file();
+    }
+    let entries: Vec<_> = path.read_dir().expect("in our folder").map(|entry| entry.expect("in our folder")).collect();
+    let is_file = |entry: &std::fs::DirEntry| entry.file_type().expect("in our folder").is_file();
+    let has_tensors = entries.iter().any(|entry| entry.path().extension().is_some_and(|e| e == "safetensors"));
+    entries.iter().all(is_file) && (has_tensors || entries.is_empty())
 }
 
 /// What is not in both, or not the same.

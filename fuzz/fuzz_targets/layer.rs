@@ -7,8 +7,8 @@ use libfuzzer_sys::fuzz_target;
 use nf4::checkpoint::{FloatType, Linear4bit, PeftAdapter, TensorFile, to_safetensors};
 use nf4::optim::{AdamW, Sgd};
 use nf4::{
-    Adapters, Arithmetic, BlockSize, Error, Kernels, LoRAAdapter, LoRALayer, LoRAScaling, MultiAdapterLayer, QLoRALayer,
-    Quantized4Bit, Tensor, bf16, f16,
+    Adapters, Arithmetic, BlockSize, Error, Kernels, LoRAAdapter, LoRALayer, LoRAScaling, MultiAdapterLayer,
+    QLoRALayer, Quantized4Bit, Tensor, bf16, f16,
 };
 use nf4_fuzz::model::{self, with_scale};
 use nf4_fuzz::{Bytes, Floats, bits};
@@ -328,7 +328,11 @@ impl State<'_> {
         assert!(matches!(multi.add("a", adapter), Err(Error::DuplicateAdapter { .. })));
         multi.set_active(&["b"]).expect("it is there");
         let alone = self.layer.forward(&x);
-        assert_eq!(bits(multi.forward(&x, Adapters::Active).data()), bits(alone.data()), "one adapter of many, and alone");
+        assert_eq!(
+            bits(multi.forward(&x, Adapters::Active).data()),
+            bits(alone.data()),
+            "one adapter of many, and alone"
+        );
 
         multi.set_active(&["a", "b"]).expect("both are there");
         assert!(multi.set_active(&["b", "c"]).is_err());

@@ -111,6 +111,50 @@ pub const WORDS: [&[u8]; 63] = [
 /// A name that no file system takes.
 const LONG: &[u8] = &[b'n'; 300];
 
+/// What happens at a place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Comer {
+    /// Nothing at all.
+    Nothing,
+    /// What stands there goes.
+    Gone,
+    /// A file comes.
+    File,
+    /// A directory with a letter in it.
+    Letters,
+    /// A directory without anything in it.
+    Empty,
+    /// A model as the tool makes them.
+    Model,
+    /// Such a model, with a directory in it.
+    Deep,
+    /// A link to a model.
+    Link,
+    /// A link to nothing.
+    Dangling,
+    /// The model `dense`, which is moved there.
+    Moved,
+    /// The file `nf4.safetensors`, which is moved there.
+    MovedFile,
+}
+
+impl Comer {
+    /// All of them, the first of which is nothing.
+    pub const ALL: [Self; 11] = [
+        Self::Nothing,
+        Self::Gone,
+        Self::File,
+        Self::Letters,
+        Self::Empty,
+        Self::Model,
+        Self::Deep,
+        Self::Link,
+        Self::Dangling,
+        Self::Moved,
+        Self::MovedFile,
+    ];
+}
+
 /// A folder of this process, in the folder for temporary files.
 #[derive(Debug)]
 pub struct Folder {
@@ -170,6 +214,48 @@ impl Folder {
     pub fn replace(&self, name: &str, bytes: Option<&[u8]>) {
         let path = self.work().join(name);
         bytes.map_or_else(|| fs::remove_file(&path), |bytes| fs::write(&path, bytes)).expect("in our folder");
+    }
+
+    /// Has something come to a place, in place of what is there; not to one that holds the folder of work or what would
+    /// come. Returns what was moved.
+    pub fn come(&self, place: &Path, comer: Comer) -> Option<PathBuf> {
+        let work = self.work();
+        let [dense, file] = ["dense", "nf4.safetensors"].map(|name| work.join(name));
+        if comer == Comer::Nothing || [&work, &dense, &file].iter().any(|path| path.starts_with(place)) {
+            return None;
+        }
+        if !place.parent().is_some_and(Path::is_dir) || place.starts_with(&dense) {
+            return None;
+        }
+        if place.symlink_metadata().is_ok_and(|metadata| metadata.is_dir()) {
+            fs::remove_dir_all(place).expect("in our folder");
+        } else if place.symlink_metadata().is_ok() {
+            fs::remove_file(place).expect("in our folder");
+        }
+        let directory = |files: &[&str]| {
+            fs::create_dir(place).expect("in our folder");
+            files.iter().for_each(|name| fs::write(place.join(name), "dear").expect("in our folder"));
+        };
+        match comer {
+            Comer::Nothing | Comer::Gone => {}
+            Comer::File => fs::write(place, "dear").expect("in our folder"),
+            Comer::Letters => directory(&["letter.txt"]),
+            Comer::Empty => directory(&[]),
+            Comer::Model => directory(&["config.json", "model.safetensors"]),
+            Comer::Deep => {
+                directory(&["config.json", "model.safetensors"]);
+                fs::create_dir(place.join("letters")).expect("in our folder");
+            }
+            Comer::Link => symlink(&dense, place).expect("in our folder"),
+            Comer::Dangling => symlink("gone", place).expect("in our folder"),
+            Comer::Moved => fs::rename(&dense, place).expect("in our folder"),
+            Comer::MovedFile => fs::rename(&file, place).expect("in our folder"),
+        }
+        match comer {
+            Comer::Moved => Some(dense),
+            Comer::MovedFile => Some(file),
+            _ => None,
+        }
     }
 
     /// Runs something in the folder.

@@ -11,6 +11,7 @@ mod support;
 
 mod bench;
 mod commit;
+mod docs;
 mod files;
 mod hostile;
 mod inputs;

@@ -1,4 +1,4 @@
-//! How long `quantize` takes beside a copy of the file. Not run by itself:
+//! How long `quantize` takes beside a copy of the file, which is synced as well. Not run by itself:
 //! `cargo test --release -p nf4-cli --test cli -- --ignored --nocapture speed`.
 
 use std::fs::{self, File};
@@ -48,6 +48,8 @@ fn speed() {
     for _ in 0..ROUNDS {
         let start = Instant::now();
         fs::copy(&input, &copy).unwrap();
+        // As the tool does.
+        File::open(&copy).unwrap().sync_all().unwrap();
         copies.push(start.elapsed());
         fs::remove_file(&copy).unwrap();
         for (times, flags) in [(&mut plain, &[][..]), (&mut nested, &["--double-quant"])] {
