@@ -79,8 +79,13 @@ impl Forward<'_> {
             for n in 0..batch {
                 let mut sums = [0.0; ROWS];
                 let sums = &mut sums[..rows.len()];
-                let products = product[first * batch + n..].iter().step_by(batch);
-                sums.iter_mut().zip(products).for_each(|(sum, product)| *sum = *product);
+                match batch {
+                    1 => sums.copy_from_slice(&product[rows.clone()]),
+                    _ => {
+                        let products = product[first * batch + n..].iter().step_by(batch);
+                        sums.iter_mut().zip(products).for_each(|(sum, product)| *sum = *product);
+                    }
+                }
                 self.scale_rows(terms(n), &rows, sums)?;
                 self.add_terms(terms(n), &low_rank[n * rank..][..rank], &rows, sums)?;
                 self.add_bias(&rows, sums);

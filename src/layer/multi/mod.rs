@@ -107,8 +107,8 @@ impl MultiAdapterLayer {
     ///
     /// # Errors
     /// [`Error::DuplicateAdapter`] if there is one of this name; [`Error::Adapter`] around [`Error::Mismatch`] if it
-    /// was made for another `[d_out, d_in]`, around [`Error::MatrixLength`] or [`Error::Shape`] if a tensor of it was
-    /// replaced by one of another length, or around [`Error::OutOfMemory`] for the norms of `DoRA`.
+    /// was made for another `[d_out, d_in]`, or around [`Error::MatrixLength`] or [`Error::Shape`] if a tensor of it was
+    /// replaced by one of another length; [`Error::OutOfMemory`] for the norms of `DoRA`.
     pub fn add(&mut self, name: &str, adapter: LoRAAdapter) -> Result<AdapterId, Error> {
         self.adapters.add(name, adapter, &self.linear.base()?)
     }

@@ -144,5 +144,9 @@ fn unknown(name: &str) -> Error {
 }
 
 fn in_adapter(name: &str, error: Error) -> Error {
+    if let Error::OutOfMemory { .. } = error {
+        // There may be no memory for a name either.
+        return error;
+    }
     Error::Adapter { name: name.into(), error: Box::new(error) }
 }
