@@ -1,8 +1,8 @@
-//! What fuzzing found, as the smallest case of each.
+//! What fuzzing and reading found, as the smallest case of each.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 #![allow(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "generated values are small")]
 
-use nf4::{Absmax, BlockSize, Kernels, Nf4Matrix};
+use nf4::{Absmax, BlockSize, Kernels, NestedAbsmax, Nf4Matrix};
 
 /// Found by the targets `gemv` and `gemm`: with blocks of 32 a row may end with seven and a half of the eight spans of a
 /// stride. The padded inputs then filled the stride, the packed bytes did not, and the last 480 columns were left out.
@@ -36,4 +36,27 @@ fn f32_products_of_rows_that_end_half_a_span_before_a_stride() {
         tested.push(k.isa().name());
     }
     println!("instruction sets: {}", tested.join(", "));
+}
+
+/// Processors make NaNs of either sign: `inf - inf` is `0xffc0_0000` on x86-64 and `0x7fc0_0000` on Arm.
+#[test]
+fn a_double_quantized_absmax_that_is_nan_is_the_one_nan() {
+    let (inf, negative) = (f32::INFINITY, f32::from_bits(0xffc0_1234));
+    for (map, absmax, offset) in [
+        (inf, 1.0, -inf),
+        (0.0, inf, 1.0),
+        (inf, 0.0, 1.0),
+        (negative, 1.0, 0.0),
+        (1.0, negative, 0.0),
+        (1.0, 1.0, negative),
+    ] {
+        let (map, nested, codes) = ([map; 256], [absmax; 2], [7; 300]);
+        let absmax = Absmax::Nested(NestedAbsmax::new(&codes, &map, &nested, offset).unwrap());
+        let mut all = [0.0; 300];
+        absmax.restore(0, &mut all).unwrap();
+        let one_by_one = (0..300).map(|block| absmax.get(block));
+        for value in one_by_one.chain(all) {
+            assert_eq!(value.to_bits(), f32::NAN.to_bits(), "map {}, absmax {}, offset {offset}", map[7], nested[0]);
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! The scales of the blocks: plain, or quantized a second time.
 
 use crate::error::{ShapeError, check_len};
-use crate::format::{NESTED_BLOCK, get_or};
+use crate::format::{NESTED_BLOCK, canonical, get_or};
 
 /// One absmax for each block: plain f32, or nested (double quantization).
 #[derive(Debug, Clone, Copy)]
@@ -89,7 +89,7 @@ impl Absmax<'_> {
         self.len() == 0
     }
 
-    /// The absmax of `block`.
+    /// The absmax of `block`. If it is nested, every NaN is [`f32::NAN`].
     ///
     /// # Panics
     /// If `block >= self.len()`.
@@ -98,11 +98,12 @@ impl Absmax<'_> {
     pub fn get(&self, block: usize) -> f32 {
         match self {
             Self::Plain(a) => a[block],
-            Self::Nested(n) => n.get(block),
+            Self::Nested(n) => canonical(n.get(block)),
         }
     }
 
-    /// As [`Self::get`], for a block that the checked shapes put inside: without a panic, see [`get_or`].
+    /// As [`Self::get`], for a block that the checked shapes put inside: without a panic, see [`get_or`], and with the NaN
+    /// of the processor.
     #[inline(always)]
     pub(crate) fn get_inside(&self, block: usize) -> f32 {
         match self {
@@ -114,7 +115,7 @@ impl Absmax<'_> {
         }
     }
 
-    /// Writes the absmax of the blocks `first..first + out.len()`.
+    /// Writes the absmax of the blocks `first..first + out.len()`, with the bits of [`Self::get`].
     ///
     /// # Errors
     /// [`ShapeError::Length`] if there are fewer blocks.
@@ -123,15 +124,10 @@ impl Absmax<'_> {
             let expected = self.len().saturating_sub(first);
             return Err(ShapeError::Length { what: "restored absmax", expected, got: out.len() });
         }
-        self.fill(first, out);
-        Ok(())
-    }
-
-    /// As [`Self::restore`], with a range already known to be inside.
-    pub(crate) fn fill(&self, first: usize, out: &mut [f32]) {
         for (block, o) in (first..).zip(out) {
             *o = self.get(block);
         }
+        Ok(())
     }
 
     /// The absmax of the `N` blocks from `first` on, in few instructions: for the inner loops.

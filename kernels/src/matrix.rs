@@ -131,7 +131,7 @@ impl<'a> Nf4Matrix<'a> {
         if shift == 0 {
             self.absmax.get_array(first)
         } else {
-            core::array::from_fn(|i| self.absmax.get(first + (i >> shift)))
+            core::array::from_fn(|i| self.absmax.get_inside(first + (i >> shift)))
         }
     }
 
@@ -141,7 +141,7 @@ impl<'a> Nf4Matrix<'a> {
     pub(crate) fn group_absmax_rest(&self, first_block: usize, first_group: usize, out: &mut [f32]) {
         let shift = self.groups_per_block_log2();
         for (group, o) in (first_group..).zip(out) {
-            *o = self.absmax.get(first_block + (group >> shift));
+            *o = self.absmax.get_inside(first_block + (group >> shift));
         }
     }
 

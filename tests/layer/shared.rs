@@ -4,8 +4,8 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use nf4::{
-    Absmax, AbsmaxBuf, Adapters, Arithmetic, BlockSize, Error, Inputs, InputsBuf, Kernels, MultiAdapterLayer,
-    QLoRALayer, Quantized4Bit, Scratch, SharedBytes, Store, bf16,
+    Absmax, AbsmaxBuf, Adapters, Arithmetic, BlockSize, Error, Inputs, InputsBuf, MultiAdapterLayer, QLoRALayer,
+    Quantized4Bit, Scratch, ShapeError, SharedBytes, Store, bf16,
 };
 
 use crate::{adapter, all_kernels, bits, layer, normal};
@@ -217,6 +217,10 @@ fn shared_inputs_give_the_bits_of_a_forward() {
     }
 }
 
+fn x64() -> Vec<f32> {
+    normal(64, 1.0, 4)
+}
+
 #[test]
 fn inputs_of_another_layer_that_do_not_fit_are_errors() {
     let prepared = layer(3, 64, 1, BlockSize::B64, false);
@@ -243,6 +247,17 @@ fn inputs_of_another_layer_that_do_not_fit_are_errors() {
     buffers.reserve(64, BlockSize::B64, 1);
     let unquantized = floats.quantize_inputs(&[0.5; 64], &mut buffers).unwrap();
     let arithmetic = "the inputs were quantized for the f32 arithmetic, but the layer uses 16x4";
-    assert_eq!(message(prepared, &unquantized), arithmetic);
-    assert!(Kernels::available().count() > 0);
+    assert_eq!(message(prepared.clone(), &unquantized), arithmetic);
+
+    // Other kernels have the same bits, or refuse what is in another order.
+    for [one, other] in all_kernels().iter().flat_map(|a| all_kernels().into_iter().map(|b| [*a, b])) {
+        let (one, other) = (prepared.clone().with_kernels(one), prepared.clone().with_kernels(other));
+        let inputs = one.quantize_inputs(&x64(), &mut buffers).unwrap();
+        let mut y = [[0.0; 3]; 2];
+        one.forward_shared(&inputs, &mut one.scratch(1), &mut y[0]).unwrap();
+        match other.forward_shared(&inputs, &mut other.scratch(1), &mut y[1]) {
+            Ok(()) => assert_eq!(bits(&y[0]), bits(&y[1]), "{} and {}", one.kernels().isa(), other.kernels().isa()),
+            Err(error) => assert_eq!(error, Error::Shape(ShapeError::Order)),
+        }
+    }
 }
