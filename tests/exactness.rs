@@ -377,6 +377,14 @@ fn batches_give_the_bits_of_single_vectors_over_all_tiles() {
             let q = Quantized::new(k, &inputs("bell", rows * cols, g), rows, cols, block_size);
             batches.for_each(|batch| check_batch(k, &q, batch, g));
         }
+        // More than one panel of decoded weights in each direction, some of them in part, and more vectors than share
+        // one; even and odd numbers of them.
+        for (cols, block_size) in
+            [(1088, BlockSize::B32), (544, BlockSize::B32), (1088, BlockSize::B64), (1024, BlockSize::B256)]
+        {
+            let q = Quantized::new(k, &inputs("bell", 70 * cols, g), 70, cols, block_size);
+            [12, 67].into_iter().for_each(|batch| check_batch(k, &q, batch, g));
+        }
     }
 }
 

@@ -266,7 +266,7 @@ impl Kernels {
     /// vector, whatever the batch.
     ///
     /// `out` is `[rows, batch]`: the outputs of a row of the matrix stand together, so that it is split as the matrix
-    /// is. Up to 64 KB of stack hold what a tile needs.
+    /// is. Up to 100 KB of stack hold what a tile needs.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if the activations do not have `cols` inputs or `out` not `rows * batch` elements;

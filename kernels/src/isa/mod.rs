@@ -34,8 +34,16 @@ cfg_if! {
     // Soft-float targets have no registers for vectors in their calls, and assembly takes pointers of 64 bits.
     if #[cfg(all(target_arch = "x86_64", target_feature = "sse2", target_pointer_width = "64"))] {
         mod avx2;
+        mod avx512;
         mod simd;
-        pub(crate) static TABLES: &[Entry] = &[(&avx2::TABLE, Some(avx2::is_supported)), PORTABLE];
+        mod x86_features;
+        use x86_features::{has_avx_vnni, has_avx2, has_avx512_vnni};
+        pub(crate) static TABLES: &[Entry] = &[
+            (&avx512::TABLE, Some(has_avx512_vnni)),
+            (&avx2::AVX_VNNI, Some(has_avx_vnni)),
+            (&avx2::TABLE, Some(has_avx2)),
+            PORTABLE,
+        ];
     } else if #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))] {
         mod neon;
         mod simd;

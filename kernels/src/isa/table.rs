@@ -17,6 +17,10 @@ pub enum Isa {
     Scalar,
     /// x86-64 with AVX2.
     Avx2,
+    /// x86-64 with AVX2 and AVX-VNNI: Alder Lake, Zen 5 and newer.
+    AvxVnni,
+    /// x86-64 with AVX2 and, of AVX-512, F, BW, VL and VNNI: Cascade Lake, Ice Lake, Zen 4 and newer.
+    Avx512Vnni,
     /// aarch64 with Advanced SIMD.
     Neon,
     /// WebAssembly with 128-bit SIMD.
@@ -26,12 +30,15 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The name in lower case, as in benchmark ids: `scalar`, `avx2`, `neon`, `simd128`, `cortex-m-dsp`.
+    /// The name in lower case, as in benchmark ids: `scalar`, `avx2`, `avx-vnni`, `avx512-vnni`, `neon`, `simd128`,
+    /// `cortex-m-dsp`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avx-vnni",
+            Self::Avx512Vnni => "avx512-vnni",
             Self::Neon => "neon",
             Self::Simd128 => "simd128",
             Self::CortexMDsp => "cortex-m-dsp",

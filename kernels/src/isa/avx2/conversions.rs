@@ -15,7 +15,7 @@ use crate::isa::simd::bits::{bits, bits_mut};
 use crate::isa::simd::steps::{Decode, Floats, Lanes, Widen};
 use crate::spec::SPAN;
 
-impl Lanes for Avx2 {
+impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     type Lanes = __m256;
 
     #[target_feature(enable = "avx2")]

@@ -18,7 +18,7 @@ use crate::matrix::Nf4Matrix;
 
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn avx2() -> Avx2 {
+fn avx2<const VNNI: bool>() -> Avx2<VNNI> {
     let i16_planes = PLANES_I16.map(|plane| _mm256_broadcastsi128_si256(must_cast(plane)));
     Avx2 { i16_planes, f32_planes: f32_planes() }
 }
@@ -26,6 +26,14 @@ fn avx2() -> Avx2 {
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
 fn steps() -> Steps<Avx2> {
+    let steps = avx2();
+    // SAFETY: this function has the features of all steps.
+    unsafe { Steps::new(steps) }
+}
+
+#[target_feature(enable = "avx2,f16c,avxvnni")]
+#[inline]
+fn steps_vnni() -> Steps<Avx2<true>> {
     let steps = avx2();
     // SAFETY: this function has the features of all steps.
     unsafe { Steps::new(steps) }
@@ -78,6 +86,16 @@ pub(super) fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
     product_16x4::gemm(&steps(), matrix, activations, out);
+}
+
+#[target_feature(enable = "avx2,f16c,avxvnni")]
+pub(super) fn gemv_vnni(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    product_16x4::gemv(&steps_vnni(), matrix, activations, out);
+}
+
+#[target_feature(enable = "avx2,f16c,avxvnni")]
+pub(super) fn gemm_vnni(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    product_16x4::gemm(&steps_vnni(), matrix, activations, out);
 }
 
 #[target_feature(enable = "avx2,f16c")]

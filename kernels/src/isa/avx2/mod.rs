@@ -24,7 +24,6 @@
 
 mod codes;
 mod conversions;
-mod detection;
 mod entries;
 mod registers;
 mod steps_16x4;
@@ -34,7 +33,7 @@ use core::arch::x86_64::__m256i;
 
 use half::{bf16, f16};
 
-pub(super) use detection::is_supported;
+pub(super) use registers::prefetch;
 
 use super::table::{FloatTable, Isa, Table};
 use crate::double_quant;
@@ -57,6 +56,10 @@ pub(super) static TABLE: Table = Table {
     gemv_dense: entries::gemv_dense,
 };
 
+/// With AVX-VNNI, whose `vpdpwssd` is a `vpmaddwd` and a `vpaddd`.
+pub(super) static AVX_VNNI: Table =
+    Table { isa: Isa::AvxVnni, gemv: entries::gemv_vnni, gemm: entries::gemm_vnni, ..TABLE };
+
 /// First the even columns (high nibbles), then the odd ones; within each, bytes 0-7, 16-23, 8-15, 24-31. That is what
 /// two `vpunpck` of the two byte planes leave in 256-bit registers, so nothing has to be shuffled.
 static SLOTS: [u8; SPAN] = {
@@ -74,8 +77,8 @@ static SLOTS: [u8; SPAN] = {
     slots
 };
 
-/// Tables for look-ups, each in both halves of a register.
-struct Avx2 {
+/// Tables for look-ups, each in both halves of a register. `VNNI` says whether the CPU has AVX-VNNI too.
+struct Avx2<const VNNI: bool = false> {
     /// The two bytes of each entry of the 16x4 codebook.
     i16_planes: [__m256i; 2],
     /// The four bytes of each entry of the f32 codebook.

@@ -75,9 +75,28 @@ pub(super) fn opaque(mut x: __m256) -> __m256 {
     x
 }
 
+/// `sums` and the products of pairs of 16-bit integers. The compiler splits the intrinsic into a multiplication and an
+/// addition, unless it is told to tune for one of the CPUs where it knows better.
+///
+/// # Safety
+/// The CPU must have AVX-VNNI. As a feature of this function it would not be inlined into steps, which do not name it.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) unsafe fn add_products(mut sums: __m256i, a: __m256i, b: __m256i) -> __m256i {
+    // SAFETY: computes on registers alone, with an instruction that the CPU has.
+    unsafe {
+        asm!(
+            "{{vex}} vpdpwssd {0}, {1}, {2}",
+            inout(ymm_reg) sums, in(ymm_reg) a, in(ymm_reg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
+}
+
 /// Prefetches the cache line `ahead` bytes after the start of `bytes`, whether it lies in them or not.
 #[inline(always)]
-pub(super) fn prefetch(bytes: &[u8], ahead: usize) {
+pub(in crate::isa) fn prefetch(bytes: &[u8], ahead: usize) {
     // SAFETY: a prefetch takes any address, and every x86-64 CPU has it.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(ahead).cast()) };
 }

@@ -6,7 +6,7 @@ use core::arch::x86_64::*;
 
 use super::Avx2;
 use super::codes::split_codes;
-use super::registers::{broadcast, load_again, load_i16, opaque};
+use super::registers::{add_products, broadcast, load_again, load_i16, opaque};
 use crate::activations::Activations;
 use crate::isa::simd::product_16x4;
 use crate::isa::simd::steps::Steps;
@@ -14,7 +14,7 @@ use crate::isa::simd::steps_16x4::Steps16x4;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
-impl Steps16x4 for Avx2 {
+impl<const VNNI: bool> Steps16x4 for Avx2<VNNI> {
     const VECTORS: usize = 8;
 
     #[target_feature(enable = "avx2")]
@@ -35,7 +35,7 @@ impl Steps16x4 for Avx2 {
         };
         let products = scales.map(|scales| core::array::from_fn(|g| absmax[g] * scales[g]));
         for (n, lanes) in lanes.iter_mut().enumerate() {
-            let sums = _mm256_cvtepi32_ps(sums_of_span(weights, &values[n]));
+            let sums = _mm256_cvtepi32_ps(self.sums_of_span(weights, &values[n]));
             let factor = if N == 1 { spread_products(absmax, &scales[n]) } else { broadcast::<GROUPS>(&products[n]) };
             *lanes = _mm256_add_ps(*lanes, _mm256_mul_ps(sums, factor));
         }
@@ -70,14 +70,28 @@ fn spread_products<const GROUPS: usize>(absmax: &[f32; GROUPS], scales: &[f32; G
     }
 }
 
-/// The eight exact lane sums of the products of a span; see the top of the module.
-#[target_feature(enable = "avx2")]
-#[inline]
-fn sums_of_span([a, b, c, d]: [__m256i; 4], values: &[i16; SPAN]) -> __m256i {
-    let (values, _) = values.as_chunks();
-    let even = _mm256_add_epi32(_mm256_madd_epi16(a, load_i16(&values[0])), _mm256_madd_epi16(b, load_i16(&values[1])));
-    let odd = _mm256_add_epi32(_mm256_madd_epi16(c, load_i16(&values[2])), _mm256_madd_epi16(d, load_i16(&values[3])));
-    _mm256_add_epi32(even, odd)
+impl<const VNNI: bool> Avx2<VNNI> {
+    /// The eight exact lane sums of the products of a span; see the top of the module.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn sums_of_span(&self, weights: [__m256i; 4], values: &[i16; SPAN]) -> __m256i {
+        let [a, b, c, d] = weights;
+        let values = values.as_chunks().0;
+        let values = [load_i16(&values[0]), load_i16(&values[1]), load_i16(&values[2]), load_i16(&values[3])];
+        if VNNI {
+            let sums = _mm256_madd_epi16(a, values[0]);
+            // SAFETY: `self` is only made where the CPU has AVX-VNNI.
+            let sums = unsafe { add_products(sums, b, values[1]) };
+            // SAFETY: as above.
+            let sums = unsafe { add_products(sums, c, values[2]) };
+            // SAFETY: as above.
+            unsafe { add_products(sums, d, values[3]) }
+        } else {
+            let even = _mm256_add_epi32(_mm256_madd_epi16(a, values[0]), _mm256_madd_epi16(b, values[1]));
+            let odd = _mm256_add_epi32(_mm256_madd_epi16(c, values[2]), _mm256_madd_epi16(d, values[3]));
+            _mm256_add_epi32(even, odd)
+        }
+    }
 }
 
 /// The 64 weights of a span, as 16-bit integers in the order of the activations.

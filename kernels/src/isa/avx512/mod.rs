@@ -1,0 +1,81 @@
+//! x86-64 with AVX-512 and its VNNI: the 16x4 products. All else is that of AVX2, with its order of activations.
+//!
+//! `vpermw` looks 16-bit weights up by codes whose upper bits it ignores, and `vpdpwssd` adds the two products of each
+//! 32-bit lane to a sum. A few vectors take two rows to a register (`few.rs`). The step for their spans of 32 packed
+//! bytes, where the lower half of each register belongs to the first row:
+//!
+//! ```text
+//! low, high = unpack(bytes, bytes)          16-bit words b0 b0, b1 b1, .. b7 b7 and b8 b8, .. b15 b15 of 128 bits
+//! w0, w1 = BOOK[low >> 4], BOOK[high >> 4]  vpermw: even columns
+//! w2, w3 = BOOK[low], BOOK[high]            odd columns
+//! sums = w0 q0 + w1 q1 + w2 q2 + w3 q3      q is in both halves of a register
+//! lanes += f32(sums) * factors
+//! ```
+//!
+//! ```text
+//!                   row 0                                    row 1
+//! w0   0 2| 4 6| 8 10|12 14|32 34|36 38|40 42|44 46    0 2| 4 6| ..
+//! w1  16 18|20 22|24 26|28 30|48 50|52 54|56 58|60 62  16 18|20 22| ..
+//! lane  0    1     2     3     4     5     6     7       0     1
+//! ```
+//!
+//! A larger batch puts sixteen rows into a register, and takes one lane after the other (`panel.rs`). The step for a lane
+//! of a span:
+//!
+//! ```text
+//! factors = absmax * scale                  of sixteen rows, for all lanes of a group
+//! sums = 0
+//! for i in 0..4:                            pairs of columns of the lane
+//!     sums += w[i] * broadcast(q[i])        w[i] is decoded: a pair of weights of each row
+//! lane += f32(sums) * factors
+//! ```
+//!
+//! ```text
+//!              row 0   row 1   row 2  ..  row 15
+//! lane 0  w0    0 2     0 2     0 2        0 2        times the activations of columns 0 and 2
+//!         w1   16 18   16 18   16 18      16 18
+//!         w2    1 3     1 3     1 3        1 3
+//!         w3   17 19   17 19   17 19      17 19
+//! lane 1  w0    4 6     4 6     ..
+//! ```
+
+mod codes;
+mod few;
+mod panel;
+mod registers;
+
+use super::avx2;
+use super::table::{Isa, Table};
+use crate::activations::Activations;
+use crate::matrix::Nf4Matrix;
+use crate::spec::SPAN;
+
+pub(super) static TABLE: Table = Table { isa: Isa::Avx512Vnni, gemv: multiply, gemm: multiply, ..avx2::TABLE };
+
+/// From this batch on, decoding into a panel is faster.
+const PANEL_BATCH: usize = 12;
+
+/// The 16x4 products of a row-aligned matrix and a batch.
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
+fn multiply(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    if matrix.cols() == 0 {
+        out.fill(0.0);
+    } else if activations.group() == SPAN {
+        multiply_groups::<1>(matrix, activations, out);
+    } else {
+        multiply_groups::<2>(matrix, activations, out);
+    }
+}
+
+/// Whole panels of rows for a batch, and what is left in fours.
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
+#[inline]
+fn multiply_groups<const GROUPS: usize>(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    let batch = activations.batch();
+    let rows = if batch < PANEL_BATCH { 0 } else { matrix.rows() / panel::ROWS * panel::ROWS };
+    let (panels, rest) = out.split_at_mut(rows * batch);
+    if !panels.is_empty() {
+        panel::multiply::<GROUPS>(matrix, activations, panels);
+    }
+    few::multiply::<GROUPS>(matrix, activations, rows, rest);
+}
