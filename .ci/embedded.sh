@@ -1,12 +1,9 @@
 # The steps for firmware, on an emulated Cortex-M4, with Debian's compiler.
 
-packages+=(lld qemu-system-arm)
-
 # Debian's compiler and linker for the firmware in examples/cortex-m, whose folder has the settings of its target.
 use_firmware() {
-    RUSTC=$(from_package rustc-web rustc)
-    export RUSTC
-    export RUSTC_BOOTSTRAP=1 # for -Zbuild-std
+    needs qemu-system-arm binutils
+    use_debian_rust
     export CARGO_TARGET_DIR=$PWD/target/firmware
     export CARGO_TARGET_THUMBV7EM_NONE_EABIHF_LINKER=ld.lld
     export CARGO_TARGET_THUMBV6M_NONE_EABI_LINKER=ld.lld
@@ -16,7 +13,6 @@ use_firmware() {
 
 check_cortex_m() {
     local clippy output program image
-    clippy=$(from_package rust-web-clippy cargo-clippy)
     use_firmware
     cargo fmt --check
     "$clippy" clippy -q --locked -Zbuild-std=core,alloc --bins -- -D warnings
@@ -40,7 +36,7 @@ check_cortex_m() {
 
 # What multiplies in a firmware: sizes, and that nothing of it can panic.
 check_sizes() {
-    local target profile folder image
+    local clippy target profile image
     use_firmware
     # That the check below would find something: firmware that prints can panic.
     cargo build -q --release --locked -Zbuild-std=core,alloc --bin layer

@@ -1,41 +1,10 @@
-# The steps for targets other than the machine's own. The rustup toolchain has only that one's standard library, so they
-# use Debian's compiler, `rustc-web`. Each target has its own folder under target/: no step reuses another's work.
-
-packages=(
-    rustc-web rust-web-clippy rust-web-src
-    libstd-rust-web-dev:arm64 gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
-    gcc-powerpc64-linux-gnu libc6-dev-ppc64-cross
-    python3
-)
-
-# from_package PACKAGE PROGRAM: where Debian put it; the rustup program of the same name comes first in PATH.
-from_package() {
-    dpkg -L "$1" | grep "/bin/$2\$"
-}
-
-# Debian's compiler is there and at least the declared rust-version.
-compiler_is_recent() {
-    local minimum version
-    minimum=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
-    version=$(dpkg-query -W -f '${Version}' rustc-web) && dpkg --compare-versions "$version" ge "$minimum"
-}
-
-check_install() {
-    if ! { dpkg-query -W "${packages[@]}" && compiler_is_recent; } &>/dev/null; then
-        export DEBIAN_FRONTEND=noninteractive
-        dpkg --add-architecture arm64
-        apt-get update -qq -o Acquire::Retries=3
-        apt-get install -qq -y --no-install-recommends -o Acquire::Retries=3 "${packages[@]}" >/dev/null
-    fi
-    "$(from_package rustc-web rustc)" --version
-    compiler_is_recent || { echo "too old: the suite bookworm-security has a newer one"; return 1; }
-    qemu-aarch64 --version | head -n 1
-}
+# The steps for other processors and systems.
 
 use_aarch64() {
     target=aarch64-unknown-linux-gnu
-    RUSTC=$(from_package rustc-web rustc)
-    export RUSTC
+    needs libstd-rust-web-dev:arm64 gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+    use_debian_rust
+    unset RUSTC_BOOTSTRAP # the standard library is there
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
     # `-L /`: with the cross compiler's own libraries a program that starts a thread hangs.
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /"
@@ -45,17 +14,18 @@ use_aarch64() {
 check_neon_lint() {
     local target clippy
     use_aarch64
-    clippy=$(from_package rust-web-clippy cargo-clippy)
     "$clippy" clippy -q --locked --workspace --exclude nf4-cli --target "$target" --lib --tests -- -D warnings
 }
 
 check_neon_test() {
-    local target
+    local target clippy
     use_aarch64
     NF4_REQUIRE_ISA=neon cargo test --locked --workspace --exclude nf4-cli --target "$target" --lib --tests
 }
 
 check_neon_count() {
+    local target clippy
+    needs python3
     use_aarch64
     python3 .ci/neon_instructions.py --target-dir "$CARGO_TARGET_DIR"
 }
@@ -63,10 +33,9 @@ check_neon_count() {
 # Portable code where the first byte of a number is its highest. Not on s390x: its emulator in Debian 12 (QEMU 7.2) takes
 # the first factor of `mdeb`, which multiplies two f32 to f64, for an f64, so that the tests' own float64 is wrong.
 check_big_endian() {
-    local target=powerpc64-unknown-linux-gnu output
-    RUSTC=$(from_package rustc-web rustc)
-    export RUSTC
-    export RUSTC_BOOTSTRAP=1 # for -Zbuild-std
+    local target=powerpc64-unknown-linux-gnu output clippy
+    needs gcc-powerpc64-linux-gnu libc6-dev-ppc64-cross qemu-user
+    use_debian_rust
     export CARGO_TARGET_POWERPC64_UNKNOWN_LINUX_GNU_LINKER=powerpc64-linux-gnu-gcc
     export CARGO_TARGET_POWERPC64_UNKNOWN_LINUX_GNU_RUNNER="qemu-ppc64 -L /usr/powerpc64-linux-gnu"
     export CARGO_TARGET_DIR=target/big_endian
@@ -79,10 +48,8 @@ check_big_endian() {
 }
 
 check_bare() {
-    local target
-    RUSTC=$(from_package rustc-web rustc)
-    export RUSTC
-    export RUSTC_BOOTSTRAP=1 # for -Zbuild-std
+    local target clippy
+    use_debian_rust
     export RUSTFLAGS="-D warnings"
     export CARGO_TARGET_DIR=target/bare
 
@@ -96,4 +63,27 @@ check_bare() {
     target=thumbv7em-none-eabihf
     cargo build -q --locked -Zbuild-std=core,alloc -p nf4 --features safetensors --target "$target"
     echo "$target: nf4 with checkpoints"
+}
+
+# That the library and the tool compile where no test of this machine runs; nothing is linked.
+check_systems() {
+    local target clippy
+    use_debian_rust
+    export CARGO_TARGET_DIR=target/systems
+    for target in aarch64-apple-darwin x86_64-pc-windows-gnu; do
+        cargo check -q --locked -Zbuild-std=std,panic_abort --target "$target" -p nf4 -p nf4-cli --all-features
+        echo "$target: nf4 with every feature, nf4-cli"
+    done
+}
+
+# As docs.rs builds them, where features stand beside what needs them: `--cfg docsrs`, which a stable compiler takes with
+# RUSTC_BOOTSTRAP. Then all links, also those of the repository's pages.
+check_links() {
+    local pages
+    needs python3
+    export RUSTC_BOOTSTRAP=1 RUSTDOCFLAGS="-D warnings --cfg docsrs"
+    export CARGO_TARGET_DIR=target/docsrs
+    cargo doc -q --locked --no-deps --all-features -p nf4-kernels -p nf4 -p nf4-cli
+    mapfile -t pages < <(find . -name target -prune -o -name .venv -prune -o -name '*.md' -print)
+    python3 .ci/links.py --docs target/docsrs/doc "${pages[@]}"
 }

@@ -1,24 +1,10 @@
-# The steps for WebAssembly. They use Debian's compiler as those in targets.sh do; it has no standard library for
-# WebAssembly, so that is built from its source, with a C library for WASI from another package.
-
-wasm_packages=(lld wasi-libc chromium)
-
-install_wasm() {
-    command -v node >/dev/null || wasm_packages+=(nodejs)
-    if ! dpkg-query -W "${wasm_packages[@]}" &>/dev/null; then
-        export DEBIAN_FRONTEND=noninteractive
-        apt-get update -qq -o Acquire::Retries=3
-        apt-get install -qq -y --no-install-recommends -o Acquire::Retries=3 "${wasm_packages[@]}" >/dev/null
-    fi
-    echo "node $(node --version), $(wasm-ld --version), $(chromium --version)"
-}
+# The steps for WebAssembly. The standard library is built from its source, with a C library for WASI from a package.
 
 use_wasm() {
-    install_wasm
-    RUSTC=$(from_package rustc-web rustc)
-    export RUSTC
-    export RUSTC_BOOTSTRAP=1 # for -Zbuild-std
+    use_debian_rust
     export CARGO_TARGET_DIR=$PWD/target/wasm
+    command -v node >/dev/null || needs nodejs
+    echo "node $(node --version), $(wasm-ld --version)"
 }
 
 # wasm_test FLAGS ARGUMENTS...: the tests of tests/wasm, in Node.
@@ -35,8 +21,8 @@ wasm_test() {
 
 check_wasm() {
     local clippy
+    needs wasi-libc
     use_wasm
-    clippy=$(from_package rust-web-clippy cargo-clippy)
     cargo fmt --check --manifest-path tests/wasm/Cargo.toml
     RUSTFLAGS="-C target-feature=+simd128" "$clippy" clippy -q --locked -Zbuild-std=core,alloc \
         --target wasm32-unknown-unknown -p nf4-kernels -p nf4 -- -D warnings
@@ -45,7 +31,10 @@ check_wasm() {
 }
 
 check_web() {
+    local clippy
+    needs chromium
     use_wasm
+    chromium --version
     cargo fmt --check --manifest-path examples/web/Cargo.toml
     bash examples/web/build.sh
     node examples/web/test.mjs

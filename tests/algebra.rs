@@ -6,16 +6,14 @@
 #![cfg(feature = "alloc")]
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "tests panic, and their numbers are small")]
 
+#[path = "support/generator.rs"]
+mod generator;
 #[path = "layer/truth.rs"]
 mod layer_truth;
-#[allow(dead_code, reason = "only the bounds of f32 products are used")]
-#[path = "support/truth.rs"]
-mod truth;
-#[allow(dead_code, reason = "only its generator is used")]
-#[path = "support/vector.rs"]
-mod vector;
 
+use generator::Generator;
 use layer_truth::EPS;
+use layer_truth::truth::{self, Row, Truth};
 use nf4::{
     Activations, Adapters, Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, MultiAdapterLayer, Nf4Matrix,
     QLoRALayer, Quantized4Bit, Tensor, spec,
@@ -23,8 +21,6 @@ use nf4::{
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::RngSeed;
-use truth::{Row, Truth};
-use vector::Generator;
 
 fn config() -> ProptestConfig {
     ProptestConfig { failure_persistence: None, rng_seed: RngSeed::Fixed(7), ..ProptestConfig::default() }
@@ -131,13 +127,7 @@ fn transposed(k: Kernels, matrix: &Nf4Matrix<'_>, x: &[f32]) -> Vec<f32> {
 }
 
 fn rows(matrix: &Nf4Matrix<'_>, codes: &[u8]) -> Vec<Row> {
-    let code = |i: usize| if i.is_multiple_of(2) { codes[i / 2] >> 4 } else { codes[i / 2] & 15 };
-    let (cols, block) = (matrix.cols(), matrix.block_size().get());
-    let row = |r: usize| Row {
-        codes: (r * cols..(r + 1) * cols).map(code).collect(),
-        absmax: (r * cols..(r + 1) * cols).map(|i| matrix.absmax().get(i / block)).collect(),
-    };
-    (0..matrix.rows()).map(row).collect()
+    (0..matrix.rows()).map(|r| Row::of(matrix, codes, r)).collect()
 }
 
 /// What the f32 product may be off, for each row.

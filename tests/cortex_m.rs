@@ -4,18 +4,17 @@
 
 #![allow(clippy::unwrap_used, reason = "tests panic")]
 
+#[path = "support/generator.rs"]
+mod generator;
 #[path = "../examples/cortex-m/src/layer.rs"]
 mod layer;
-#[allow(dead_code, reason = "only its generator is used")]
-#[path = "support/vector.rs"]
-mod vector;
 
 use std::path::Path;
 
+use generator::Generator;
 use layer::{BLOCK, COLS, RANK, ROWS, SCALE};
 use nf4::{Absmax, Activations, Kernels, Nf4Matrix};
 use safetensors::SafeTensors;
-use vector::Generator;
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()

@@ -4,15 +4,15 @@
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "shapes are small, and tests panic")]
 
+#[path = "support/generator.rs"]
+mod generator;
+#[allow(dead_code, reason = "only products of exact inputs are tested")]
 #[path = "support/truth.rs"]
 mod truth;
-#[allow(dead_code, reason = "only its generator is used")]
-#[path = "support/vector.rs"]
-mod vector;
 
+use generator::Generator;
 use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, bf16, f16, spec};
 use truth::Row;
-use vector::Generator;
 
 /// Rows x columns: empty, one element, shorter than a block, odd, straddling, partial, aligned for some or for all block
 /// sizes, a stride of eight spans and one more, more than a panel of the f32 product.
@@ -108,15 +108,6 @@ impl Quantized {
         let (absmax, nested) = (bits(&self.absmax), bits(&self.nested));
         (self.packed.clone(), absmax, self.codes.clone(), nested, self.offset.to_bits())
     }
-
-    fn row(&self, absmax: &Absmax<'_>, row: usize) -> Row {
-        let flat = row * self.cols..(row + 1) * self.cols;
-        let code = |i: usize| if i.is_multiple_of(2) { self.packed[i / 2] >> 4 } else { self.packed[i / 2] & 15 };
-        Row {
-            codes: flat.clone().map(code).collect(),
-            absmax: flat.map(|i| absmax.get(i / self.block_size.get())).collect(),
-        }
-    }
 }
 
 /// Buffers that activations live in.
@@ -151,9 +142,18 @@ fn gemv_f32(k: Kernels, matrix: &Nf4Matrix<'_>, x: &[f32]) -> Vec<f32> {
     out
 }
 
-/// Runs `test` on every shape and block size that differ for it, and says on which instruction sets.
-fn for_all_shapes(what: &str, mut test: impl FnMut(Kernels, usize, usize, BlockSize, &mut Generator)) {
-    for k in Kernels::available() {
+/// What is compared with portable code, which is compared with independent truth.
+fn beside_scalar() -> impl Iterator<Item = Kernels> {
+    Kernels::available().filter(|k| *k != Kernels::scalar())
+}
+
+/// Runs `test` on every shape and block size with each of these kernels, and says on which instruction sets.
+fn for_all_shapes(
+    what: &str,
+    kernels: impl Iterator<Item = Kernels>,
+    mut test: impl FnMut(Kernels, usize, usize, BlockSize, &mut Generator),
+) {
+    for k in kernels {
         let mut g = Generator(what.len() as u64);
         for (rows, cols) in SHAPES {
             for block_size in BlockSize::ALL {
@@ -175,7 +175,7 @@ fn required_isas_are_present() {
 
 #[test]
 fn conversions_are_the_same_bits_everywhere() {
-    for_all_shapes("conversions", |k, rows, cols, block_size, g| {
+    for_all_shapes("conversions", beside_scalar(), |k, rows, cols, block_size, g| {
         for kind in KINDS {
             let weights = inputs(kind, rows * cols, g);
             let half: Vec<f16> = weights.iter().map(|w| f16::from_bits((w.to_bits() >> 7) as u16)).collect();
@@ -207,7 +207,7 @@ fn large_weights_are_the_same_bits_at_any_alignment() {
     let mut expected = vec![0.0; N];
     Kernels::scalar().dequantize(&matrix, &mut expected).unwrap();
     let mut out = vec![0.0_f32; N + 5];
-    for k in Kernels::available() {
+    for k in beside_scalar() {
         for start in [0, 1, 4] {
             out.fill(7.0);
             k.dequantize(&matrix, &mut out[start..start + N]).unwrap();
@@ -219,7 +219,7 @@ fn large_weights_are_the_same_bits_at_any_alignment() {
 
 #[test]
 fn products_are_the_same_bits_everywhere() {
-    for_all_shapes("products", |k, rows, cols, block_size, g| {
+    for_all_shapes("products", beside_scalar(), |k, rows, cols, block_size, g| {
         for (weight_kind, kind) in KINDS.iter().flat_map(|w| KINDS.map(|x| (*w, x))) {
             if weight_kind != "bell" && kind != "bell" && weight_kind != kind {
                 continue;
@@ -276,7 +276,7 @@ fn dense_products_are_the_same_bits_everywhere_and_within_their_bound() {
 
 #[test]
 fn products_lie_within_their_bounds() {
-    for_all_shapes("bounds", |k, rows, cols, block_size, g| {
+    for_all_shapes("bounds", Kernels::available(), |k, rows, cols, block_size, g| {
         for (weight_kind, kind) in
             [("bell", "bell"), ("subnormal", "huge"), ("bell", "subnormal"), ("sparse", "sparse"), ("zero", "bell")]
         {
@@ -287,7 +287,7 @@ fn products_lie_within_their_bounds() {
             for matrix in [q.plain(), q.nested()] {
                 let (fast, exact) = (gemv(k, &matrix, &activations), gemv_f32(k, &matrix, &x));
                 for (r, (fast, exact)) in fast.iter().zip(&exact).enumerate() {
-                    let row = q.row(&matrix.absmax(), r);
+                    let row = Row::of(&matrix, &q.packed, r);
                     let what =
                         || format!("{rows} x {cols}, {block_size:?}, {weight_kind} x {kind}, row {r}, {}", k.isa());
                     row.f32(&x).check(*exact, what);
@@ -304,7 +304,7 @@ fn products_lie_within_their_bounds() {
 
 #[test]
 fn results_do_not_depend_on_how_rows_are_split() {
-    for_all_shapes("splits", |k, rows, cols, block_size, g| {
+    for_all_shapes("splits", Kernels::available(), |k, rows, cols, block_size, g| {
         let q = Quantized::new(k, &inputs("bell", rows * cols, g), rows, cols, block_size);
         let x = inputs("bell", cols, g);
         let mut buffers = ActivationBuffers::new(cols, block_size);
@@ -356,7 +356,7 @@ fn check_batch(k: Kernels, q: &Quantized, batch: usize, g: &mut Generator) {
 
 #[test]
 fn batches_give_the_bits_of_single_vectors() {
-    for_all_shapes("batches", |k, rows, cols, block_size, g| {
+    for_all_shapes("batches", Kernels::available(), |k, rows, cols, block_size, g| {
         let q = Quantized::new(k, &inputs("bell", rows * cols, g), rows, cols, block_size);
         for batch in [0, 1, 2, 3, 7, 8, 131].into_iter().filter(|_| cols > 0) {
             if batch <= 8 || rows * cols <= 5000 {
@@ -390,7 +390,7 @@ fn batches_give_the_bits_of_single_vectors_over_all_tiles() {
 
 #[test]
 fn transposed_products_are_the_same_bits_everywhere_and_within_their_bound() {
-    for_all_shapes("transposed", |k, rows, cols, block_size, g| {
+    for_all_shapes("transposed", Kernels::available(), |k, rows, cols, block_size, g| {
         // More rows than a chunk, of a narrow matrix.
         let rows = if cols <= 96 { rows * 150 } else { rows };
         for kind in ["bell", "any bits", "sparse", "one NaN", "infinite"] {
@@ -405,16 +405,18 @@ fn transposed_products_are_the_same_bits_everywhere_and_within_their_bound() {
                 let y = run(k, &matrix, &x);
                 let what = format!("{rows} x {cols}, {block_size:?}, {kind}, {}", k.isa());
                 assert_eq!(bits(&y), bits(&run(Kernels::scalar(), &matrix, &x)), "{what}");
-                if rows > spec::ROW_CHUNK {
-                    let (top, bottom) = matrix.split_at_row(spec::ROW_CHUNK).unwrap();
-                    let (top, bottom) = (run(k, &top, &x[..spec::ROW_CHUNK]), run(k, &bottom, &x[spec::ROW_CHUNK..]));
-                    let sum: Vec<f32> = top.iter().zip(&bottom).map(|(a, b)| f32::from_f32(a + b)).collect();
-                    if rows <= 2 * spec::ROW_CHUNK {
-                        assert_eq!(bits(&sum), bits(&y), "split, {what}");
-                    }
+                // The sum of the chunks, each a view of its own.
+                let chunk = |start: usize| {
+                    let end = rows.min(start + spec::ROW_CHUNK);
+                    run(k, &matrix.row_range(start..end).unwrap(), &x[start..end])
+                };
+                let mut sum = vec![0.0; cols];
+                for start in (0..rows).step_by(spec::ROW_CHUNK) {
+                    sum.iter_mut().zip(chunk(start)).for_each(|(sum, c)| *sum = f32::from_f32(*sum + c));
                 }
+                assert_eq!(bits(&sum), bits(&y), "chunks, {what}");
                 if kind == "bell" {
-                    let dense: Vec<_> = (0..rows).map(|r| q.row(&matrix.absmax(), r)).collect();
+                    let dense: Vec<_> = (0..rows).map(|r| Row::of(&matrix, &q.packed, r)).collect();
                     for (c, y) in y.iter().enumerate() {
                         truth::transposed(&dense, c, &x).check(*y, || format!("column {c}, {what}"));
                     }

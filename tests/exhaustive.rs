@@ -6,12 +6,11 @@
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "tests panic, and their numbers are small")]
 
-#[allow(dead_code, reason = "only its generator is used")]
-#[path = "support/vector.rs"]
-mod vector;
+#[path = "support/generator.rs"]
+mod generator;
 
+use generator::Generator;
 use nf4::{Absmax, Activations, BlockSize, Float, Kernels, Nf4Matrix, ShapeError, bf16, f16};
-use vector::Generator;
 
 /// The codebook, as `bitsandbytes` prints it.
 #[allow(clippy::excessive_precision, reason = "the digits of the source")]

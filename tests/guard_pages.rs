@@ -6,16 +6,15 @@
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "tests panic")]
 
-#[allow(dead_code, reason = "only its generator is used")]
-#[path = "support/vector.rs"]
-mod vector;
+#[path = "support/generator.rs"]
+mod generator;
 
 use core::ops::Range;
 
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
+use generator::Generator;
 use mmap_rs::{MmapMut, MmapNone, MmapOptions};
 use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, bf16, f16};
-use vector::Generator;
 
 /// What bytes beside a slice hold.
 const CANARY: u8 = 0xa5;

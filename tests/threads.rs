@@ -2,9 +2,13 @@
 #![cfg(feature = "alloc")]
 #![allow(clippy::unwrap_used, clippy::std_instead_of_alloc, reason = "tests panic, and have std")]
 
+#[path = "support/generator.rs"]
+mod generator;
+
 use core::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
+use generator::Generator;
 use nf4::{
     Arithmetic, BlockSize, LoRAAdapter, LoRALayer, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor, Threads, bf16,
 };
@@ -14,14 +18,9 @@ const D_OUT: usize = 2101;
 const D_IN: usize = 2112;
 const BATCH: usize = 3;
 
-fn values(n: usize, seed: u32) -> Vec<f32> {
-    let mut state = seed;
-    (0..n)
-        .map(|_| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            f32::from_bits(0x3f80_0000 | state >> 9) - 1.5
-        })
-        .collect()
+fn values(n: usize, seed: u64) -> Vec<f32> {
+    let mut generator = Generator(seed);
+    (0..n).map(|_| generator.value()).collect()
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {

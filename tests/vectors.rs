@@ -1,5 +1,7 @@
 //! The committed test vector on every instruction set of this machine.
 
+#[path = "support/generator.rs"]
+mod generator;
 #[path = "support/vector.rs"]
 mod vector;
 

@@ -251,9 +251,6 @@ fn names_of_instruction_sets() {
     assert_eq!(names, ["scalar", "avx2", "neon", "simd128", "cortex-m-dsp"]);
     assert!(Kernels::available().any(|k| k.isa() == Kernels::detect().isa()));
     assert_eq!(Kernels::scalar().isa().to_string(), "scalar");
-    for a in Kernels::available() {
-        assert!(Kernels::available().all(|b| (a == b) == (a.isa() == b.isa())), "{}", a.isa());
-    }
 }
 
 /// An output without inputs is a sum of nothing.

@@ -22,6 +22,8 @@ mod build;
 mod dequantize;
 mod flat;
 mod floats;
+#[allow(dead_code, reason = "the tests use more of it")]
+mod generator;
 mod inputs;
 mod inspect;
 mod interrupt;

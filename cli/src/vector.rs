@@ -4,6 +4,7 @@
 // of a single bit in any result, on any machine, changes a hash. It is here because the tool's package must hold it; the
 // tests include it from `tests/support/vector.rs`.
 
+use super::generator::Generator;
 use nf4::{
     Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, ShapeError, bf16, f16,
 };
@@ -82,33 +83,6 @@ const EXPECTED: [[u64; 9]; 6] = [
     [0xbfdf1e198ee99977, 0x28a622e59633bc5a, 0xf5f320d4e3a36b9a, 0xcbf29ce484222325, 0x4c402b7741a8a673, 0x4c402b7741a8a673, 0xe654157a576c0fca, 0x3cc334df78eed178, 0xcc8206fbafba2345],
     [0x906647254ebe7e78, 0x8abf0baf41e92379, 0x96d45d8770777c09, 0xcbf29ce484222325, 0x69d19d77c118d125, 0x69d19d77c118d125, 0xc1f1a17487be18, 0x4d2b27e8a32e260d, 0xb3ad115f1fe05b39],
 ];
-
-/// `SplitMix64` (Steele, Lea, Flood 2014), and from it values that are exact in f32 on every machine.
-pub(crate) struct Generator(pub u64);
-
-impl Generator {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A multiple of `2^-21` in `[-2, 2)`, bell-shaped: the sum of four uniform 21-bit parts of a draw and the next. One in
-    /// sixteen is sixteen times as large.
-    #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "below 2^24, exact")]
-    pub(crate) fn value(&mut self) -> f32 {
-        let (a, b) = (self.next(), self.next());
-        let parts = [a, a >> 21, b, b >> 21].map(|p| (p & 0x1f_ffff) as i32);
-        let sum = parts.iter().sum::<i32>() - (1 << 22);
-        let value = sum as f32 / (1 << 21) as f32;
-        if (a >> 60) == 0 { value * 16.0 } else { value }
-    }
-
-    pub(crate) fn fill(&mut self, out: &mut [f32]) {
-        out.iter_mut().for_each(|x| *x = self.value());
-    }
-}
 
 struct Hash(u64);
 

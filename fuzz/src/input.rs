@@ -3,7 +3,7 @@
 use arbitrary::Arbitrary;
 use nf4::BlockSize;
 
-use crate::vector::Generator;
+use crate::generator::Generator;
 
 /// The bytes of the fuzzer while they last, and then those of a generator that they seed: so a short input can be a
 /// large matrix.

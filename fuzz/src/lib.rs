@@ -9,15 +9,11 @@ mod input;
 mod matrix;
 pub mod model;
 
+#[path = "../../tests/support/generator.rs"]
+mod generator;
 #[allow(unreachable_pub, dead_code, reason = "it is for tests")]
 #[path = "../../tests/layer/truth.rs"]
 mod layer_truth;
-#[allow(dead_code, reason = "the tests use more of it")]
-#[path = "../../tests/support/truth.rs"]
-mod truth;
-#[allow(dead_code, reason = "only its generator is used")]
-#[path = "../../tests/support/vector.rs"]
-mod vector;
 
 pub use input::{Bytes, Floats, Shape};
 pub use matrix::{Matrix, Product, Scales, check_dense, is_tame};

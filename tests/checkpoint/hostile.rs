@@ -10,6 +10,7 @@ use nf4::checkpoint::{
 use nf4::{AbsmaxBuf, BlockSize, Quantized4Bit};
 use safetensors::Dtype;
 
+use crate::support::Generator;
 use crate::tensor;
 
 /// What an error may take: the parsed header, a message.
@@ -341,11 +342,8 @@ fn changed_bytes() {
     let read = |name: &str| std::fs::read(root.join(name)).unwrap();
     let config = read("peft/rank8_dora/adapter_config.json");
     let cases = [read("linear4bit/f32_nodq_odd/model.safetensors"), read("peft/rank8_dora/adapter_model.safetensors")];
-    let mut state = 1_u64;
-    let mut random = |below: usize| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        usize::try_from(state >> 33).unwrap() % below
-    };
+    let mut generator = Generator(1);
+    let mut random = |below: usize| usize::try_from(generator.next() >> 33).unwrap() % below;
     let mut loaded = 0;
     for original in cases {
         let header = usize::try_from(u64::from_le_bytes(original[..8].try_into().unwrap())).unwrap() + 8;

@@ -57,15 +57,8 @@ fn a_dense_layer_is_near_f64() {
     for (d_out, d_in, rank) in SHAPES {
         let weight = normal(d_out * d_in, 0.02, 1);
         let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
-        // The dense product rounds as the adapter's products do.
-        let mut expected: Vec<_> = weight
-            .chunks(d_in)
-            .map(|w| {
-                let terms = || w.iter().zip(x.data()).map(|(w, x)| f64::from(*w) * f64::from(*x));
-                let magnitude: f64 = terms().map(f64::abs).sum();
-                truth::Output { exact: terms().sum(), bound: (d_in / 8 + 5) as f64 * truth::EPS * magnitude }
-            })
-            .collect();
+        let mut expected: Vec<truth::Output> =
+            weight.chunks(d_in).map(|w| truth::truth::dense(w, x.data()).into()).collect();
         let layer = LoRALayer::from_parts(Tensor::from_vec(weight, false), adapter(d_out, d_in, rank)).unwrap();
         truth::add_adapter(layer.adapter(), x.data(), &mut expected);
         truth::check(&format!("{d_out}x{d_in}, rank {rank}"), &expected, layer.forward(&x).data());

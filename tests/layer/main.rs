@@ -2,6 +2,9 @@
 #![cfg(feature = "alloc")]
 #![allow(clippy::unwrap_used, clippy::std_instead_of_alloc, reason = "tests panic, and have std")]
 
+#[path = "../support/generator.rs"]
+mod generator;
+
 mod batch;
 mod dora;
 mod errors;
@@ -15,6 +18,7 @@ mod tensor;
 mod training;
 mod truth;
 
+use generator::Generator;
 use nf4::{BlockSize, Kernels, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit};
 
 /// Every kind of kernels of this machine, named in the output of the test.
@@ -24,15 +28,10 @@ fn all_kernels() -> Vec<Kernels> {
     kernels
 }
 
-/// `len` values, about normal with deviation `sigma`: the sum of 12 uniform numbers of a linear congruential generator
-/// (Knuth's MMIX constants), less 6.
+/// `len` values, about normal with deviation `sigma`.
 fn normal(len: usize, sigma: f32, seed: u64) -> Vec<f32> {
-    let mut state = seed;
-    let mut uniform = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / 16_777_216.0
-    };
-    (0..len).map(|_| ((0..12).map(|_| uniform()).sum::<f32>() - 6.0) * sigma).collect()
+    let mut generator = Generator(seed);
+    (0..len).map(|_| generator.normal() * sigma).collect()
 }
 
 /// A layer with a normal weight and a normal adapter, `B` not zero.

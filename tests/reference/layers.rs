@@ -5,7 +5,7 @@ use nf4::{
 };
 use serde_json::Value;
 
-use crate::products::{SixteenByFour, f32_tolerance, largest};
+use crate::products::{f32_tolerance, largest, sixteen_by_four_bounds};
 use crate::support::{Checker, Quantized, Scales, Tensor, Tensors};
 
 /// The largest error of gradients and merged weights as a fraction of the largest value, as for outputs.
@@ -53,8 +53,7 @@ fn check_outputs(
     c.within(name, "f32 layer", &to_f64(&plain), expected, |_| tolerance);
     c.identical(&format!("{name}, f32 layer, against scalar"), &plain, &outputs(Kernels::scalar(), Arithmetic::F32));
     let bounds: Vec<f64> = if layer.matrix().is_row_aligned() {
-        let bounds = SixteenByFour::new(layer);
-        x.chunks(layer.cols).flat_map(|x| bounds.for_input(layer, x)).collect()
+        x.chunks(layer.cols).flat_map(|x| sixteen_by_four_bounds(layer, x)).collect()
     } else {
         vec![0.0; expected.len()]
     };

@@ -7,6 +7,9 @@
 
 #[path = "../support/mod.rs"]
 mod support;
+#[allow(dead_code, reason = "every test program uses a part of this")]
+#[path = "../support/truth.rs"]
+mod truth;
 
 mod adapters;
 mod layers;

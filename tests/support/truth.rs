@@ -1,6 +1,6 @@
 //! The products in float64, and how far f32 results may be from them: the bounds of `kernels/SPEC.md`, term by term.
 
-use nf4::{Activations, CODEBOOK, spec};
+use nf4::{Activations, CODEBOOK, Nf4Matrix, spec};
 
 /// Unit roundoff of f32.
 const U: f64 = 1.0 / (1 << 24) as f64;
@@ -11,7 +11,7 @@ fn gamma(n: usize) -> f64 {
 }
 
 /// A value and how far a computed one may be from it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Truth {
     pub value: f64,
     pub bound: f64,
@@ -38,6 +38,14 @@ pub(crate) struct Row {
 }
 
 impl Row {
+    /// Row `r` of a matrix with these packed codes.
+    pub(crate) fn of(matrix: &Nf4Matrix<'_>, packed: &[u8], r: usize) -> Self {
+        let flat = r * matrix.cols()..(r + 1) * matrix.cols();
+        let code = |i: usize| if i.is_multiple_of(2) { packed[i / 2] >> 4 } else { packed[i / 2] & 15 };
+        let (absmax, block) = (matrix.absmax(), matrix.block_size().get());
+        Self { codes: flat.clone().map(code).collect(), absmax: flat.map(|i| absmax.get(i / block)).collect() }
+    }
+
     fn terms<'a>(&'a self, x: &'a [f32]) -> impl Iterator<Item = (usize, f64, f64, f64)> + 'a {
         assert_eq!(x.len(), self.codes.len());
         self.codes.iter().zip(&self.absmax).zip(x).map(|((code, a), x)| {
@@ -48,6 +56,16 @@ impl Row {
 
     fn exact(&self, x: &[f32]) -> f64 {
         self.terms(x).map(|(_, a, w, x)| a * w * x).sum()
+    }
+
+    fn magnitude(&self, x: &[f32]) -> f64 {
+        self.terms(x).map(|(_, a, w, x)| (a * w * x).abs()).sum()
+    }
+
+    /// How far the product is from that of the dequantized weights, each of which is rounded to f32.
+    pub(crate) fn rounding_of_weights(&self, x: &[f32]) -> f64 {
+        let underflow: f64 = x.iter().map(|x| f64::from(*x).abs()).sum::<f64>() * 2.0_f64.powi(-150);
+        U * self.magnitude(x) + underflow
     }
 
     /// The 16x4 product.
@@ -72,19 +90,27 @@ impl Row {
     pub(crate) fn f32(&self, x: &[f32]) -> Truth {
         let spans = x.len().min(spec::PANEL).div_ceil(64);
         let panels = x.len().div_ceil(spec::PANEL);
-        let magnitude: f64 = self.terms(x).map(|(_, a, w, x)| (a * w * x).abs()).sum();
         let absmax: f64 = self.absmax.iter().map(|a| f64::from(*a).abs()).sum();
         let segments = 2 * x.len().div_ceil(32);
         let underflow = (absmax + 8.0 * segments as f64) * 2.0_f64.powi(-149);
-        Truth { value: self.exact(x), bound: gamma(8 + 2 * spans + panels) * magnitude + underflow }
+        Truth { value: self.exact(x), bound: gamma(8 + 2 * spans + panels) * self.magnitude(x) + underflow }
     }
 }
 
 /// The dense product of a row.
 pub(crate) fn dense(a: &[f32], x: &[f32]) -> Truth {
-    let terms = || a.iter().zip(x).map(|(a, x)| f64::from(*a) * f64::from(*x));
-    let bound = gamma(x.len().div_ceil(8) + 4) * terms().map(f64::abs).sum::<f64>();
-    Truth { value: terms().sum(), bound: bound + x.len() as f64 * 2.0_f64.powi(-150) }
+    let x: Vec<Truth> = x.iter().map(|x| Truth { value: f64::from(*x), bound: 0.0 }).collect();
+    dense_of(a, &x)
+}
+
+/// The dense product of a row with inputs that are results themselves.
+pub(crate) fn dense_of(a: &[f32], x: &[Truth]) -> Truth {
+    let terms = || a.iter().zip(x).map(|(a, x)| (f64::from(*a), x));
+    let inherited: f64 = terms().map(|(a, x)| a.abs() * x.bound).sum();
+    let magnitude: f64 = terms().map(|(a, x)| a.abs() * (x.value.abs() + x.bound)).sum();
+    let underflow = x.len() as f64 * 2.0_f64.powi(-150);
+    let bound = inherited + gamma(x.len().div_ceil(8) + 4) * magnitude + underflow;
+    Truth { value: terms().map(|(a, x)| a * x.value).sum(), bound }
 }
 
 /// The product of column `c` of some rows with one input a row.

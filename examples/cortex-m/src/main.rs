@@ -4,6 +4,8 @@
 #![no_std]
 #![no_main]
 
+#[path = "../../../tests/support/generator.rs"]
+mod generator;
 mod layer;
 mod measure;
 #[allow(dead_code, reason = "names of vectors are for tests that fail")]

@@ -52,8 +52,7 @@ fn run(kernels: Kernels) -> Result<usize, Error> {
         weight.block_size(),
     )?;
     let alpha = f64::from(SCALE) * RANK as f64;
-    let adapter =
-        LoRAAdapter::from_parts(A.to_vec(), B.to_vec(), ROWS, COLS, RANK, alpha, LoRAScaling::Standard)?;
+    let adapter = LoRAAdapter::from_parts(A.to_vec(), B.to_vec(), ROWS, COLS, RANK, alpha, LoRAScaling::Standard)?;
     let layer = QLoRALayer::from_parts(base, adapter)?.with_kernels(kernels);
 
     let (mut scratch, mut y) = (layer.scratch(1), [0.0; ROWS]);
