@@ -1,4 +1,5 @@
-//! 4-bit `NormalFloat` (NF4) weights and `QLoRA` layers on CPUs, on the bytes of `bitsandbytes`.
+//! 4-bit `NormalFloat` (NF4) weights and `QLoRA` layers on CPUs: the files of `bitsandbytes` and PEFT, multiplied directly on
+//! the packed bytes, with the same bits on every machine.
 //!
 //! ```
 //! # #[cfg(feature = "alloc")] {
@@ -7,7 +8,7 @@
 //! let (d_out, d_in, rank, alpha) = (32, 128, 8, 16.0);
 //! let weight: Vec<f32> = (0..d_out * d_in).map(|i| (i as f32 * 0.37).sin() * 0.02).collect();
 //!
-//! // The base weight becomes NF4 with one scale for each 64 weights; A is random, B is zero.
+//! // The base weight becomes NF4 with one scale per 64 weights; A is random, B is zero.
 //! let mut layer = QLoRALayer::new(Tensor::from_vec(weight, false), d_out, d_in, rank, alpha);
 //! layer.lora_b_mut().data_mut().fill(0.001);
 //!
@@ -18,17 +19,55 @@
 //! # }
 //! ```
 //!
-//! Three levels, each knowing only the one below:
+//! # Where to start
 //!
-//! * **bytes**: [`Nf4Matrix`], a checked view of packed codes and their [`Absmax`];
-//! * **operations**: [`Kernels`], the table of kernels of one instruction set, all with the same bits as result;
-//! * **layers**: [`QLoRALayer`], a [`Quantized4Bit`] base and a [`LoRAAdapter`]; [`MultiAdapterLayer`], many adapters
-//!   on one base; and [`LoRALayer`], on a dense base.
+//! | you have | you want |
+//! |---|---|
+//! | a checkpoint of bitsandbytes, an adapter of PEFT | `checkpoint::Linear4bit`, `checkpoint::PeftAdapter` (feature `safetensors`) |
+//! | f32, f16 or bf16 weights | [`Quantized4Bit::quantize`] |
+//! | one adapter, to run or to train | [`QLoRALayer`], and [`optim`] |
+//! | many adapters on one base | [`MultiAdapterLayer`] |
+//! | a model to merge | `checkpoint::MergedModel`; [`QLoRALayer::merge_rows_into`] for one layer |
+//! | your own buffers, no heap | [`Kernels`] and [`Nf4Matrix`] |
 //!
-//! The first two come from `nf4-kernels`, which never allocates. What owns its data needs the feature `alloc`
-//! (default); without it this crate is only those two. The crate is `no_std` and has no unsafe code.
+//! Three levels, each knowing only the one before it: **bytes** ([`Nf4Matrix`], a checked view of packed codes and their
+//! [`Absmax`]), **operations** ([`Kernels`], the functions of one instruction set) and **layers** ([`QLoRALayer`]: a
+//! [`Quantized4Bit`] base and a [`LoRAAdapter`]). The first two come from the crate `nf4-kernels`, which never allocates.
+//!
+//! # The format
+//!
+//! A weight matrix `[rows, cols]`, row-major, is one flat sequence of elements. Each has a 4-bit code, an index into
+//! [`CODEBOOK`]; two codes share a byte, the first in the high nibble. Blocks of 32 to 4096 consecutive elements ([`BlockSize`])
+//! have one scale, their absmax, so a weight is `CODEBOOK[code] * absmax`. Blocks run over the flat sequence: they straddle
+//! rows if `cols` is not a multiple of the block size, and the last one may be partial. With double quantization the absmax
+//! are 8-bit codes themselves ([`NestedAbsmax`]).
+//!
+//! All this is the format of bitsandbytes 0.50, whose bytes [`Kernels::quantize`] gives. Checkpoints and adapters are
+//! tested with PEFT 0.21 and transformers 5.23.
+//!
+//! # Errors
+//!
+//! A function that can fail returns a `Result`; some have a twin that panics instead, for programs in which a wrong shape
+//! is a mistake: `forward` and `try_forward`. Kernels return [`ShapeError`], layers [`Error`], readers and writers of files
+//! `checkpoint::CheckpointError`. All carry the numbers: what was expected, what was there, and where. NaN and infinity in
+//! weights, scales and adapters are errors of layers; in inputs they make outputs NaN, as each operation documents.
+//!
+//! # Platforms
+//!
+//! On x86-64 the instruction set is chosen at run time, without `std`. On other targets it is chosen when the crate is
+//! compiled: NEON is always there on aarch64; WebAssembly needs `-C target-feature=+simd128`; Cortex-M4 and M7 have the DSP
+//! kernels, and a Cortex-M33 needs `-C target-cpu=cortex-m33 --cfg nf4_dsp`. All others run portable code.
+//!
+//! # Features
+//!
+//! * `alloc` (default): what owns its data. Without it this crate is `nf4-kernels` alone.
+//! * `safetensors`: the module `checkpoint`, on byte slices and without `std`.
+//! * `rayon`: large products, conversions and merges use the threads of the current pool. No bit depends on their number.
+//!
+//! The crate is `no_std` and has no unsafe code.
 #![no_std]
 #![forbid(unsafe_code)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(feature = "alloc")]
 extern crate alloc;
@@ -84,6 +123,6 @@ pub use {
 pub use {parallel::Threads, weight::store::SharedBytes};
 
 /// The examples of the README are tests.
-#[cfg(all(doctest, feature = "alloc"))]
+#[cfg(all(doctest, feature = "safetensors"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
