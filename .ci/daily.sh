@@ -7,8 +7,16 @@ readme_command() {
 }
 
 check_lock() {
+    local lock
     rustc --version
-    cargo fetch -q --locked
+    # Also those of the crates outside of the workspace, which fall behind when one inside gets a dependency.
+    for lock in $(lock_files); do
+        (cd "$(dirname "$lock")" && cargo update -q --workspace --locked) || { echo "$lock does not fit"; return 1; }
+    done
+}
+
+lock_files() {
+    find . -name target -prune -o -name Cargo.lock -print | sort
 }
 
 check_unsafe() {

@@ -102,7 +102,7 @@ check_supply() {
     rm "$planted"
 
     # Every feature, on every system, of what is built and what tests and build scripts need.
-    for lock in $(find . -name target -prune -o -name Cargo.lock -print | sort); do
+    for lock in $(lock_files); do
         folder=$(dirname "$lock")
         found=$(unverified "$lock")
         [[ -z $found ]] || { printf '%s: not from crates.io, or without a checksum:\n%s\n' "$lock" "$found"; return 1; }
