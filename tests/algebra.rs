@@ -13,7 +13,7 @@ mod layer_truth;
 
 use generator::Generator;
 use layer_truth::EPS;
-use layer_truth::truth::{self, Row, Truth};
+use layer_truth::products::{self as truth, Row, Truth};
 use nf4::{
     Activations, Adapters, Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, MultiAdapterLayer, Nf4Matrix,
     QLoRALayer, Quantized4Bit, Tensor, spec,

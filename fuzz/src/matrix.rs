@@ -4,7 +4,7 @@ use arbitrary::Arbitrary;
 use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, NESTED_BLOCK, NestedAbsmax, Nf4Matrix, packed_len, spec};
 
 use crate::input::{Bytes, Floats, Shape};
-use crate::layer_truth::truth::{self, Row};
+use crate::layer_truth::products::{self as truth, Row};
 
 /// How the scales of a matrix are made.
 #[derive(Debug, Clone, Copy, Arbitrary)]

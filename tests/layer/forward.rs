@@ -58,7 +58,7 @@ fn a_dense_layer_is_near_f64() {
         let weight = normal(d_out * d_in, 0.02, 1);
         let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
         let mut expected: Vec<truth::Output> =
-            weight.chunks(d_in).map(|w| truth::truth::dense(w, x.data()).into()).collect();
+            weight.chunks(d_in).map(|w| truth::products::dense(w, x.data()).into()).collect();
         let layer = LoRALayer::from_parts(Tensor::from_vec(weight, false), adapter(d_out, d_in, rank)).unwrap();
         truth::add_adapter(layer.adapter(), x.data(), &mut expected);
         truth::check(&format!("{d_out}x{d_in}, rank {rank}"), &expected, layer.forward(&x).data());

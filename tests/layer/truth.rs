@@ -2,10 +2,10 @@
 
 #[allow(dead_code, reason = "every test program uses a part of this")]
 #[path = "../support/truth.rs"]
-pub(crate) mod truth;
+pub(crate) mod products;
 
 use nf4::{Activations, Arithmetic, Kernels, LoRAAdapter, QLoRALayer};
-use truth::{Row, Truth};
+use products::{Row, Truth};
 
 /// The unit roundoff of f32.
 pub(crate) const EPS: f64 = 1.0 / 16_777_216.0;
@@ -50,10 +50,10 @@ fn base_product(layer: &QLoRALayer, x: &[f32]) -> Vec<Output> {
 
 /// Adds `scale * B (A x)`: the dense products, then one rounding of the product with the scale, and one of the sum.
 pub(crate) fn add_adapter(adapter: &LoRAAdapter, x: &[f32], y: &mut [Output]) {
-    let low_rank: Vec<Truth> = adapter.a().data().chunks(x.len().max(1)).map(|a| truth::dense(a, x)).collect();
+    let low_rank: Vec<Truth> = adapter.a().data().chunks(x.len().max(1)).map(|a| products::dense(a, x)).collect();
     let scale = f64::from(adapter.scale());
     for (y, b) in y.iter_mut().zip(adapter.b().data().chunks(adapter.rank())) {
-        let Truth { value, bound } = truth::dense_of(b, &low_rank);
+        let Truth { value, bound } = products::dense_of(b, &low_rank);
         y.exact += scale * value;
         y.bound += scale.abs() * (bound + EPS * (value.abs() + bound));
         y.bound += EPS * (y.exact.abs() + y.bound);

@@ -5,7 +5,7 @@ use nf4::{
     Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NESTED_BLOCK, NestedAbsmax, Nf4Matrix, bf16, f16,
 };
 
-use crate::vector::Generator;
+use crate::generator::Generator;
 
 /// The operations and shapes whose results differ from those of portable code in any bit.
 pub(super) fn differences(kernels: Kernels, seed: u64, shapes: u32) -> Result<Vec<String>> {
