@@ -66,15 +66,16 @@ def wrong(path, link, repository):
         base, link = ROOT, match[1]
     if re.match(r"[a-z]+:|//", link):
         return None
-    name, _, anchor = urllib.parse.unquote(link).partition("#")
-    target = (base / name.partition("?")[0]).resolve() if name else path
+    name, _, anchor = link.partition("#")
+    target = (base / urllib.parse.unquote(name.partition("?")[0])).resolve() if name else path
     if not target.exists():
         return "no such file"
     if target.is_dir() and path.suffix == ".html":
         target /= "index.html"
     if anchor and target.suffix in (".html", ".md"):
         # rustdoc's source pages have lines as anchors; GitHub has them for any file.
-        if not re.fullmatch(r"L?\d+(-L?\d+)?", anchor) and anchor not in load(target).anchors:
+        known = load(target).anchors
+        if not re.fullmatch(r"L?\d+(-L?\d+)?", anchor) and not {anchor, urllib.parse.unquote(anchor)} & known:
             return "no such anchor"
     return None
 
@@ -89,7 +90,9 @@ def main():
     repository = repository[1] if repository else None
     pages = [page.resolve() for page in args.pages]
     if args.docs:
-        pages += [p for p in sorted(args.docs.resolve().rglob("*.html")) if "src" not in p.relative_to(args.docs.resolve()).parts]
+        docs = args.docs.resolve()
+        # Not the views of source files; nor pages that lead to an index, which rustdoc does not write.
+        pages += [p for p in sorted(docs.rglob("*.html")) if p.relative_to(docs).parts[0] not in ("src", "help.html", "settings.html")]
     links, failures = 0, []
     for page in pages:
         for link in dict.fromkeys(load(page).links):
