@@ -169,25 +169,25 @@ pub(crate) fn is_there(path: &Path) -> Result<bool> {
     }
 }
 
-/// The most memory that JSON takes, parsed, for each byte of its text: a value of two characters is 32 bytes long, and
-/// an array moves to one of twice its size when it is full.
-const JSON_FACTOR: usize = 48;
-
 fn parse_object(text: &[u8]) -> Result<Map<String, Value>> {
-    memory::probe(text.len().saturating_mul(JSON_FACTOR))?;
     match serde_json::from_slice(text).context("not JSON")? {
         Value::Object(object) => Ok(object),
         _ => bail!("JSON, but not an object"),
     }
 }
 
-/// A whole file of JSON, of at most this many bytes.
+/// The most memory that JSON takes, parsed, for each byte of its text: a value of two characters is 32 bytes long, and
+/// an array moves to one of twice its size when it is full.
+const JSON_FACTOR: usize = 48;
+
+/// A whole file of JSON, of at most this many bytes, if there is room to parse it.
 pub(crate) fn read_small(path: &Path, most: u64, inputs: &mut Inputs) -> Result<Vec<u8>> {
     let file = inputs.open(path)?;
     let read = || -> Result<_> {
         let mut text = Vec::new();
         file.take(most + 1).read_to_end(&mut text)?;
         ensure!(text.len() as u64 <= most, "more than {most} bytes of JSON");
+        memory::probe(text.len().saturating_mul(JSON_FACTOR))?;
         Ok(text)
     };
     read().with_context(|| path.display().to_string())

@@ -44,68 +44,97 @@ const HASH: u64 = 0x4045_a786_7415_edb5;
 const SHAPE: [usize; 2] = [4096, 4096];
 const BATCH: usize = 16;
 
+/// What an instruction set computed.
+#[derive(Debug, Clone)]
+struct Checked {
+    isa: &'static str,
+    hash: u64,
+    /// Test vectors with a changed bit.
+    changed: usize,
+    /// Operations on random shapes whose results are not those of portable code.
+    differences: Vec<String>,
+}
+
+impl Checked {
+    fn new(kernels: Kernels, seed: u64, shapes: u32) -> Result<Self> {
+        let (hash, changed) = run_all(kernels, &mut Box::new(Buffers::new()))?;
+        let differences = shapes::differences(kernels, seed, shapes)?;
+        Ok(Self { isa: kernels.isa().name(), hash, changed, differences })
+    }
+
+    fn has_vector(&self) -> bool {
+        self.hash == HASH && self.changed == 0
+    }
+
+    fn is_good(&self) -> bool {
+        self.has_vector() && self.differences.is_empty()
+    }
+
+    /// A line for each thing that is wrong.
+    fn findings(&self) -> Vec<String> {
+        let Self { isa, hash, changed, differences } = self;
+        let vector = format!(
+            "{isa}: the test vector's hash is {hash:016x} instead of {HASH:016x}, {changed} of its vectors changed"
+        );
+        let vector = (!self.has_vector()).then_some(vector);
+        vector
+            .into_iter()
+            .chain(differences.iter().map(|what| format!("{isa}: {what} differs from portable code")))
+            .collect()
+    }
+}
+
 impl Selftest {
     pub(crate) fn run(&self) -> Result<Prepared> {
+        let checked = Kernels::available().map(|kernels| Checked::new(kernels, self.seed, self.shapes));
+        let checked = checked.collect::<Result<Vec<_>>>()?;
         let measure = |batch| -> Result<Vec<Measurement>> {
             match self.rounds {
                 0 => Ok(Vec::new()),
                 rounds => Ok(Bench::products(SHAPE, batch, rounds).measure()?.operations),
             }
         };
-        let speeds = [measure(1)?, measure(BATCH)?];
-        let mut buffers = Box::new(Buffers::new());
-        let mut rows = vec![
-            ["instruction set", "test vector", "random shapes", "1 vector", "of a read", "batch 16", "f32"]
-                .map(str::to_owned)
-                .to_vec(),
-        ];
-        let (mut good, mut sets, mut findings) = (true, Vec::new(), Vec::new());
-        for kernels in Kernels::available() {
-            let isa = kernels.isa().name();
-            let (hash, changed) = run_all(kernels, &mut buffers)?;
-            let vector_is_good = hash == HASH && changed == 0;
-            let differences = shapes::differences(kernels, self.seed, self.shapes)?;
-            good &= vector_is_good && differences.is_empty();
-            if !vector_is_good {
-                findings.push(format!("{isa}: the hash of the test vector is {hash:016x} instead of {HASH:016x}"));
-            }
-            findings.extend(differences.iter().map(|what| format!("{isa}: {what} differs from portable code")));
-            let speed = |measured: &[Measurement], operation: &str| {
-                measured.iter().find(|m| m.isa == isa && m.operation == operation).cloned()
-            };
-            let [one, exact] = ["product 16x4", "product f32"].map(|name| speed(&speeds[0], name));
-            let batch = speed(&speeds[1], "product 16x4");
-            let number =
-                |m: &Option<Measurement>| m.as_ref().map_or(String::new(), |m| format!("{:.2}", m.weights_per_ns));
-            let share = one.as_ref().map_or(String::new(), |m| format!("{:.0} %", m.share_of_read * 100.0));
-            let equal = self.shapes as usize - differences.len().min(self.shapes as usize);
-            rows.push(vec![
-                isa.to_owned(),
-                format!("{hash:016x}{}", if vector_is_good { "" } else { " WRONG" }),
-                if differences.is_empty() { format!("{equal} equal") } else { "DIFFERENT".to_owned() },
-                number(&one),
-                share,
-                number(&batch),
-                number(&exact),
-            ]);
-            sets.push(json!({
-                "isa": isa,
-                "hash": format!("{hash:016x}"),
-                "changed_vectors": changed,
-                "differences": differences,
-                "one_vector": one,
-                "batch": batch,
-                "f32": exact,
-            }));
-        }
-        let machine = machine::describe();
-        let mut text = Text::default();
+        Ok(self.report(&checked, &measure(1)?, &measure(BATCH)?))
+    }
+
+    fn report(&self, checked: &[Checked], one: &[Measurement], batch: &[Measurement]) -> Prepared {
+        let (mut text, machine) = (Text::default(), machine::describe());
         for (name, value) in &machine {
             text.line(format_args!("{name:<15}  {value}"));
         }
-        let read = speeds[0].iter().find(|m| m.operation == "read");
+        let read = one.iter().find(|m| m.operation == "read");
         if let Some(read) = read {
             text.line(format_args!("{:<15}  {:.1} GB/s, one thread", "a pure read", read.gb_per_s));
+        }
+        let titles = ["instruction set", "test vector", "random shapes", "1 vector", "of a read", "batch 16", "f32"];
+        let (mut rows, mut sets) = (vec![titles.map(str::to_owned).to_vec()], Vec::new());
+        for set in checked {
+            let of = |measured: &[Measurement], operation: &str| {
+                measured.iter().find(|m| m.isa == set.isa && m.operation == operation).cloned()
+            };
+            let (product, exact, batch) = (of(one, "product 16x4"), of(one, "product f32"), of(batch, "product 16x4"));
+            let cell =
+                |m: &Option<Measurement>, show: fn(&Measurement) -> String| m.as_ref().map_or(String::new(), show);
+            let speed = |m: &Measurement| format!("{:.2}", m.weights_per_ns);
+            let share = |m: &Measurement| format!("{:.0} %", m.share_of_read * 100.0);
+            rows.push(vec![
+                set.isa.to_owned(),
+                format!("{:016x}{}", set.hash, if set.has_vector() { "" } else { " WRONG" }),
+                if set.differences.is_empty() { format!("{} equal", self.shapes) } else { "DIFFERENT".to_owned() },
+                cell(&product, speed),
+                cell(&product, share),
+                cell(&batch, speed),
+                cell(&exact, speed),
+            ]);
+            sets.push(json!({
+                "isa": set.isa,
+                "hash": format!("{:016x}", set.hash),
+                "changed_vectors": set.changed,
+                "differences": set.differences,
+                "one_vector": product,
+                "batch": batch,
+                "f32": exact,
+            }));
         }
         text.line("").table(&rows);
         if read.is_some() {
@@ -114,14 +143,13 @@ impl Selftest {
                 SHAPE[0], SHAPE[1]
             ));
         }
-        for finding in &findings {
+        // Whoever sees these wants all of them in JSON, and a screen of them here.
+        checked.iter().flat_map(|set| set.findings()).take(20).for_each(|finding| {
             text.line(finding);
-        }
-        text.line(if good {
-            "All instruction sets return the same bits."
-        } else {
-            "NOT the same bits: please report this."
         });
+        let good = checked.iter().all(Checked::is_good);
+        let verdict = ["NOT the same bits: please report this.", "All instruction sets return the same bits."];
+        text.line(verdict[usize::from(good)]);
         let machine: serde_json::Map<_, _> =
             machine.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
         let json = json!({
@@ -136,6 +164,29 @@ impl Selftest {
             "instruction_sets": sets,
             "good": good,
         });
-        Ok(Prepared::report(text, json, good))
+        Prepared::report(text, json, good)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever is wrong with an instruction set is status 3, and said.
+    #[test]
+    fn what_is_wrong_is_seen() {
+        let command = Selftest { shapes: 3, seed: 1, rounds: 0 };
+        let good = Checked::new(Kernels::detect(), 1, 3).unwrap();
+        let wrong = [
+            (Checked { hash: HASH ^ 1, ..good.clone() }, "4045a7867415edb4 instead of 4045a7867415edb5"),
+            (Checked { changed: 1, ..good.clone() }, "1 of its vectors changed"),
+            (Checked { differences: vec!["gemv of 3 x 4".to_owned()], ..good.clone() }, "gemv of 3 x 4 differs"),
+        ];
+        assert!(command.report(std::slice::from_ref(&good), &[], &[]).commit().unwrap().good);
+        for (set, part) in wrong {
+            let report = command.report(&[good.clone(), set, good.clone()], &[], &[]).commit().unwrap();
+            assert!(!report.good && report.json["good"] == false);
+            assert!(report.text.contains(part) && report.text.contains("NOT the same bits"), "{}", report.text);
+        }
     }
 }
