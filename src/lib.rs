@@ -30,9 +30,26 @@
 //! | a model to merge | `checkpoint::MergedModel`; [`QLoRALayer::merge_rows_into`] for one layer |
 //! | your own buffers, no heap | [`Kernels`] and [`Nf4Matrix`] |
 //!
-//! Three levels, each knowing only the one before it: **bytes** ([`Nf4Matrix`], a checked view of packed codes and their
-//! [`Absmax`]), **operations** ([`Kernels`], the functions of one instruction set) and **layers** ([`QLoRALayer`]: a
-//! [`Quantized4Bit`] base and a [`LoRAAdapter`]). The first two come from the crate `nf4-kernels`, which never allocates.
+//! Five levels, and each knows only those above it in this list:
+//!
+//! * **bytes**: [`Nf4Matrix`], a checked view of packed codes and their [`Absmax`];
+//! * **operations**: [`Kernels`], the functions of one instruction set; all sets return the same bits;
+//! * **weights**: [`Quantized4Bit`], a matrix whose bytes are owned, static or shared ([`Store`]), and the [`Inputs`]
+//!   that it is multiplied with;
+//! * **adapters**: [`LoRAAdapter`], the low-rank pair of `LoRA` and the magnitude of `DoRA`;
+//! * **layers**: [`QLoRALayer`], a quantized weight and an adapter; [`MultiAdapterLayer`], many adapters on one weight;
+//!   and [`LoRALayer`], on a dense weight.
+//!
+//! The first two come from the crate `nf4-kernels`, which never allocates.
+//!
+//! # For engines
+//!
+//! * Weights stay where they are: in a mapped file (`checkpoint::SharedFile`), in flash, in a buffer that several layers
+//!   share ([`Store`]).
+//! * Inputs are quantized once for all layers that take them: [`QLoRALayer::quantize_inputs`].
+//! * Forwards into buffers ([`QLoRALayer::forward_into`]) do not allocate, and take f32, f16 or bf16.
+//! * Threads come from any pool: [`Threads`].
+//! * In one batch, each vector may use an adapter of its own: [`Adapters`].
 //!
 //! # The format
 //!
@@ -62,7 +79,8 @@
 //!
 //! * `alloc` (default): what owns its data. Without it this crate is `nf4-kernels` alone.
 //! * `safetensors`: the module `checkpoint`, on byte slices and without `std`.
-//! * `rayon`: large products, conversions and merges use the threads of the current pool. No bit depends on their number.
+//! * `rayon`: large products, conversions and merges use the threads of the current pool by default. No bit depends on their
+//!   number.
 //!
 //! The crate is `no_std` and has no unsafe code.
 #![no_std]
@@ -97,6 +115,8 @@ pub use nf4_kernels::*;
 
 #[cfg(feature = "rayon")]
 pub use parallel::Rayon;
+#[cfg(all(feature = "alloc", target_has_atomic = "ptr"))]
+pub use weight::store::SharedBytes;
 #[cfg(feature = "alloc")]
 pub use {
     adapter::{
@@ -111,6 +131,7 @@ pub use {
         qlora::{QLoRALayer, RequantizationStats},
         scratch::Scratch,
     },
+    parallel::Threads,
     tensor::Tensor,
     weight::{
         absmax::AbsmaxBuf,
@@ -119,8 +140,6 @@ pub use {
         store::Store,
     },
 };
-#[cfg(all(feature = "alloc", target_has_atomic = "ptr"))]
-pub use {parallel::Threads, weight::store::SharedBytes};
 
 /// The examples of the README are tests.
 #[cfg(all(doctest, feature = "safetensors"))]
