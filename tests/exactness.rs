@@ -388,6 +388,25 @@ fn batches_give_the_bits_of_single_vectors_over_all_tiles() {
     }
 }
 
+/// Panels of decoded weights: partial ones of rows, of spans and of vectors, and the last half span of blocks of 32.
+#[test]
+fn batches_give_the_bits_of_single_vectors_over_all_panels() {
+    let g = &mut Generator(12);
+    for k in Kernels::available() {
+        for (rows, cols, block_size) in [
+            (1, 64, BlockSize::B64),
+            (7, 1024, BlockSize::B64),
+            (8, 1088, BlockSize::B64),
+            (9, 1056, BlockSize::B32),
+            (17, 2080, BlockSize::B32),
+            (16, 2048, BlockSize::B128),
+        ] {
+            let q = Quantized::new(k, &inputs("bell", rows * cols, g), rows, cols, block_size);
+            [31, 32, 64, 65].into_iter().for_each(|batch| check_batch(k, &q, batch, g));
+        }
+    }
+}
+
 #[test]
 fn transposed_products_are_the_same_bits_everywhere_and_within_their_bound() {
     for_all_shapes("transposed", Kernels::available(), |k, rows, cols, block_size, g| {

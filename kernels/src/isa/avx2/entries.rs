@@ -13,7 +13,7 @@ use crate::activations::Activations;
 use crate::float::Float;
 use crate::isa::simd::planes::PLANES_I16;
 use crate::isa::simd::steps::{Decode, Steps, Widen};
-use crate::isa::simd::{activations, dequantize, product_16x4, product_dense, product_f32, quantize};
+use crate::isa::simd::{activations, batch_16x4, dequantize, product_16x4, product_dense, product_f32, quantize};
 use crate::matrix::Nf4Matrix;
 
 #[target_feature(enable = "avx2,f16c")]
@@ -85,7 +85,7 @@ pub(super) fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &
 
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
-    product_16x4::gemm(&steps(), matrix, activations, out);
+    batch_16x4::gemm(&steps(), matrix, activations, out);
 }
 
 #[target_feature(enable = "avx2,f16c,avxvnni")]
@@ -95,7 +95,7 @@ pub(super) fn gemv_vnni(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, o
 
 #[target_feature(enable = "avx2,f16c,avxvnni")]
 pub(super) fn gemm_vnni(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
-    product_16x4::gemm(&steps_vnni(), matrix, activations, out);
+    batch_16x4::gemm(&steps_vnni(), matrix, activations, out);
 }
 
 #[target_feature(enable = "avx2,f16c")]

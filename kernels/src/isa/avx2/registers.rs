@@ -17,12 +17,6 @@ pub(super) fn load_f32(x: &[f32; 8]) -> __m256 {
 
 #[target_feature(enable = "avx2")]
 #[inline]
-pub(super) fn load_i16(x: &[i16; 16]) -> __m256i {
-    must_cast(*x)
-}
-
-#[target_feature(enable = "avx2")]
-#[inline]
 pub(super) fn store_f32(out: &mut [f32; 8], x: __m256) {
     *out = must_cast(x);
 }
@@ -52,18 +46,6 @@ pub(super) fn broadcast<const GROUPS: usize>(x: &[f32; GROUPS]) -> __m256 {
         y
     };
     if GROUPS == 1 { one(&x[0]) } else { _mm256_blend_ps::<0xf0>(one(&x[0]), one(&x[1])) }
-}
-
-/// A load that stays where it is, for loops that need every register.
-#[target_feature(enable = "avx2")]
-#[inline]
-pub(super) fn load_again(x: &__m256i) -> __m256i {
-    let y: __m256i;
-    // SAFETY: reads the 32 bytes of `x`, which has their alignment.
-    unsafe {
-        asm!("vmovdqa {}, ymmword ptr [{}]", out(ymm_reg) y, in(reg) x, options(readonly, nostack, preserves_flags))
-    };
-    y
 }
 
 /// An optimization barrier: the same register, about which the compiler knows nothing more. No instruction.

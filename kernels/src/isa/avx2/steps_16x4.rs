@@ -4,54 +4,93 @@
 
 use core::arch::x86_64::*;
 
+use bytemuck::must_cast;
+
 use super::Avx2;
 use super::codes::split_codes;
-use super::registers::{add_products, broadcast, load_again, load_i16, opaque};
+use super::registers::{add_products, broadcast, opaque};
 use crate::activations::Activations;
-use crate::isa::simd::product_16x4;
+use crate::isa::simd::batch_16x4;
+use crate::isa::simd::panel_16x4::{self, Panel, PanelLanes};
 use crate::isa::simd::steps::Steps;
 use crate::isa::simd::steps_16x4::Steps16x4;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
 impl<const VNNI: bool> Steps16x4 for Avx2<VNNI> {
+    const ROWS: usize = 4;
     const VECTORS: usize = 8;
+
+    type Span = [__m256i; 4];
 
     #[target_feature(enable = "avx2")]
     #[inline]
-    unsafe fn add_span<const GROUPS: usize, const N: usize>(
+    unsafe fn load_span(&self, values: &[i16; SPAN]) -> [__m256i; 4] {
+        must_cast(*values)
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    unsafe fn store_span(&self, out: &mut [i16; SPAN], span: [__m256i; 4]) {
+        *out = must_cast(span);
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    unsafe fn decode_span(&self, packed: &[u8; SPAN / 2]) -> [__m256i; 4] {
+        decode_span(packed, &self.i16_planes)
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    unsafe fn add_span<const GROUPS: usize>(
         &self,
-        mut lanes: [__m256; N],
-        packed: &[u8; SPAN / 2],
-        values: &[[i16; SPAN]; N],
+        lanes: __m256,
+        weights: [__m256i; 4],
+        values: [__m256i; 4],
         absmax: &[f32; GROUPS],
-        scales: &[[f32; GROUPS]; N],
-    ) -> [__m256; N] {
-        // The lanes of eight vectors and the weights leave no register for the tables.
-        let weights = if N < 8 {
-            decode_span(packed, &self.i16_planes)
-        } else {
-            decode_span(packed, &self.i16_planes.each_ref().map(|plane| load_again(plane)))
-        };
-        let products = scales.map(|scales| core::array::from_fn(|g| absmax[g] * scales[g]));
-        for (n, lanes) in lanes.iter_mut().enumerate() {
-            let sums = _mm256_cvtepi32_ps(self.sums_of_span(weights, &values[n]));
-            let factor = if N == 1 { spread_products(absmax, &scales[n]) } else { broadcast::<GROUPS>(&products[n]) };
-            *lanes = _mm256_add_ps(*lanes, _mm256_mul_ps(sums, factor));
-        }
-        lanes
+        scales: &[f32; GROUPS],
+    ) -> __m256 {
+        let sums = _mm256_cvtepi32_ps(self.sums_of_span(weights, values));
+        _mm256_add_ps(lanes, _mm256_mul_ps(sums, spread_products(absmax, scales)))
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    unsafe fn add_products<const GROUPS: usize>(
+        &self,
+        lanes: __m256,
+        weights: [__m256i; 4],
+        values: [__m256i; 4],
+        factors: &[f32; GROUPS],
+    ) -> __m256 {
+        let sums = _mm256_cvtepi32_ps(self.sums_of_span(values, weights));
+        _mm256_add_ps(lanes, _mm256_mul_ps(sums, broadcast(factors)))
     }
 
     #[target_feature(enable = "avx2")]
     #[inline(never)]
-    unsafe fn gemm_vectors<const GROUPS: usize, const N: usize>(
+    unsafe fn few_vectors<const GROUPS: usize, const N: usize>(
         steps: &Steps<Self>,
         matrix: &Nf4Matrix<'_>,
         activations: &Activations<'_>,
         first: usize,
         out: &mut [f32],
     ) {
-        product_16x4::gemm_vectors::<Self, GROUPS, N>(steps, matrix, activations, first, out);
+        batch_16x4::few_vectors::<Self, GROUPS, N>(steps, matrix, activations, first, out);
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline(never)]
+    unsafe fn add_panel<const GROUPS: usize>(
+        steps: &Steps<Self>,
+        panel: &Panel<GROUPS>,
+        values: &[[i16; SPAN]],
+        scales: &[f32],
+        ahead: usize,
+        lanes: &mut PanelLanes,
+    ) {
+        panel_16x4::add_panel(steps, panel, values, scales, ahead, lanes);
     }
 }
 
@@ -74,21 +113,18 @@ impl<const VNNI: bool> Avx2<VNNI> {
     /// The eight exact lane sums of the products of a span; see the top of the module.
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn sums_of_span(&self, weights: [__m256i; 4], values: &[i16; SPAN]) -> __m256i {
-        let [a, b, c, d] = weights;
-        let values = values.as_chunks().0;
-        let values = [load_i16(&values[0]), load_i16(&values[1]), load_i16(&values[2]), load_i16(&values[3])];
+    fn sums_of_span(&self, [a, b, c, d]: [__m256i; 4], [e, f, g, h]: [__m256i; 4]) -> __m256i {
         if VNNI {
-            let sums = _mm256_madd_epi16(a, values[0]);
+            let sums = _mm256_madd_epi16(a, e);
             // SAFETY: `self` is only made where the CPU has AVX-VNNI.
-            let sums = unsafe { add_products(sums, b, values[1]) };
+            let sums = unsafe { add_products(sums, b, f) };
             // SAFETY: as above.
-            let sums = unsafe { add_products(sums, c, values[2]) };
+            let sums = unsafe { add_products(sums, c, g) };
             // SAFETY: as above.
-            unsafe { add_products(sums, d, values[3]) }
+            unsafe { add_products(sums, d, h) }
         } else {
-            let even = _mm256_add_epi32(_mm256_madd_epi16(a, values[0]), _mm256_madd_epi16(b, values[1]));
-            let odd = _mm256_add_epi32(_mm256_madd_epi16(c, values[2]), _mm256_madd_epi16(d, values[3]));
+            let even = _mm256_add_epi32(_mm256_madd_epi16(a, e), _mm256_madd_epi16(b, f));
+            let odd = _mm256_add_epi32(_mm256_madd_epi16(c, g), _mm256_madd_epi16(d, h));
             _mm256_add_epi32(even, odd)
         }
     }

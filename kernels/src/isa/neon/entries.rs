@@ -9,7 +9,7 @@ use crate::activations::Activations;
 use crate::float::Float;
 use crate::isa::simd::planes::{PLANES_F32, PLANES_I16};
 use crate::isa::simd::steps::{Decode, Steps, Widen};
-use crate::isa::simd::{activations, dequantize, product_16x4, product_dense, product_f32, quantize};
+use crate::isa::simd::{activations, batch_16x4, dequantize, product_16x4, product_dense, product_f32, quantize};
 use crate::matrix::Nf4Matrix;
 
 #[target_feature(enable = "neon")]
@@ -48,7 +48,7 @@ pub(super) fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &
 
 #[target_feature(enable = "neon")]
 pub(super) fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
-    product_16x4::gemm(&steps(), matrix, activations, out);
+    batch_16x4::gemm(&steps(), matrix, activations, out);
 }
 
 #[target_feature(enable = "neon")]

@@ -10,50 +10,92 @@ use super::Neon;
 use super::codes::split_codes;
 use super::registers::{F32x8, add, mul, one_after_the_other, spread};
 use crate::activations::Activations;
-use crate::isa::simd::product_16x4;
+use crate::isa::simd::batch_16x4;
+use crate::isa::simd::panel_16x4::{self, Panel, PanelLanes};
 use crate::isa::simd::steps::Steps;
 use crate::isa::simd::steps_16x4::Steps16x4;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
 impl Steps16x4 for Neon {
+    const ROWS: usize = 2;
     // With eight vectors the compiler makes a loop over them, whose lanes are then in memory.
     const VECTORS: usize = 4;
 
+    type Span = [int16x8_t; 8];
+
     #[target_feature(enable = "neon")]
     #[inline]
-    unsafe fn add_span<const GROUPS: usize, const N: usize>(
+    unsafe fn load_span(&self, values: &[i16; SPAN]) -> [int16x8_t; 8] {
+        must_cast(*values)
+    }
+
+    #[target_feature(enable = "neon")]
+    #[inline]
+    unsafe fn store_span(&self, out: &mut [i16; SPAN], span: [int16x8_t; 8]) {
+        *out = must_cast(span);
+    }
+
+    #[target_feature(enable = "neon")]
+    #[inline]
+    unsafe fn decode_span(&self, packed: &[u8; SPAN / 2]) -> [int16x8_t; 8] {
+        decode_span(packed, &self.i16_planes)
+    }
+
+    #[target_feature(enable = "neon")]
+    #[inline]
+    unsafe fn add_span<const GROUPS: usize>(
         &self,
-        mut lanes: [F32x8; N],
-        packed: &[u8; SPAN / 2],
-        values: &[[i16; SPAN]; N],
+        lanes: F32x8,
+        weights: [int16x8_t; 8],
+        values: [int16x8_t; 8],
         absmax: &[f32; GROUPS],
-        scales: &[[f32; GROUPS]; N],
-    ) -> [F32x8; N] {
-        let weights = decode_span(packed, &self.i16_planes);
-        for ((lanes, values), scales) in lanes.iter_mut().zip(values).zip(scales) {
-            let [low, high] = sums_of_span(weights, must_cast(*values));
-            let sums = [vcvtq_f32_s32(low), vcvtq_f32_s32(high)];
-            // Products of scalars: `fmul` takes one element of a register as its factor, so nothing is spread.
-            let factors = spread::<GROUPS>(&core::array::from_fn(|g| absmax[g] * scales[g]));
-            *lanes = add(*lanes, mul(sums, factors));
-            if N > 1 {
-                one_after_the_other(lanes);
-            }
-        }
+        scales: &[f32; GROUPS],
+    ) -> F32x8 {
+        let factors: [f32; GROUPS] = core::array::from_fn(|group| absmax[group] * scales[group]);
+        // SAFETY: as for this function.
+        unsafe { self.add_products(lanes, weights, values, &factors) }
+    }
+
+    #[target_feature(enable = "neon")]
+    #[inline]
+    unsafe fn add_products<const GROUPS: usize>(
+        &self,
+        lanes: F32x8,
+        weights: [int16x8_t; 8],
+        values: [int16x8_t; 8],
+        factors: &[f32; GROUPS],
+    ) -> F32x8 {
+        let [low, high] = sums_of_span(weights, values);
+        // `fmul` takes one element of a register as its factor, so nothing is spread.
+        let mut lanes = add(lanes, mul([vcvtq_f32_s32(low), vcvtq_f32_s32(high)], spread(factors)));
+        one_after_the_other(&mut lanes);
         lanes
     }
 
     #[target_feature(enable = "neon")]
     #[inline(never)]
-    unsafe fn gemm_vectors<const GROUPS: usize, const N: usize>(
+    unsafe fn few_vectors<const GROUPS: usize, const N: usize>(
         steps: &Steps<Self>,
         matrix: &Nf4Matrix<'_>,
         activations: &Activations<'_>,
         first: usize,
         out: &mut [f32],
     ) {
-        product_16x4::gemm_vectors::<Self, GROUPS, N>(steps, matrix, activations, first, out);
+        batch_16x4::few_vectors::<Self, GROUPS, N>(steps, matrix, activations, first, out);
+    }
+
+    #[target_feature(enable = "neon")]
+    #[inline(never)]
+    unsafe fn add_panel<const GROUPS: usize>(
+        steps: &Steps<Self>,
+        panel: &Panel<GROUPS>,
+        values: &[[i16; SPAN]],
+        scales: &[f32],
+        ahead: usize,
+        lanes: &mut PanelLanes,
+    ) {
+        panel_16x4::add_panel(steps, panel, values, scales, ahead, lanes);
     }
 }
 

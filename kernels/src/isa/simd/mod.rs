@@ -5,8 +5,10 @@
 //! all is compiled for the instruction set. Nothing here has features of its own, and the loops are safe code.
 
 pub(super) mod activations;
+pub(super) mod batch_16x4;
 pub(super) mod bits;
 pub(super) mod dequantize;
+pub(super) mod panel_16x4;
 pub(super) mod planes;
 pub(super) mod product_16x4;
 pub(super) mod product_dense;

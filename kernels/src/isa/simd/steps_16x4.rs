@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "declares steps that not every CPU can run, and calls them where this one is known to")]
 
+use super::panel_16x4::{Panel, PanelLanes};
 use super::steps::{Lanes, Steps};
 use crate::activations::Activations;
 use crate::matrix::Nf4Matrix;
@@ -12,48 +13,108 @@ use crate::spec::SPAN;
 /// # Safety
 /// Every method needs a CPU with the instruction set.
 pub(in crate::isa) trait Steps16x4: Lanes + Sized {
+    /// Rows of a GEMV that share the loads of the activations: four, or two where there are no registers for more.
+    const ROWS: usize;
     /// Vectors of a batch that share the weights of a decoded span: eight, or four where there are no registers for
     /// more.
     const VECTORS: usize;
 
-    /// Adds the products of the weights of a span, which has `GROUPS` activation groups, and `N` vectors to their
-    /// lanes.
-    unsafe fn add_span<const GROUPS: usize, const N: usize>(
-        &self,
-        lanes: [Self::Lanes; N],
-        packed: &[u8; SPAN / 2],
-        values: &[[i16; SPAN]; N],
-        absmax: &[f32; GROUPS],
-        scales: &[[f32; GROUPS]; N],
-    ) -> [Self::Lanes; N];
+    /// The 64 values of a span in registers, weights or activations.
+    type Span: Copy;
 
-    /// The loop [`super::product_16x4::gemm_vectors`], in a function that is not inlined: so the stack holds the tile
-    /// of one `N` at a time.
-    unsafe fn gemm_vectors<const GROUPS: usize, const N: usize>(
+    unsafe fn load_span(&self, values: &[i16; SPAN]) -> Self::Span;
+
+    unsafe fn store_span(&self, out: &mut [i16; SPAN], span: Self::Span);
+
+    /// The weights of a span, in the order of the activations.
+    unsafe fn decode_span(&self, packed: &[u8; SPAN / 2]) -> Self::Span;
+
+    /// Adds the products of the weights of a span, which has `GROUPS` activation groups, and a vector to its lanes.
+    unsafe fn add_span<const GROUPS: usize>(
+        &self,
+        lanes: Self::Lanes,
+        weights: Self::Span,
+        values: Self::Span,
+        absmax: &[f32; GROUPS],
+        scales: &[f32; GROUPS],
+    ) -> Self::Lanes;
+
+    /// As [`Self::add_span`], with the products of absmax and scale.
+    unsafe fn add_products<const GROUPS: usize>(
+        &self,
+        lanes: Self::Lanes,
+        weights: Self::Span,
+        values: Self::Span,
+        factors: &[f32; GROUPS],
+    ) -> Self::Lanes;
+
+    /// The loop [`super::batch_16x4::few_vectors`] in a function that is not inlined: so the stack holds the tile of one
+    /// `N` at a time.
+    unsafe fn few_vectors<const GROUPS: usize, const N: usize>(
         steps: &Steps<Self>,
         matrix: &Nf4Matrix<'_>,
         activations: &Activations<'_>,
         first: usize,
         out: &mut [f32],
     );
+
+    /// The loop [`super::panel_16x4::add_panel`] in a function that is not inlined, so that all registers are its own.
+    unsafe fn add_panel<const GROUPS: usize>(
+        steps: &Steps<Self>,
+        panel: &Panel<GROUPS>,
+        values: &[[i16; SPAN]],
+        scales: &[f32],
+        ahead: usize,
+        lanes: &mut PanelLanes,
+    );
 }
 
 impl<S: Steps16x4> Steps<S> {
     #[inline(always)]
-    pub(super) fn add_span<const GROUPS: usize, const N: usize>(
-        &self,
-        lanes: [S::Lanes; N],
-        packed: &[u8; SPAN / 2],
-        values: &[[i16; SPAN]; N],
-        absmax: &[f32; GROUPS],
-        scales: &[[f32; GROUPS]; N],
-    ) -> [S::Lanes; N] {
+    pub(super) fn load_span(&self, values: &[i16; SPAN]) -> S::Span {
         // SAFETY: `self` proves that the CPU has the instruction set.
-        unsafe { self.get().add_span(lanes, packed, values, absmax, scales) }
+        unsafe { self.get().load_span(values) }
     }
 
     #[inline(always)]
-    pub(super) fn gemm_vectors<const GROUPS: usize, const N: usize>(
+    pub(super) fn store_span(&self, out: &mut [i16; SPAN], span: S::Span) {
+        // SAFETY: `self` proves that the CPU has the instruction set.
+        unsafe { self.get().store_span(out, span) }
+    }
+
+    #[inline(always)]
+    pub(super) fn decode_span(&self, packed: &[u8; SPAN / 2]) -> S::Span {
+        // SAFETY: `self` proves that the CPU has the instruction set.
+        unsafe { self.get().decode_span(packed) }
+    }
+
+    #[inline(always)]
+    pub(super) fn add_span<const GROUPS: usize>(
+        &self,
+        lanes: S::Lanes,
+        weights: S::Span,
+        values: S::Span,
+        absmax: &[f32; GROUPS],
+        scales: &[f32; GROUPS],
+    ) -> S::Lanes {
+        // SAFETY: `self` proves that the CPU has the instruction set.
+        unsafe { self.get().add_span(lanes, weights, values, absmax, scales) }
+    }
+
+    #[inline(always)]
+    pub(super) fn add_products<const GROUPS: usize>(
+        &self,
+        lanes: S::Lanes,
+        weights: S::Span,
+        values: S::Span,
+        factors: &[f32; GROUPS],
+    ) -> S::Lanes {
+        // SAFETY: `self` proves that the CPU has the instruction set.
+        unsafe { self.get().add_products(lanes, weights, values, factors) }
+    }
+
+    #[inline(always)]
+    pub(super) fn few_vectors<const GROUPS: usize, const N: usize>(
         &self,
         matrix: &Nf4Matrix<'_>,
         activations: &Activations<'_>,
@@ -61,6 +122,19 @@ impl<S: Steps16x4> Steps<S> {
         out: &mut [f32],
     ) {
         // SAFETY: `self` proves that the CPU has the instruction set.
-        unsafe { S::gemm_vectors::<GROUPS, N>(self, matrix, activations, first, out) }
+        unsafe { S::few_vectors::<GROUPS, N>(self, matrix, activations, first, out) }
+    }
+
+    #[inline(always)]
+    pub(super) fn add_panel<const GROUPS: usize>(
+        &self,
+        panel: &Panel<GROUPS>,
+        values: &[[i16; SPAN]],
+        scales: &[f32],
+        ahead: usize,
+        lanes: &mut PanelLanes,
+    ) {
+        // SAFETY: `self` proves that the CPU has the instruction set.
+        unsafe { S::add_panel(self, panel, values, scales, ahead, lanes) }
     }
 }

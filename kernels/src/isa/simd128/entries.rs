@@ -9,7 +9,7 @@ use crate::activations::Activations;
 use crate::float::Float;
 use crate::isa::simd::planes::{PLANES_F32, PLANES_I16};
 use crate::isa::simd::steps::{Decode, Steps, Widen};
-use crate::isa::simd::{activations, dequantize, product_16x4, product_dense, product_f32, quantize};
+use crate::isa::simd::{activations, batch_16x4, dequantize, product_16x4, product_dense, product_f32, quantize};
 use crate::matrix::Nf4Matrix;
 
 #[inline]
@@ -42,7 +42,7 @@ pub(super) fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &
 }
 
 pub(super) fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
-    product_16x4::gemm(&steps(), matrix, activations, out);
+    batch_16x4::gemm(&steps(), matrix, activations, out);
 }
 
 pub(super) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {

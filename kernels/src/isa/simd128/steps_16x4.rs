@@ -10,44 +10,82 @@ use super::Simd128;
 use super::codes::{look_up_u16, split_codes};
 use super::registers::{F32x8, add, mul, spread};
 use crate::activations::Activations;
-use crate::isa::simd::product_16x4;
+use crate::isa::simd::batch_16x4;
+use crate::isa::simd::panel_16x4::{self, Panel, PanelLanes};
 use crate::isa::simd::steps::Steps;
 use crate::isa::simd::steps_16x4::Steps16x4;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
 impl Steps16x4 for Simd128 {
+    const ROWS: usize = 2;
     // The lanes of eight vectors are in memory on an engine with 16 registers; four were slower all the same.
     const VECTORS: usize = 8;
 
+    type Span = [v128; 8];
+
     #[inline]
-    unsafe fn add_span<const GROUPS: usize, const N: usize>(
+    unsafe fn load_span(&self, values: &[i16; SPAN]) -> [v128; 8] {
+        must_cast(*values)
+    }
+
+    #[inline]
+    unsafe fn store_span(&self, out: &mut [i16; SPAN], span: [v128; 8]) {
+        *out = must_cast(span);
+    }
+
+    #[inline]
+    unsafe fn decode_span(&self, packed: &[u8; SPAN / 2]) -> [v128; 8] {
+        decode_span(packed, &self.i16_planes)
+    }
+
+    #[inline]
+    unsafe fn add_span<const GROUPS: usize>(
         &self,
-        mut lanes: [F32x8; N],
-        packed: &[u8; SPAN / 2],
-        values: &[[i16; SPAN]; N],
+        lanes: F32x8,
+        weights: [v128; 8],
+        values: [v128; 8],
         absmax: &[f32; GROUPS],
-        scales: &[[f32; GROUPS]; N],
-    ) -> [F32x8; N] {
-        let weights = decode_span(packed, &self.i16_planes);
-        for ((lanes, values), scales) in lanes.iter_mut().zip(values).zip(scales) {
-            let [low, high] = sums_of_span(weights, must_cast(*values));
-            let sums = [f32x4_convert_i32x4(low), f32x4_convert_i32x4(high)];
-            let factors = spread::<GROUPS>(&core::array::from_fn(|g| absmax[g] * scales[g]));
-            *lanes = add(*lanes, mul(sums, factors));
-        }
-        lanes
+        scales: &[f32; GROUPS],
+    ) -> F32x8 {
+        let factors: [f32; GROUPS] = core::array::from_fn(|group| absmax[group] * scales[group]);
+        // SAFETY: as for this function.
+        unsafe { self.add_products(lanes, weights, values, &factors) }
+    }
+
+    #[inline]
+    unsafe fn add_products<const GROUPS: usize>(
+        &self,
+        lanes: F32x8,
+        weights: [v128; 8],
+        values: [v128; 8],
+        factors: &[f32; GROUPS],
+    ) -> F32x8 {
+        let [low, high] = sums_of_span(weights, values);
+        add(lanes, mul([f32x4_convert_i32x4(low), f32x4_convert_i32x4(high)], spread(factors)))
     }
 
     #[inline(never)]
-    unsafe fn gemm_vectors<const GROUPS: usize, const N: usize>(
+    unsafe fn few_vectors<const GROUPS: usize, const N: usize>(
         steps: &Steps<Self>,
         matrix: &Nf4Matrix<'_>,
         activations: &Activations<'_>,
         first: usize,
         out: &mut [f32],
     ) {
-        product_16x4::gemm_vectors::<Self, GROUPS, N>(steps, matrix, activations, first, out);
+        batch_16x4::few_vectors::<Self, GROUPS, N>(steps, matrix, activations, first, out);
+    }
+
+    #[inline(never)]
+    unsafe fn add_panel<const GROUPS: usize>(
+        steps: &Steps<Self>,
+        panel: &Panel<GROUPS>,
+        values: &[[i16; SPAN]],
+        scales: &[f32],
+        ahead: usize,
+        lanes: &mut PanelLanes,
+    ) {
+        panel_16x4::add_panel(steps, panel, values, scales, ahead, lanes);
     }
 }
 
