@@ -34,6 +34,11 @@ check_valgrind() {
     cargo test --locked --workspace --test exactness --test guard_pages --test vectors --test views
 }
 
+# That packages are missing is a failure here.
+check_upstream() {
+    NF4_REQUIRE_UPSTREAM=1 bash tests/upstream/run.sh | tee /dev/stderr | { ! grep -E 'NOT RUN|SKIPPED' >/dev/null; }
+}
+
 # Licences that go with that of this project. One expression a line, as the packages write them.
 licences='
 (MIT OR Apache-2.0) AND NCSA
