@@ -18,8 +18,8 @@ use std::fs::{create_dir, create_dir_all, read, write};
 use std::path::Path;
 
 use nf4::checkpoint::{
-    Dtype, FloatType, GgufValue, Linear4bit, MergedModel, PeftAdapter, TensorData, TensorFile, TensorMap, TensorSource,
-    to_safetensors, write_gguf,
+    Dtype, FloatType, GgufValue, Linear4bit, MergeOptions, MergedModel, PeftAdapter, TensorData, TensorFile, TensorMap,
+    TensorSource, to_safetensors, write_gguf,
 };
 use nf4::{BlockSize, LoRAAdapter, LoRAScaling, Quantized4Bit};
 
@@ -135,7 +135,7 @@ fn write_merged(out: &Path, file: &TensorFile<'_>, weights: &Weights, adapter: &
         model.extend(layer.tensors(name));
     }
     for (name, float) in [("f32", FloatType::F32), ("f16", FloatType::F16), ("bf16", FloatType::BF16)] {
-        let merged = MergedModel::new(&model, Some(adapter), float)?;
+        let merged = MergedModel::new(&model, Some(adapter), &MergeOptions::new().with_dtype(float))?;
         write(out.join(format!("{name}.safetensors")), to_safetensors(&merged)?)?;
         let (mut gguf, title) = (Vec::new(), GgufValue::String("merged".to_owned()));
         write_gguf(&merged, "llama", &[("general.name", title)], &mut |bytes| {

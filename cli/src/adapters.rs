@@ -7,6 +7,7 @@ use nf4::LoRAScaling;
 use nf4::checkpoint::{PeftAdapter, TensorSource};
 use serde_json::json;
 
+use crate::hub;
 use crate::inputs::Inputs;
 use crate::model::{MAX_CONFIG, Model, is_there, read_small};
 use crate::report::Prepared;
@@ -28,13 +29,17 @@ pub(crate) struct Adapter {
 impl Adapter {
     /// Whether there is an adapter in this directory.
     pub(crate) fn is_at(path: &Path) -> Result<bool> {
+        let path = &*hub::resolve(path)?;
         Ok(path.is_dir() && is_there(&path.join(CONFIG))?)
     }
 
     /// Reads all of it.
     pub(crate) fn open(path: &Path) -> Result<Self> {
+        let path = &*hub::resolve(path)?;
         let weights = path.join(WEIGHTS);
         ensure!(path.is_dir(), "{}: not a directory with a PEFT adapter", path.display());
+        let pickle = path.join("adapter_model.bin");
+        ensure!(is_there(&weights)? || !is_there(&pickle)?, "{}: {}", pickle.display(), hub::PICKLE);
         let mut inputs = Inputs::default();
         inputs.note(path)?;
         let config = read_small(&path.join(CONFIG), MAX_CONFIG, &mut inputs)?;
@@ -42,6 +47,36 @@ impl Adapter {
         let peft = PeftAdapter::load(&config, &file).with_context(|| path.display().to_string())?;
         inputs.extend(&file.inputs);
         Ok(Self { path: path.to_owned(), peft, file, inputs })
+    }
+
+    /// Files that a model with this adapter has from it and not from the base: tokens may have been added, and the
+    /// template is the one that it was trained with.
+    pub(crate) fn model_files(&self) -> Result<Vec<PathBuf>> {
+        const FILES: [&str; 16] = [
+            "added_tokens.json",
+            "chat_template.jinja",
+            "chat_template.json",
+            "generation_config.json",
+            "merges.txt",
+            "preprocessor_config.json",
+            "processor_config.json",
+            "sentencepiece.bpe.model",
+            "special_tokens_map.json",
+            "spiece.model",
+            "spm.model",
+            "tokenizer.json",
+            "tokenizer.model",
+            "tokenizer_config.json",
+            "vocab.json",
+            "vocab.txt",
+        ];
+        let mut files = Vec::new();
+        for path in FILES.map(|name| self.path.join(name)) {
+            if is_there(&path)? && path.is_file() {
+                files.push(path);
+            }
+        }
+        Ok(files)
     }
 
     /// What it holds.
@@ -73,6 +108,12 @@ impl Adapter {
         for name in &replaced {
             text.line(format_args!("{name} is replaced as a whole"));
         }
+        for (name, count) in self.peft.parameters() {
+            text.line(format_args!("{name}: {count} parameters with adapters of their own"));
+        }
+        for (name, tokens) in self.peft.tokens() {
+            text.line(format_args!("{name}: {} tokens", tokens.indices().len()));
+        }
         let tensors = self.file.names().count();
         let variants: String = variants.iter().map(|v| format!(", {v}")).collect();
         let size = bytes(self.file.data_len());
@@ -81,6 +122,8 @@ impl Adapter {
             "path": self.path.to_string_lossy(),
             "modules": list,
             "replaced": replaced,
+            "parameters": self.peft.parameters().map(|(name, count)| json!({"name": name, "count": count})).collect::<Vec<_>>(),
+            "tokens": self.peft.tokens().iter().map(|(name, t)| json!({"name": name, "indices": t.indices()})).collect::<Vec<_>>(),
             "rslora": rslora,
             "dora": config.is_dora(),
             "lora_bias": config.lora_bias(),

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use nf4::checkpoint::Entry;
 use serde_json::{Map, Value};
 
 use crate::inputs::Inputs;
@@ -15,7 +16,7 @@ use crate::output::{Output, Sealed};
 use crate::progress::Progress;
 use crate::shard::Shard;
 use crate::workers::Workers;
-use crate::writer::{Entry, Writer};
+use crate::writer::Writer;
 
 /// Where the new model goes.
 #[derive(Debug, Args)]
@@ -80,11 +81,21 @@ pub(crate) trait Conversion {
     /// What becomes of a tensor.
     fn step(&self, name: &str) -> Result<Step<Self::How>>;
 
-    /// Writes the tensors that [`Self::step`] promised in place of `name`.
+    /// The tensors of a shard that do not stand in the place of another one.
+    fn added(&self, _shard: &Shard) -> Result<Vec<(String, Self::How, Vec<Entry>)>> {
+        Ok(Vec::new())
+    }
+
+    /// Writes the tensors that [`Self::step`] or [`Self::added`] promised for `name`.
     fn make(&self, name: &str, how: Self::How, job: &mut Job<'_, Buffers>) -> Result<()>;
 
     /// The new text of `config.json`.
     fn config(&self, old: &[u8]) -> Result<String>;
+
+    /// Files that come with the new model, in place of files of these names in the old one.
+    fn files(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
 }
 
 /// Builds the new model, which is at `target` once the output is committed; `inputs` is all that was read for it.
@@ -97,7 +108,12 @@ pub(crate) fn build<C: Conversion>(
     conversion: &C,
 ) -> Result<Built> {
     let mut inputs = inputs.clone();
-    let (others, left) = model.other_files()?;
+    let (mut others, left) = model.other_files()?;
+    if model.directory.is_some() {
+        let own = conversion.files();
+        others.retain(|old| !own.iter().any(|new| new.file_name() == old.file_name()));
+        others.extend(own);
+    }
     others.iter().try_for_each(|file| inputs.note(file))?;
     let output = Output::new(&target.out, model.directory.is_some(), target.force, inputs)?;
     let (mut workers, mut bytes, mut weight_map) = (Workers::new(threads), 0, BTreeMap::new());
@@ -115,21 +131,23 @@ pub(crate) fn build<C: Conversion>(
                 Step::Drop => {}
                 Step::Make(_, made) => entries.extend(made.iter().cloned()),
             }
-            steps.push((name, step));
+            steps.push((name.to_owned(), step));
+        }
+        for (name, how, made) in conversion.added(shard)? {
+            entries.extend(made.iter().cloned());
+            steps.push((name, Step::Make(how, made)));
         }
         weight_map.extend(entries.iter().map(|e| (e.name.clone(), Value::from(shard.name()))));
-        // Without `format` transformers does not load a file.
-        let mut metadata = shard.header.metadata().clone();
-        metadata.entry("format".to_owned()).or_insert("pt".to_owned());
+        let metadata = shard.header.metadata().clone();
         let file = output.create(shard.name())?;
         let writer = Writer::new(file, &output.path(shard.name()), entries, metadata)?;
         let mut job = Job { shard, writer: &writer, workers: &mut workers, progress };
         for (name, step) in steps {
-            progress.at(name);
+            progress.at(&name);
             match step {
-                Step::Copy => copy(name, &mut job)?,
+                Step::Copy => copy(&name, &mut job)?,
                 Step::Drop => {}
-                Step::Make(how, _) => conversion.make(name, how, &mut job)?,
+                Step::Make(how, _) => conversion.make(&name, how, &mut job)?,
             }
         }
         bytes += writer.finish()?;

@@ -25,8 +25,8 @@ pub(crate) enum Flat<'a> {
 impl<'a> Flat<'a> {
     /// The tensor of this name, or the 4-bit layer whose weight it is.
     pub(crate) fn open(model: &'a Model, layers: &Layers, name: &'a str) -> Result<Self> {
-        if let Some(layer) = layers.by_weight.get(name) {
-            return Ok(Self::Packed(Box::new(load(model, layer)?)));
+        if layers.by_tensor.contains_key(name) {
+            return Ok(Self::Packed(Box::new(load(model, name)?)));
         }
         let (shard, info) = model.find(name).with_context(|| format!("{}: no tensor {name}", model.path.display()))?;
         let shape = info.shape.clone();
@@ -78,12 +78,16 @@ impl<'a> Flat<'a> {
             Self::Dense { shard, name, float, .. } => {
                 let mut bytes = memory::filled(range.len() * float.size(), 0)?;
                 shard.read_part(name, (range.start * float.size()) as u64, &mut bytes)?;
-                Ok(float.values(&bytes))
+                let mut values = memory::filled(range.len(), 0.0)?;
+                values.clear();
+                float.extend_values(&bytes, &mut values);
+                Ok(values)
             }
             Self::Other { shard, name, .. } => {
-                let mut bytes = memory::filled(range.len(), 0)?;
+                let (mut bytes, mut values) = (memory::filled(range.len(), 0)?, memory::filled(range.len(), 0.0)?);
                 shard.read_part(name, range.start as u64, &mut bytes)?;
-                Ok(bytes.into_iter().map(f32::from).collect())
+                values.iter_mut().zip(bytes).for_each(|(value, byte)| *value = byte.into());
+                Ok(values)
             }
             Self::Packed(layer) => {
                 let weight = layer.weight();

@@ -13,7 +13,7 @@ use crate::model::Model;
 use crate::report::Prepared;
 use crate::text::{Text, bytes, shape};
 
-/// Show every layer of a model or an adapter: shape, type, block size, scales, bits a weight; and totals.
+/// Show every tensor of a model or module of an adapter: shape, type, block size, scales, bits per weight; and totals.
 ///
 /// Only headers are read, and the few hundred bytes in which each 4-bit layer describes itself.
 #[derive(Debug, Args)]
@@ -40,7 +40,7 @@ impl Inspect {
         for shard in &model.shards {
             for name in shard.names() {
                 let Some(info) = shard.header.get(name) else { continue };
-                if let Some(layer) = layers.by_weight.get(name) {
+                if let Some(layer) = layers.by_tensor.get(name) {
                     packed.add(&layer.state.shape, layer.bytes);
                     rows.push(layer_row(name, layer));
                     list.push(layer_json(name, layer, shard.name()));
@@ -63,7 +63,7 @@ impl Inspect {
         let broken: Vec<String> = layers.broken.iter().map(ToString::to_string).collect();
         let mut text = Text::default();
         text.table(&rows).line("");
-        for (name, total) in [("4-bit layers", &packed), ("other tensors", &dense)] {
+        for (name, total) in [("4-bit tensors", &packed), ("other tensors", &dense)] {
             text.line(format_args!(
                 "{name}: {}, {} weights, {}, {:.3} bits per weight",
                 total.count,
@@ -73,13 +73,18 @@ impl Inspect {
             ));
         }
         text.line(format_args!("total: {} in {} file(s)", bytes(model.data_len()), model.shards.len()));
+        let not_understood: Vec<String> = layers.not_understood().collect();
+        for line in &not_understood {
+            text.line(line);
+        }
         for error in &broken {
-            text.line(format_args!("broken layer: {error}"));
+            text.line(format_args!("broken: {error}"));
         }
         let json = json!({
             "path": self.path.to_string_lossy(),
             "tensors": list,
             "broken": broken,
+            "not_understood": not_understood,
             "totals": {
                 "nf4": packed.json(),
                 "other": dense.json(),
@@ -120,7 +125,7 @@ impl Total {
     }
 }
 
-/// Bits a weight with all that the layer has in the file.
+/// Bits per weight with all that the layer has in the file.
 fn bits(layer: &Layer) -> f64 {
     let mut total = Total::default();
     total.add(&layer.state.shape, layer.bytes);

@@ -1,9 +1,7 @@
-//! Reads and writes at a position, so that threads share a file without a cursor; and little-endian floats.
+//! Reads and writes at a position, so that threads share a file without a cursor.
 
 use std::fs::File;
 use std::io;
-
-use nf4::{Float, bf16, f16};
 
 /// Fills `buffer` with the bytes from `offset` on.
 #[cfg(unix)]
@@ -44,33 +42,3 @@ pub(crate) fn write_all_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io
     }
     Ok(())
 }
-
-/// An element type of weights, as it stands in a file.
-pub(crate) trait FileFloat: Float {
-    /// The values of whole little-endian elements, in `out`, which is cleared first.
-    fn read(bytes: &[u8], out: &mut Vec<Self>);
-
-    /// The little-endian bytes of `values`, in `out`, which is cleared first.
-    fn write(values: &[Self], out: &mut Vec<u8>);
-}
-
-macro_rules! file_float {
-    ($type:ty, $bytes:literal) => {
-        impl FileFloat for $type {
-            fn read(bytes: &[u8], out: &mut Vec<Self>) {
-                out.clear();
-                out.extend(bytes.as_chunks::<$bytes>().0.iter().map(|b| Self::from_le_bytes(*b)));
-            }
-
-            fn write(values: &[Self], out: &mut Vec<u8>) {
-                out.resize(values.len() * $bytes, 0);
-                let chunks = out.as_chunks_mut::<$bytes>().0;
-                chunks.iter_mut().zip(values).for_each(|(b, v)| *b = v.to_le_bytes());
-            }
-        }
-    };
-}
-
-file_float!(f32, 4);
-file_float!(f16, 2);
-file_float!(bf16, 2);

@@ -1,5 +1,6 @@
 //! A model on disk: a single safetensors file, or a directory with one or with shards and an index, and `config.json`.
 
+use core::ops::Range;
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -7,10 +8,11 @@ use std::io::{ErrorKind, Read};
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use nf4::checkpoint::{CheckpointError, TensorSource};
+use nf4::checkpoint::{CheckpointError, ModelConfig, TensorSource};
 use safetensors::tensor::TensorInfo;
 use serde_json::{Map, Value};
 
+use crate::hub;
 use crate::inputs::Inputs;
 use crate::memory;
 use crate::shard::Shard;
@@ -43,6 +45,7 @@ pub(crate) struct Model {
 impl Model {
     /// Opens a file or a directory; reads headers and JSON, no data.
     pub(crate) fn open(path: &Path) -> Result<Self> {
+        let path = &*hub::resolve(path)?;
         let kind = fs::metadata(path).with_context(|| path.display().to_string())?;
         let mut inputs = Inputs::default();
         if !kind.is_dir() {
@@ -60,6 +63,11 @@ impl Model {
             return Self::from_shards(path, Some(path.to_owned()), vec![shard], None, config, inputs);
         }
         if !is_there(&index_path)? {
+            let pickle =
+                ["pytorch_model.bin", "pytorch_model.bin.index.json"].into_iter().find(|p| path.join(p).exists());
+            if let Some(pickle) = pickle {
+                bail!("{}: {}", path.join(pickle).display(), hub::PICKLE);
+            }
             bail!("{}: no {SINGLE} and no {INDEX}", path.display());
         }
         let index = read_small(&index_path, MAX_INDEX, &mut inputs)?;
@@ -109,7 +117,8 @@ impl Model {
     /// The fields of `config.json`, if there is one.
     pub(crate) fn config_fields(&self) -> Result<Option<Map<String, Value>>> {
         let at = || self.path.join(CONFIG).display().to_string();
-        self.config.as_deref().map(|text| parse_object(text).with_context(at)).transpose()
+        let parse = |text| -> Result<_> { Ok(ModelConfig::parse(text).with_context(at)?.fields().clone()) };
+        self.config.as_deref().map(parse).transpose()
     }
 
     /// Bytes of all tensors.
@@ -158,6 +167,18 @@ impl TensorSource for Model {
         let (shard, _) = self.find(name).ok_or_else(|| CheckpointError::Missing { tensor: name.to_owned() })?;
         let failed = |e: std::io::Error| CheckpointError::Read { tensor: shard.at(name), reason: e.to_string() };
         Ok(Cow::Owned(shard.read(name).map_err(failed)?))
+    }
+
+    fn read_range(&self, name: &str, range: Range<usize>) -> Result<Cow<'_, [u8]>, CheckpointError> {
+        let (shard, _) = self.find(name).ok_or_else(|| CheckpointError::Missing { tensor: name.to_owned() })?;
+        let read = || -> Result<Vec<u8>> {
+            let mut bytes = memory::filled(range.len(), 0)?;
+            shard.read_part(name, range.start as u64, &mut bytes)?;
+            Ok(bytes)
+        };
+        let failed =
+            |e: anyhow::Error| CheckpointError::Read { tensor: shard.at(name), reason: e.root_cause().to_string() };
+        Ok(Cow::Owned(read().map_err(failed)?))
     }
 }
 

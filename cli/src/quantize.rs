@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use nf4::checkpoint::{
-    FloatType, Linear4bit, QuantState, QuantizationConfig, TensorInfo, TensorSource, linear4bit_prefixes,
+    Entry, FloatType, Linear4bit, QuantState, QuantizationConfig, TensorInfo, TensorSource, packed_tensors,
 };
 use nf4::{AbsmaxBuf, BlockSize, Kernels, Quantized4Bit, packed_len};
 use safetensors::Dtype;
@@ -15,15 +15,12 @@ use serde_json::json;
 
 use crate::Global;
 use crate::build::{Buffers, Conversion, Job, Step, Target, build};
-use crate::floats::with_float;
-use crate::io::FileFloat;
 use crate::memory;
 use crate::model::Model;
 use crate::progress::Progress;
 use crate::report::Prepared;
 use crate::rule::{Skip, TRANSPOSED};
 use crate::text::{Text, bytes};
-use crate::writer::Entry;
 
 /// Quantize the Linear weights of a model to NF4, so that transformers loads it as 4-bit.
 ///
@@ -149,12 +146,12 @@ impl Conversion for Conversion4bit<'_> {
         let Some(weight) = weight else { return Ok(Step::Copy) };
         let mut entries: Vec<Entry> = weight
             .state
-            .tensor_infos(&weight.module)?
+            .tensor_infos(&format!("{}.weight", weight.module))?
             .iter()
             .map(|(name, info)| Entry::new(name, info.dtype, &info.shape))
             .collect();
         if let Some(json) = entries.last_mut() {
-            json.is_text = true;
+            json.is_late = true;
         }
         Ok(Step::Make(weight, entries))
     }
@@ -167,14 +164,14 @@ impl Conversion for Conversion4bit<'_> {
         let at = || job.shard.at(name);
         let mut packed = memory::filled(packed_len(elements), 0).with_context(at)?;
         let mut absmax = memory::filled(block_size.blocks(elements), 0.0).with_context(at)?;
-        with_float!(dtype, T => quantize_chunks::<T>(name, block_size, [rows, cols], &mut packed, &mut absmax, job))?;
+        quantize_chunks(name, dtype, block_size, [rows, cols], &mut packed, &mut absmax, job)?;
         let scales = if double_quant { AbsmaxBuf::double_quantize(&absmax)? } else { AbsmaxBuf::plain(absmax) };
         let quantized = Quantized4Bit::from_parts(packed, scales, rows, cols, block_size);
         let layer = Linear4bit::new(quantized.with_context(|| job.shard.at(name))?, dtype);
-        let json = weight.state.tensor_infos(&weight.module)?.pop().map(|(name, _)| name);
+        let json = weight.state.tensor_infos(&format!("{}.weight", weight.module))?.pop().map(|(name, _)| name);
         for (name, tensor) in layer.tensors(&weight.module) {
             if json.as_ref() == Some(&name) {
-                job.writer.set_text(&name, tensor.bytes().to_vec())?;
+                job.writer.set_late(&name, tensor.bytes().to_vec());
             } else {
                 job.writer.write(&name, 0, tensor.bytes())?;
             }
@@ -190,8 +187,9 @@ impl Conversion for Conversion4bit<'_> {
 /// Weights of a chunk: whole blocks of every size, and few enough for the cache.
 const CHUNK: usize = 1 << 17;
 
-fn quantize_chunks<T: FileFloat>(
+fn quantize_chunks(
     name: &str,
+    dtype: FloatType,
     block_size: BlockSize,
     [rows, cols]: [usize; 2],
     packed: &mut [u8],
@@ -204,17 +202,17 @@ fn quantize_chunks<T: FileFloat>(
     let chunks = packed.chunks_mut(CHUNK / 2).zip(absmax.chunks_mut(CHUNK / block_size.get()));
     let outputs: Vec<_> = chunks.map(Mutex::new).collect();
     job.workers.run(rows * cols, CHUNK, |buffers, part| {
-        let size = part.len() * size_of::<T>();
+        let size = part.len() * dtype.size();
         memory::resize(&mut buffers.bytes, size, 0)?;
-        shard.read_part(name, (part.start * size_of::<T>()) as u64, &mut buffers.bytes)?;
-        let mut weights = Vec::new();
-        T::read(&buffers.bytes, &mut weights);
+        shard.read_part(name, (part.start * dtype.size()) as u64, &mut buffers.bytes)?;
+        let mut weights = Vec::with_capacity(part.len());
+        dtype.extend_values(&buffers.bytes, &mut weights);
         let mut output = outputs[part.start / CHUNK].lock().expect("each chunk has one thread");
         let (packed, absmax) = &mut *output;
         kernels.quantize(&weights, block_size, packed, absmax)?;
         if absmax.iter().any(|a| !a.is_finite()) {
-            let at = weights.iter().position(|w| !w.to_f32().is_finite()).unwrap_or(0);
-            let (index, value) = (part.start + at, weights[at].to_f32());
+            let at = weights.iter().position(|w| !w.is_finite()).unwrap_or(0);
+            let (index, value) = (part.start + at, weights[at]);
             bail!("{}: weight [{}, {}] is {value}, which is not finite", shard.at(name), index / cols, index % cols);
         }
         progress.add(size as u64);
@@ -225,8 +223,8 @@ fn quantize_chunks<T: FileFloat>(
 /// `Ok` if the model is not quantized yet and its weights are laid out as `Linear` has them.
 fn check_is_dense(model: &Model) -> Result<()> {
     let at = model.path.display();
-    if let Some(prefix) = linear4bit_prefixes(model).first() {
-        bail!("{at}: {prefix} is a 4-bit layer already; `nf4 dequantize` restores the weights");
+    if let Some(tensor) = packed_tensors(model).first() {
+        bail!("{at}: {tensor} is a 4-bit layer already; `nf4 dequantize` restores the weights");
     }
     let Some(config) = model.config_fields()? else { return Ok(()) };
     let quantized = config.get("quantization_config").filter(|c| !c.is_null());

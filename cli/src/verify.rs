@@ -18,7 +18,8 @@ use crate::report::Prepared;
 use crate::text::Text;
 use crate::workers::Workers;
 
-/// Decode every layer of a model and look for what is wrong: parts that are missing or do not fit, NaN, infinities.
+/// Decode every 4-bit tensor of a model and look for what is wrong: parts that are missing or do not fit, NaN, infinities,
+/// empty weights, and packed bytes in formats that this tool does not understand.
 ///
 /// With a second model every tensor is also compared with the one of the same name. Two 4-bit layers, or two plain
 /// tensors, must have the same values bit for bit. Where one is a 4-bit layer and the other plain, each plain weight
@@ -62,6 +63,10 @@ impl Verify {
         let other_layers = other.as_ref().map(Layers::read).unwrap_or_default();
         let mut findings: Vec<String> =
             layers.broken.iter().chain(&other_layers.broken).map(ToString::to_string).collect();
+        findings.extend(layers.not_understood().chain(other_layers.not_understood()));
+        findings.extend(model.names().filter(|name| is_empty(&model, name)).map(|name| {
+            format!("{name}: shape [0], which is what a DeepSpeed ZeRO-3 save leaves whose shards were not gathered")
+        }));
         let progress = Progress::new("verify", model.data_len(), global.quiet);
         let mut workers: Workers<()> = Workers::new(global.threads);
         let (mut checked, mut list) = (0, Vec::new());
@@ -80,7 +85,7 @@ impl Verify {
                 }
                 Err(error) => findings.push(format!("{error:#}")),
             }
-            let bytes = layers.by_weight.get(name).map_or_else(
+            let bytes = layers.by_tensor.get(name).map_or_else(
                 || model.info(name).map_or(0, |i| (i.data_offsets.1 - i.data_offsets.0) as u64),
                 |layer| layer.bytes,
             );
@@ -95,10 +100,10 @@ impl Verify {
         for finding in &findings {
             text.line(finding);
         }
-        let packed = layers.by_weight.len();
+        let packed = layers.by_tensor.len();
         let result =
             if findings.is_empty() { "nothing wrong".to_owned() } else { format!("{} findings", findings.len()) };
-        text.line(format_args!("{}: {checked} tensors, {packed} of them 4-bit layers: {result}", model.path.display()));
+        text.line(format_args!("{}: {checked} tensors, {packed} of them in 4 bits: {result}", model.path.display()));
         if let (Some(other), true) = (&other, findings.is_empty()) {
             text.line(format_args!("{}: fits", other.path.display()));
         }
@@ -113,6 +118,11 @@ impl Verify {
         });
         Ok(Prepared::report(text, json, good))
     }
+}
+
+/// Whether a tensor is a weight without any values.
+fn is_empty(model: &Model, name: &str) -> bool {
+    name.ends_with("weight") && model.info(name).is_some_and(|info| info.shape == [0])
 }
 
 /// Checks one tensor, and compares it with that of the same name, whose kind is returned.

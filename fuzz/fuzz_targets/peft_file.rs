@@ -5,7 +5,7 @@
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use nf4::checkpoint::{
-    FloatType, Linear4bit, MergedModel, PeftAdapter, TensorData, TensorFile, TensorMap, TensorSource,
+    FloatType, Linear4bit, MergeOptions, MergedModel, PeftAdapter, TensorData, TensorFile, TensorMap, TensorSource,
 };
 use nf4::{BlockSize, Quantized4Bit, Tensor};
 use nf4_fuzz::files::{ADAPTERS, changed, contents, measured, parts, with_header};
@@ -80,7 +80,7 @@ fn adapter(config: &[u8], file: &[u8]) {
         add("bias", &vec![0.5; d_out], vec![d_out]);
     }
     for base in [&packed, &dense] {
-        let Ok(merged) = MergedModel::new(base, Some(&adapter), FloatType::F32) else { continue };
+        let Ok(merged) = MergedModel::new(base, Some(&adapter), &MergeOptions::new()) else { continue };
         for name in merged.names() {
             if let Ok(bytes) = merged.read(name) {
                 let info = merged.info(name).expect("it was named");

@@ -37,23 +37,35 @@ impl Pair<'_> {
     }
 
     /// Calls `f` with each weight of a row of the base, in order, and its `w + scale * b A`.
-    fn adapted<W: Borrow<f32>>(&self, row: usize, weights: impl IntoIterator<Item = W>, mut f: impl FnMut(W, f64)) {
-        /// Columns whose sums are held at a time, on the stack.
-        const SPAN: usize = 64;
-        let (b, scale) = (&self.b[row * self.rank..][..self.rank], f64::from(self.scale));
-        let mut weights = weights.into_iter();
-        for start in (0..self.d_in).step_by(SPAN) {
-            let count = SPAN.min(self.d_in - start);
-            let mut sums = [0.0_f64; SPAN];
-            for (b, a) in b.iter().zip(self.a.chunks_exact(self.d_in)) {
-                for (sum, a) in sums.iter_mut().zip(&a[start..][..count]) {
-                    *sum += f64::from(*b) * f64::from(*a);
-                }
+    fn adapted<W: Borrow<f32>>(&self, row: usize, weights: impl IntoIterator<Item = W>, f: impl FnMut(W, f64)) {
+        adapted_row(&self.b[row * self.rank..][..self.rank], self.a, self.d_in, self.scale.into(), weights, f);
+    }
+}
+
+/// Calls `f` with each of the `cols` weights of a row, in order, and its `w + scale * left right`: all of it f64, sums in
+/// the order of the rank. `left` is `[rank]`, `right` `[rank, cols]` row-major.
+pub(crate) fn adapted_row<W: Borrow<f32>>(
+    left: &[f32],
+    right: &[f32],
+    cols: usize,
+    scale: f64,
+    weights: impl IntoIterator<Item = W>,
+    mut f: impl FnMut(W, f64),
+) {
+    /// Columns whose sums are held at a time, on the stack.
+    const SPAN: usize = 64;
+    let mut weights = weights.into_iter();
+    for start in (0..cols).step_by(SPAN) {
+        let count = SPAN.min(cols - start);
+        let mut sums = [0.0_f64; SPAN];
+        for (left, right) in left.iter().zip(right.chunks_exact(cols)) {
+            for (sum, right) in sums.iter_mut().zip(&right[start..][..count]) {
+                *sum += f64::from(*left) * f64::from(*right);
             }
-            for (sum, weight) in sums.into_iter().take(count).zip(&mut weights) {
-                let w = f64::from(*weight.borrow());
-                f(weight, w + scale * sum);
-            }
+        }
+        for (sum, weight) in sums.into_iter().take(count).zip(&mut weights) {
+            let w = f64::from(*weight.borrow());
+            f(weight, w + scale * sum);
         }
     }
 }

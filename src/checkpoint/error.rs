@@ -117,7 +117,41 @@ pub enum CheckpointError {
         /// The tensor.
         tensor: String,
         /// Why it cannot be used.
-        reason: &'static str,
+        reason: String,
+    },
+    /// A module or tensor that an adapter changes and that the model does not have under any name that fits.
+    NotInModel {
+        /// The module or tensor, as the adapter calls it.
+        name: String,
+        /// The most similar name in the model.
+        nearest: Option<String>,
+    },
+    /// Packed weights, or a part of them, in a format that this library does not decode.
+    Foreign {
+        /// The tensor, or the section of the configuration.
+        tensor: String,
+        /// The format.
+        format: String,
+        /// What shows it, and why the tensor cannot stay as it is.
+        reason: String,
+    },
+    /// A finite value that the type of the output turns into infinity.
+    TooLarge {
+        /// The tensor.
+        tensor: String,
+        /// Flat index of the first such value.
+        index: usize,
+        /// The value.
+        value: f64,
+        /// The type.
+        dtype: Dtype,
+    },
+    /// No memory for what a file holds.
+    Memory {
+        /// What it was to hold.
+        what: String,
+        /// Bytes that were asked for.
+        bytes: u64,
     },
     /// Parts of a layer that do not fit each other, or are not finite.
     Layer {
@@ -154,11 +188,13 @@ impl fmt::Display for CheckpointError {
             }
             Self::Bytes { what, expected, got } => write!(f, "{what}: expected {expected} bytes, got {got}"),
             Self::Overflow { tensor, shape } => {
-                write!(f, "{tensor}: a tensor of shape {shape:?} does not fit in the address space")
+                write!(f, "{tensor}: a tensor of shape {} does not fit in the address space", Dims(shape))
             }
             Self::Missing { tensor } => write!(f, "{tensor}: there is no such tensor"),
             Self::Type { tensor, expected, got } => write!(f, "{tensor}: expected type {expected}, got {got}"),
-            Self::Shape { tensor, expected, got } => write!(f, "{tensor}: expected shape {expected:?}, got {got:?}"),
+            Self::Shape { tensor, expected, got } => {
+                write!(f, "{tensor}: expected shape {}, got {}", Dims(expected), Dims(got))
+            }
             Self::Field { what, field, expected, got } => {
                 write!(f, "{what}: {field} is {got}, expected {expected}")
             }
@@ -168,6 +204,15 @@ impl fmt::Display for CheckpointError {
             ),
             Self::Unsupported { what, variant } => write!(f, "{what}: {variant} is not supported"),
             Self::Unexpected { tensor, reason } => write!(f, "{tensor}: {reason}"),
+            Self::NotInModel { name, nearest } => match nearest {
+                Some(nearest) => write!(f, "{name} is not in the model; the nearest name there is {nearest}"),
+                None => write!(f, "{name} is not in the model"),
+            },
+            Self::Foreign { tensor, format, reason } => write!(f, "{tensor}: {format}: {reason}"),
+            Self::TooLarge { tensor, index, value, dtype } => {
+                write!(f, "{tensor}: value {index} is {value:e}, which is infinite as {dtype}")
+            }
+            Self::Memory { what, bytes } => write!(f, "{what}: no memory for {bytes} bytes"),
             Self::Layer { layer, error } => write!(f, "{layer}: {error}"),
             Self::Write { reason } => f.write_str(reason),
             Self::Read { tensor, reason } => write!(f, "{tensor}: {reason}"),
@@ -180,6 +225,19 @@ impl core::error::Error for CheckpointError {
         match self {
             Self::Layer { error, .. } => Some(error),
             _ => None,
+        }
+    }
+}
+
+/// A shape in a message, of which no more is shown than the first dimensions.
+struct Dims<'a>(&'a [usize]);
+
+impl fmt::Display for Dims<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 16;
+        match self.0.get(..SHOWN) {
+            Some(first) if first.len() < self.0.len() => write!(f, "{first:?} and {} more", self.0.len() - SHOWN),
+            _ => write!(f, "{:?}", self.0),
         }
     }
 }

@@ -1,13 +1,9 @@
-//! The float types of files, and their values as f32.
+//! The float types of files, and the one conversion between bytes and f32.
 
-use alloc::borrow::ToOwned;
 use alloc::vec::Vec;
 
 use nf4_kernels::{Float, bf16, f16};
 use safetensors::Dtype;
-
-use super::CheckpointError;
-use super::source::{TensorSource, bytes_of, info_of};
 
 /// A float type that weights, biases and adapters are kept in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -66,6 +62,8 @@ impl FloatType {
     }
 
     /// Appends values in this type, little endian, rounded once to nearest even: [`Float::from_f32`].
+    ///
+    /// Where `bytes` has no room left it grows, and without memory for that the process ends.
     pub fn extend_bytes(self, values: &[f32], bytes: &mut Vec<u8>) {
         bytes.reserve(values.len() * self.size());
         match self {
@@ -75,57 +73,32 @@ impl FloatType {
         }
     }
 
-    /// The values of bytes in this type, exact; an incomplete last value is dropped.
+    /// Appends the values of bytes in this type, exact; an incomplete last value is dropped.
+    ///
+    /// Where `values` has no room left it grows, and without memory for that the process ends.
+    pub fn extend_values(self, bytes: &[u8], values: &mut Vec<f32>) {
+        match self {
+            Self::F32 => values.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
+            Self::F16 => values.extend(bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
+            Self::BF16 => values.extend(bytes.as_chunks().0.iter().map(|b| Float::to_f32(bf16::from_le_bytes(*b)))),
+        }
+    }
+
+    /// [`Self::extend_values`] in a new vector.
     #[must_use]
     pub fn values(self, bytes: &[u8]) -> Vec<f32> {
-        match self {
-            Self::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            Self::F16 => bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
-            Self::BF16 => bytes.as_chunks().0.iter().map(|b| Float::to_f32(bf16::from_le_bytes(*b))).collect(),
-        }
+        let mut values = Vec::with_capacity(bytes.len() / self.size());
+        self.extend_values(bytes, &mut values);
+        values
     }
-}
 
-/// The values of a tensor of any float type, and the type to write them back in. Exact but for F64, which is rounded to
-/// f32 once.
-pub(super) fn read_floats(source: &dyn TensorSource, name: &str) -> Result<(Vec<f32>, FloatType), CheckpointError> {
-    let dtype = info_of(source, name)?.dtype;
-    let bytes = bytes_of(source, name)?;
-    match FloatType::from_dtype(dtype) {
-        Some(float) => Ok((float.values(&bytes), float)),
-        None if dtype == Dtype::F64 => {
-            #[allow(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
-            let values = bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect();
-            Ok((values, FloatType::F32))
-        }
-        None => {
-            let tensor = name.to_owned();
-            Err(CheckpointError::Type { tensor, expected: "F32, F16, BF16 or F64", got: dtype })
-        }
+    /// Whether a finite value is infinite in this type.
+    pub(super) fn overflows(self, value: f32) -> bool {
+        value.is_finite()
+            && match self {
+                Self::F32 => false,
+                Self::F16 => <f16 as Float>::from_f32(value).to_f32().is_infinite(),
+                Self::BF16 => Float::to_f32(<bf16 as Float>::from_f32(value)).is_infinite(),
+            }
     }
-}
-
-/// The values of a tensor that must be F32 and have this many.
-pub(super) fn read_f32(source: &dyn TensorSource, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
-    check_vector(source, name, Dtype::F32, "F32", len)?;
-    Ok(FloatType::F32.values(&bytes_of(source, name)?))
-}
-
-/// `Ok` if the tensor is a vector of this type and length.
-pub(super) fn check_vector(
-    source: &dyn TensorSource,
-    name: &str,
-    dtype: Dtype,
-    expected: &'static str,
-    len: usize,
-) -> Result<(), CheckpointError> {
-    let info = info_of(source, name)?;
-    if info.dtype != dtype {
-        return Err(CheckpointError::Type { tensor: name.to_owned(), expected, got: info.dtype });
-    }
-    if info.shape != [len] {
-        let expected = alloc::vec![len];
-        return Err(CheckpointError::Shape { tensor: name.to_owned(), expected, got: info.shape.clone() });
-    }
-    Ok(())
 }

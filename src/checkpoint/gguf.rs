@@ -17,9 +17,10 @@ use alloc::vec::Vec;
 
 use safetensors::Dtype;
 
-use super::CheckpointError;
+use super::error::CheckpointError;
 use super::header::tensor_bytes;
-use super::source::{TensorSource, bytes_of, info_of};
+use super::read::{bytes_of, info_of};
+use super::source::TensorSource;
 
 const VERSION: u32 = 3;
 const ALIGNMENT: usize = 32;

@@ -17,10 +17,13 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
-use super::CheckpointError;
+use super::error::CheckpointError;
 
 /// The limit that the format puts on the JSON.
 pub(super) const LIMIT: u64 = 100_000_000;
+
+/// The entry that is not a tensor.
+pub(super) const METADATA: &str = "__metadata__";
 
 /// Bytes before the JSON.
 const LENGTH_BYTES: u64 = 8;
@@ -107,11 +110,16 @@ impl Header {
     }
 }
 
-/// Bytes that a tensor needs.
+/// Bytes that a tensor needs; an error if its elements, of less than a byte, do not fill whole ones.
 pub(super) fn tensor_bytes(tensor: &str, dtype: Dtype, shape: &[usize]) -> Result<usize, CheckpointError> {
     let overflow = || CheckpointError::Overflow { tensor: tensor.to_string(), shape: shape.to_vec() };
     let elements = product(shape).ok_or_else(overflow)?;
-    Ok(elements.checked_mul(dtype.bitsize()).ok_or_else(overflow)?.div_ceil(8))
+    let bits = elements.checked_mul(dtype.bitsize()).ok_or_else(overflow)?;
+    if !bits.is_multiple_of(8) {
+        let reason = format!("{elements} elements of {dtype} are not whole bytes");
+        return Err(CheckpointError::Unexpected { tensor: tensor.to_string(), reason });
+    }
+    Ok(bits / 8)
 }
 
 /// The number of elements, if it fits.
@@ -159,13 +167,13 @@ impl<'de> Visitor<'de> for EntriesVisitor {
     type Value = Entries;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object with one entry a tensor")
+        f.write_str("an object with one entry per tensor")
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
         let (mut tensors, mut metadata) = (BTreeMap::new(), BTreeMap::new());
         while let Some(name) = map.next_key::<String>()? {
-            if name == "__metadata__" {
+            if name == METADATA {
                 metadata = map.next_value::<Option<_>>()?.unwrap_or_default();
             } else {
                 let info: TensorInfo = map.next_value().map_err(|e| A::Error::custom(format!("{name}: {e}")))?;

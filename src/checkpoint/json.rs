@@ -1,13 +1,13 @@
 //! Fields of JSON objects, with errors that name them, and numbers as Python writes them.
 
-use alloc::borrow::ToOwned;
+use alloc::borrow::{Cow, ToOwned};
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use serde_json::{Map, Value};
 
-use super::CheckpointError;
+use super::error::CheckpointError;
 
 /// A parsed object and what holds it.
 #[derive(Debug)]
@@ -30,8 +30,17 @@ impl<'a> Object<'a> {
         }
     }
 
+    /// As [`Self::parse`], of a text that Python wrote; see [`from_python`].
+    pub(super) fn parse_python(what: &'a str, json: &[u8]) -> Result<Self, CheckpointError> {
+        Self::parse(what, &from_python(json))
+    }
+
     pub(super) fn from_fields(what: &'a str, fields: Map<String, Value>) -> Self {
         Self { what, fields }
+    }
+
+    pub(super) fn fields(&self) -> &Map<String, Value> {
+        &self.fields
     }
 
     pub(super) fn into_fields(self) -> Map<String, Value> {
@@ -101,6 +110,49 @@ pub(super) fn python_float(x: f64) -> String {
     let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
     let (sign, digits) = exponent.strip_prefix('-').map_or(('+', exponent), |digits| ('-', digits));
     format!("{mantissa}e{sign}{digits:0>2}")
+}
+
+/// How the string begins that takes the place of a number that JSON does not have.
+const MARK: &str = "\"\\u0000python:";
+
+/// The numbers that Python's `json` writes and JSON does not have.
+const NUMBERS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
+
+/// A text that Python wrote, as JSON: its infinities and NaN become strings that [`to_python`] turns back.
+pub(super) fn from_python(text: &[u8]) -> Cow<'_, [u8]> {
+    if !NUMBERS.iter().any(|word| contains(text, word)) {
+        return Cow::Borrowed(text);
+    }
+    let (mut json, mut rest, mut in_string) = (Vec::with_capacity(text.len()), text, false);
+    while let Some((&byte, after)) = rest.split_first() {
+        let number = NUMBERS.iter().find(|word| !in_string && rest.starts_with(word.as_bytes()));
+        if let Some(word) = number {
+            json.extend_from_slice(format!("{MARK}{word}\"").as_bytes());
+            rest = &rest[word.len()..];
+            continue;
+        }
+        json.push(byte);
+        rest = after;
+        match byte {
+            b'"' => in_string = !in_string,
+            b'\\' if in_string => {
+                if let Some((&escaped, after)) = rest.split_first() {
+                    json.push(escaped);
+                    rest = after;
+                }
+            }
+            _ => {}
+        }
+    }
+    Cow::Owned(json)
+}
+
+/// JSON with the numbers that [`from_python`] had replaced.
+pub(super) fn to_python(json: String) -> String {
+    if !json.contains(MARK) {
+        return json;
+    }
+    NUMBERS.iter().fold(json, |json, word| json.replace(&format!("{MARK}{word}\""), word))
 }
 
 fn contains(text: &[u8], word: &str) -> bool {

@@ -1,20 +1,25 @@
 //! `bnb.nn.Linear4bit` layers.
 
 use alloc::borrow::ToOwned;
-use alloc::string::String;
 use alloc::vec::Vec;
 
 use nf4_kernels::{Absmax, CODEBOOK};
 use safetensors::Dtype;
 
-use super::float::{FloatType, read_f32, read_floats};
-use super::quant_state::{ABSMAX, NESTED_ABSMAX, NESTED_QUANT_MAP, QUANT_MAP, QuantState, STATE, STATE_FP4, WEIGHT};
+use super::error::CheckpointError;
+use super::float::FloatType;
+use super::names::join;
+use super::quant_state::{ABSMAX, NESTED_ABSMAX, NESTED_QUANT_MAP, QUANT_MAP, QuantState, STATE};
+use super::read::{check_shape, read_f32, read_floats};
 use super::shared::{store_bytes, store_f32};
-use super::source::{TensorData, TensorMap, TensorSource, check_shape};
-use super::{CheckpointError, join};
+use super::source::{TensorData, TensorMap, TensorSource};
 use crate::error::{check_finite, check_len};
 use crate::weight::absmax::AbsmaxBuf;
 use crate::weight::quantized::Quantized4Bit;
+
+/// The parts of a layer.
+const WEIGHT: &str = "weight";
+const BIAS: &str = "bias";
 
 /// A 4-bit layer as `bitsandbytes` keeps it: packed weight, bias, and what is needed to write the same bytes again.
 #[derive(Debug, Clone)]
@@ -30,31 +35,40 @@ impl Linear4bit {
     ///
     /// Scales are plain or nested, and nested ones are decoded with the map in the file. The packed bytes may have any
     /// type, a bias any float type (F64 is rounded to f32). A weight that is not a matrix becomes one by
-    /// [`QuantState::matrix_shape`]. From a [`super::SharedFile`] packed codes and scales are not copied.
+    /// [`QuantState::matrix_shape`].
     ///
     /// # Errors
     /// Those of [`QuantState::load`]; [`CheckpointError::Codebook`]; [`CheckpointError::Shape`] for the bias;
     /// [`CheckpointError::Layer`] for a scale or bias that is NaN or infinite.
     pub fn load(source: &dyn TensorSource, prefix: &str) -> Result<Self, CheckpointError> {
-        let state = QuantState::load(source, prefix)?;
-        let [rows, cols] = state.matrix_shape()?;
-        check_codebook(source, &join(prefix, QUANT_MAP))?;
-        let layer_error = |error| CheckpointError::Layer { layer: join(prefix, WEIGHT), error };
-        let absmax = match state.nested_offset {
-            None => AbsmaxBuf::plain(store_f32(source, &join(prefix, ABSMAX), state.block_size.blocks(rows * cols))?),
-            Some(offset) => read_nested(source, prefix, offset)?,
-        };
-        let packed = store_bytes(source, &join(prefix, WEIGHT))?;
-        check_storage(packed.as_slice().len(), state.quant_storage)?;
-        let weight = Quantized4Bit::from_parts(packed, absmax, rows, cols, state.block_size).map_err(layer_error)?;
-        let layer = Self { weight, state, bias: None };
-        let bias = join(prefix, "bias");
+        let layer = Self::load_tensor(source, &join(prefix, WEIGHT))?;
+        let bias = join(prefix, BIAS);
         if source.info(&bias).is_none() {
             return Ok(layer);
         }
-        check_shape(source, &bias, &[rows])?;
+        check_shape(source, &bias, &[layer.weight.rows()])?;
         let (values, float) = read_floats(source, &bias)?;
         layer.with_bias(values, float).map_err(|error| CheckpointError::Layer { layer: bias, error })
+    }
+
+    /// Reads the packed tensor of this name, whatever it is called ([`super::packed_tensors`]), without a bias.
+    ///
+    /// # Errors
+    /// Those of [`QuantState::load`]; [`CheckpointError::Codebook`]; [`CheckpointError::Memory`];
+    /// [`CheckpointError::Layer`] for a scale that is NaN or infinite.
+    pub fn load_tensor(source: &dyn TensorSource, tensor: &str) -> Result<Self, CheckpointError> {
+        let state = QuantState::load(source, tensor)?;
+        let [rows, cols] = state.matrix_shape()?;
+        check_codebook(source, &join(tensor, QUANT_MAP))?;
+        let layer_error = |error| CheckpointError::Layer { layer: tensor.to_owned(), error };
+        let absmax = match state.nested_offset {
+            None => AbsmaxBuf::plain(store_f32(source, &join(tensor, ABSMAX), state.block_size.blocks(rows * cols))?),
+            Some(offset) => read_nested(source, tensor, offset)?,
+        };
+        let packed = store_bytes(source, tensor)?;
+        check_storage(tensor, packed.as_slice().len(), state.quant_storage)?;
+        let weight = Quantized4Bit::from_parts(packed, absmax, rows, cols, state.block_size).map_err(layer_error)?;
+        Ok(Self { weight, state, bias: None })
     }
 }
 
@@ -92,7 +106,7 @@ impl Linear4bit {
     /// [`CheckpointError::Type`] for a type of less than a byte; [`CheckpointError::Bytes`] if the packed bytes are not
     /// a whole number of elements.
     pub fn with_quant_storage(mut self, dtype: Dtype) -> Result<Self, CheckpointError> {
-        check_storage(self.weight.packed().len(), dtype)?;
+        check_storage("packed codes", self.weight.packed().len(), dtype)?;
         self.state.quant_storage = dtype;
         Ok(self)
     }
@@ -105,12 +119,12 @@ impl Linear4bit {
     #[must_use]
     pub fn tensors(&self, prefix: &str) -> TensorMap<'_> {
         let mut tensors = TensorMap::new();
-        let mut add = |name: &str, tensor| tensors.insert(join(prefix, name), tensor);
+        let weight = join(prefix, WEIGHT);
         let packed = self.weight.packed();
         let dtype = self.state.quant_storage;
         // `with_quant_storage` and `load` made sure that the bytes are whole elements.
         let shape = alloc::vec![packed.len() / (dtype.bitsize() / 8), 1];
-        add(WEIGHT, TensorData::from_parts(dtype, shape, packed));
+        let mut add = |part: &str, tensor| tensors.insert(join(&weight, part), tensor);
         add(QUANT_MAP, TensorData::floats(&CODEBOOK, FloatType::F32));
         add(STATE, TensorData::u8(self.state.to_json().into_bytes()));
         match self.weight.absmax().view() {
@@ -124,14 +138,15 @@ impl Linear4bit {
             }
             _ => {}
         }
+        tensors.insert(weight, TensorData::from_parts(dtype, shape, packed));
         if let Some((bias, float)) = &self.bias {
-            add("bias", TensorData::floats(bias, *float));
+            tensors.insert(join(prefix, BIAS), TensorData::floats(bias, *float));
         }
         tensors
     }
 }
 
-/// What it is.
+/// Accessors.
 impl Linear4bit {
     /// The weight, as a matrix.
     #[must_use]
@@ -158,38 +173,24 @@ impl Linear4bit {
     }
 }
 
-/// The prefixes of all 4-bit layers, sorted; also those of FP4 and those of which only the scales are there, which
-/// [`Linear4bit::load`] has an error for.
-#[must_use]
-pub fn linear4bit_prefixes(source: &dyn TensorSource) -> Vec<String> {
-    let prefix = |name: &str| {
-        let rest = [STATE, STATE_FP4, ABSMAX].iter().find_map(|part| name.strip_suffix(part))?;
-        if rest.is_empty() { Some(String::new()) } else { rest.strip_suffix('.').map(str::to_owned) }
-    };
-    let mut prefixes: Vec<String> = source.names().filter_map(prefix).collect();
-    prefixes.sort_unstable();
-    prefixes.dedup();
-    prefixes
-}
-
 /// `Ok` if so many packed bytes can be said to be of a type.
-fn check_storage(bytes: usize, dtype: Dtype) -> Result<(), CheckpointError> {
+fn check_storage(tensor: &str, bytes: usize, dtype: Dtype) -> Result<(), CheckpointError> {
     let bits = dtype.bitsize();
     if !bits.is_multiple_of(8) {
         let expected = "a type of whole bytes";
-        return Err(CheckpointError::Type { tensor: WEIGHT.to_owned(), expected, got: dtype });
+        return Err(CheckpointError::Type { tensor: tensor.to_owned(), expected, got: dtype });
     }
     if !bytes.is_multiple_of(bits / 8) {
-        let what = alloc::format!("packed codes as {dtype}");
+        let what = alloc::format!("{tensor} as {dtype}");
         let expected = bytes.next_multiple_of(bits / 8) as u64;
         return Err(CheckpointError::Bytes { what, expected, got: bytes as u64 });
     }
     Ok(())
 }
 
-fn read_nested(source: &dyn TensorSource, prefix: &str, offset: f32) -> Result<AbsmaxBuf, CheckpointError> {
-    let codes = store_bytes(source, &join(prefix, ABSMAX))?;
-    let (name, map_name) = (join(prefix, NESTED_ABSMAX), join(prefix, NESTED_QUANT_MAP));
+fn read_nested(source: &dyn TensorSource, tensor: &str, offset: f32) -> Result<AbsmaxBuf, CheckpointError> {
+    let codes = store_bytes(source, &join(tensor, ABSMAX))?;
+    let (name, map_name) = (join(tensor, NESTED_ABSMAX), join(tensor, NESTED_QUANT_MAP));
     let absmax = store_f32(source, &name, codes.as_slice().len().div_ceil(nf4_kernels::NESTED_BLOCK))?;
     let map = read_f32(source, &map_name, 256)?;
     let error = |error| CheckpointError::Layer { layer: name.clone(), error };

@@ -1,207 +1,138 @@
-//! A model with dense weights only: 4-bit layers restored, an adapter merged.
+//! A model with plain weights only: 4-bit tensors restored, an adapter merged.
 
-use alloc::borrow::{Cow, ToOwned};
+use alloc::borrow::Cow;
 use alloc::boxed::Box;
-use alloc::collections::BTreeMap;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 
-use super::float::read_floats;
-use super::header::tensor_bytes;
-use super::quant_state::{COMPANIONS, WEIGHT};
-use super::source::{TensorSource, bytes_of, info_of};
-use super::{CheckpointError, FloatType, Linear4bit, PeftAdapter, QuantState, join, linear4bit_prefixes};
-use crate::QLoRALayer;
-use crate::buffer::{reserved, zeros};
+use super::error::CheckpointError;
+use super::float::FloatType;
+use super::peft::PeftAdapter;
+use super::plan::{MergeOptions, Note, Origin, Plan};
+use super::read::with_room;
+use super::reader::TensorReader;
+use super::source::TensorSource;
 
-/// Rows that are merged at a time.
-const ROWS: usize = 64;
-
-/// The tensors of a model whose 4-bit layers are restored and to which an adapter, if there is one, is added, all
-/// floats in one type. It is a [`TensorSource`]: types and shapes are known at once, each tensor is computed when it is
-/// read, and [`super::write_safetensors`] or [`super::write_gguf`] makes a file of them.
+/// The tensors of a model whose 4-bit weights are restored and to which an adapter, if there is one, is added. It is a
+/// [`TensorSource`]: types and shapes are known at once, each tensor is computed when it is read, and
+/// [`super::write_safetensors`] or [`super::write_gguf`] makes a file of them. [`Self::open`] computes a tensor in parts.
 ///
 /// A weight is `dequantize(base) + scale * B A`, with `DoRA` each row times its magnitude over its norm, rounded once
-/// to f32 and once more to f16 or bf16. Other float tensors are rounded to the type; integers stay.
+/// to f32 and once more to f16 or bf16. Names, shapes and values are those of PEFT's model with the adapter: a tied output
+/// head that only one side of was trained gets a weight of its own, a head that only the adapter has is added, a
+/// vocabulary may grow. [`Self::notes`] says what is otherwise than in the base, [`Self::config`] is the `config.json`
+/// that goes with it.
 ///
-/// Reading a merged weight takes its bytes, those of the packed weight, of the adapter, and 64 rows of f32; that of a
-/// dense base takes it in f32.
+/// Reading a merged weight takes its bytes, those of the packed weight, of the adapter, and some rows of f32.
 #[derive(Clone)]
 pub struct MergedModel<'a> {
     source: &'a dyn TensorSource,
     adapter: Option<&'a PeftAdapter>,
-    float: FloatType,
-    infos: BTreeMap<String, TensorInfo>,
+    plan: Plan,
+    allows_overflow: bool,
 }
 
 impl core::fmt::Debug for MergedModel<'_> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.debug_struct("MergedModel").field("float", &self.float).field("infos", &self.infos).finish_non_exhaustive()
+        f.debug_struct("MergedModel").field("plan", &self.plan).finish_non_exhaustive()
     }
 }
 
 impl<'a> MergedModel<'a> {
-    /// The model in `source` with `adapter`, in the type `float`. Only descriptions are read.
+    /// The model in `source` with `adapter`. Only descriptions are read.
     ///
     /// # Errors
-    /// Those of [`QuantState::load`] for a 4-bit layer; [`CheckpointError::Missing`] for a module of the adapter that
-    /// the model does not have, and for a base bias that a `lora_bias` needs, as in PEFT; [`CheckpointError::Layer`]
-    /// for a module of another shape.
+    /// Those of [`super::QuantState::load`] for a 4-bit tensor; [`CheckpointError::Json`] for the configuration;
+    /// [`CheckpointError::Foreign`] if something is packed in another format and could not be loaded afterwards, or is to
+    /// be merged into; [`CheckpointError::NotInModel`] for a module or tensor of the adapter that the model does not have;
+    /// [`CheckpointError::Layer`] and [`CheckpointError::Shape`] for one of another shape; [`CheckpointError::Missing`] for
+    /// a base bias that a `lora_bias` needs, as in PEFT; [`CheckpointError::Type`] for one that is not made of floats;
+    /// [`CheckpointError::Unexpected`] for what can mean more than one thing.
     pub fn new(
         source: &'a dyn TensorSource,
         adapter: Option<&'a PeftAdapter>,
-        float: FloatType,
+        options: &MergeOptions<'_>,
     ) -> Result<Self, CheckpointError> {
-        let mut model = Self { source, adapter, float, infos: BTreeMap::new() };
-        let mut companions = BTreeMap::new();
-        for prefix in linear4bit_prefixes(source) {
-            let state = QuantState::load(source, &prefix)?;
-            model.add(join(&prefix, WEIGHT), float.dtype(), state.shape)?;
-            companions.extend(COMPANIONS.map(|name| (join(&prefix, name), ())));
-        }
-        for name in source.names().filter(|name| !companions.contains_key(*name)) {
-            if !model.infos.contains_key(name) {
-                let info = info_of(source, name)?;
-                model.add(name.to_owned(), converted(info.dtype, float), info.shape.clone())?;
-            }
-        }
-        for (name, tensor) in adapter.iter().flat_map(|a| a.replaced()) {
-            model.add(name.clone(), converted(tensor.dtype(), float), tensor.shape().to_vec())?;
-        }
-        model.check_adapter()?;
-        Ok(model)
+        let plan = Plan::new(source, adapter, options)?;
+        Ok(Self { source, adapter, plan, allows_overflow: options.allows_overflow() })
     }
 
-    fn add(&mut self, name: String, dtype: Dtype, shape: Vec<usize>) -> Result<(), CheckpointError> {
-        let data_offsets = (0, tensor_bytes(&name, dtype, &shape)?);
-        self.infos.insert(name, TensorInfo { dtype, shape, data_offsets });
-        Ok(())
-    }
-
-    fn check_adapter(&self) -> Result<(), CheckpointError> {
-        let Some(adapter) = self.adapter else { return Ok(()) };
-        for (module, part) in adapter.modules() {
-            let name = join(module, WEIGHT);
-            let shape = &*info_of(self, &name)?.shape;
-            let (cols, outer) = shape.split_last().unwrap_or((&1, &[]));
-            let mut base = [outer.iter().product(), *cols];
-            if adapter.config().fan_in_fan_out() && !self.is_packed(module) {
-                base.reverse();
-            }
-            let got = [part.adapter().d_out(), part.adapter().d_in()];
-            if base != got {
-                let error = crate::Error::Mismatch { base, adapter: got };
-                return Err(CheckpointError::Layer { layer: module.to_owned(), error });
-            }
-            if part.lora_bias().is_some() {
-                info_of(self, &join(module, "bias"))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the weight of a module is a 4-bit one.
-    fn is_packed(&self, module: &str) -> bool {
-        self.source.info(&join(module, super::quant_state::STATE)).is_some()
-    }
-
-    /// The weight of a 4-bit layer.
-    fn packed(&self, module: &str) -> Result<Vec<u8>, CheckpointError> {
-        let layer = Linear4bit::load(self.source, module)?;
-        let [rows, cols] = layer.state().matrix_shape()?;
-        // Rows without columns have no bytes, and so there may be any number of them.
-        let rows = if cols == 0 { 0 } else { rows };
-        let error = |error| CheckpointError::Layer { layer: module.to_owned(), error };
-        let (weight, _) = layer.into_parts();
-        let mut bytes = reserved(rows, cols.saturating_mul(self.float.size())).map_err(error)?;
-        let mut tile = zeros(ROWS.min(rows), cols).map_err(error)?;
-        let mut write = |get: &dyn Fn(core::ops::Range<usize>, &mut [f32]) -> Result<(), crate::Error>| {
-            for start in (0..rows).step_by(ROWS) {
-                let end = rows.min(start + ROWS);
-                let tile = &mut tile[..(end - start) * cols];
-                get(start..end, tile).map_err(error)?;
-                self.float.extend_bytes(tile, &mut bytes);
-            }
-            Ok(())
+    /// A tensor, to be computed in parts.
+    ///
+    /// # Errors
+    /// Those of the source; [`CheckpointError::Missing`]; [`CheckpointError::Codebook`] and [`CheckpointError::Layer`] for
+    /// what is wrong with a 4-bit tensor; [`CheckpointError::Memory`].
+    pub fn open(&self, name: &str) -> Result<TensorReader<'_>, CheckpointError> {
+        let Some((name, planned)) = self.plan.tensors.get_key_value(name) else {
+            return Err(CheckpointError::Missing { tensor: name.into() });
         };
-        match self.adapter.and_then(|adapter| adapter.module(module)) {
-            None => write(&|rows, tile| weight.dequantize_rows(rows, tile))?,
-            Some(part) => {
-                let layer = QLoRALayer::from_parts(weight, part.adapter().clone()).map_err(error)?;
-                write(&|rows, tile| layer.merge_rows_into(rows, tile))?;
-            }
-        }
-        Ok(bytes)
+        TensorReader::new(name, planned, self.source, self.adapter, self.allows_overflow)
     }
 
-    /// The weight of a dense layer with an adapter.
-    fn dense(&self, adapter: &PeftAdapter, module: &str) -> Result<Vec<u8>, CheckpointError> {
-        let name = join(module, WEIGHT);
-        let (mut weight, _) = read_floats(self.origin(&name), &name)?;
-        let shape = &info_of(self, &name)?.shape;
-        let (cols, outer) = shape.split_last().unwrap_or((&1, &[]));
-        adapter.merge_dense(module, &mut weight, [outer.iter().product(), *cols])?;
-        Ok(self.encoded(&weight))
-    }
-
-    /// Where a tensor comes from: the adapter, if it was trained as a whole, or the base.
-    fn origin(&self, name: &str) -> &dyn TensorSource {
-        match self.adapter {
-            Some(adapter) if adapter.replaced().contains_key(name) => adapter.replaced(),
-            _ => self.source,
+    /// The tensor of the base in whose place a tensor stands: the one of its name, or the one that it starts from.
+    #[must_use]
+    pub fn home(&self, name: &str) -> Option<&str> {
+        let (name, planned) = self.plan.tensors.get_key_value(name)?;
+        match &planned.origin {
+            Origin::Base(tensor) | Origin::Packed(tensor) => Some(tensor),
+            _ => self.source.info(name).map(|_| name.as_str()),
         }
     }
 
-    fn encoded(&self, values: &[f32]) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        self.float.extend_bytes(values, &mut bytes);
-        bytes
+    /// The text of the `config.json` of this model, if [`MergeOptions::with_config`] gave that of the base: without
+    /// `quantization_config`, with the type, ties, number of words and class of the merged model.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Json`], which no configuration gives that was read.
+    pub fn config(&self) -> Result<Option<String>, CheckpointError> {
+        self.plan.config()
+    }
+
+    /// What is otherwise than in the base, beside values.
+    #[must_use]
+    pub fn notes(&self) -> &[Note] {
+        &self.plan.notes
+    }
+
+    /// The modules with an adapter, by their names in the model, sorted.
+    #[must_use]
+    pub fn merged(&self) -> &[String] {
+        &self.plan.merged
+    }
+
+    /// The number of tensors of the base in 4 bits.
+    #[must_use]
+    pub fn restored(&self) -> usize {
+        self.plan.restored
+    }
+
+    /// The type of the weights: that which was asked for, or that of most of them.
+    #[must_use]
+    pub fn dtype(&self) -> FloatType {
+        self.plan.dtype
     }
 }
 
 impl TensorSource for MergedModel<'_> {
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
-        Box::new(self.infos.keys().map(String::as_str))
+        Box::new(self.plan.tensors.keys().map(String::as_str))
     }
 
     fn info(&self, name: &str) -> Option<&TensorInfo> {
-        self.infos.get(name)
+        self.plan.tensors.get(name).map(|planned| &planned.info)
     }
 
     fn read(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError> {
-        let info = info_of(self, name)?;
-        let origin = self.origin(name);
-        if let Some(module) = module_of(name, WEIGHT) {
-            let adapter = self.adapter.filter(|adapter| adapter.module(module).is_some());
-            if self.is_packed(module) && !self.adapter.is_some_and(|a| a.replaced().contains_key(name)) {
-                return self.packed(module).map(Cow::Owned);
-            }
-            if let Some(adapter) = adapter {
-                return self.dense(adapter, module).map(Cow::Owned);
-            }
+        /// Bytes that are computed at a time.
+        const PART: usize = 1 << 18;
+        let reader = self.open(name)?;
+        let mut bytes: Vec<u8> = with_room(name, reader.units().saturating_mul(reader.unit_bytes()))?;
+        let step = (PART / reader.unit_bytes().max(1)).max(1);
+        for start in (0..reader.units()).step_by(step) {
+            reader.read(start..reader.units().min(start + step), &mut bytes)?;
         }
-        let part = module_of(name, "bias").and_then(|module| self.adapter?.module(module));
-        if let Some(part) = part.filter(|part| part.lora_bias().is_some()) {
-            let bias = part.add_to_bias(Some(read_floats(origin, name)?.0));
-            return Ok(Cow::Owned(self.encoded(&bias.unwrap_or_default())));
-        }
-        if info_of(origin, name)?.dtype == info.dtype {
-            return bytes_of(origin, name);
-        }
-        Ok(Cow::Owned(self.encoded(&read_floats(origin, name)?.0)))
+        Ok(Cow::Owned(bytes))
     }
-}
-
-/// The type of a tensor of the base in the merged model.
-fn converted(dtype: Dtype, float: FloatType) -> Dtype {
-    if FloatType::from_dtype(dtype).is_some() || dtype == Dtype::F64 { float.dtype() } else { dtype }
-}
-
-/// The module that a tensor `module.part` is of; the empty one in a file with one layer.
-fn module_of<'n>(name: &'n str, part: &str) -> Option<&'n str> {
-    let rest = name.strip_suffix(part)?;
-    if rest.is_empty() { Some(rest) } else { rest.strip_suffix('.') }
 }

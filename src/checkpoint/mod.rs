@@ -22,39 +22,42 @@
 
 mod error;
 mod float;
+mod foreign;
 mod gguf;
 mod header;
 mod infos;
 mod json;
 mod linear4bit;
+mod low_rank;
 mod merged;
 mod model_config;
+mod names;
 mod peft;
+mod plan;
 mod quant_state;
+mod quantization_config;
+mod read;
+mod reader;
 mod shared;
+mod skip;
 mod source;
 mod write;
 
-use alloc::borrow::ToOwned;
-use alloc::format;
-use alloc::string::String;
-
 pub use error::CheckpointError;
 pub use float::FloatType;
+pub use foreign::{ForeignTensor, foreign_tensors};
 pub use gguf::{GgufValue, write_gguf};
 pub use header::Header;
-pub use linear4bit::{Linear4bit, linear4bit_prefixes};
+pub use linear4bit::Linear4bit;
 pub use merged::MergedModel;
-pub use model_config::QuantizationConfig;
-pub use peft::{BiasTraining, PeftAdapter, PeftConfig, PeftModule, TargetModules};
-pub use quant_state::QuantState;
+pub use model_config::{ModelConfig, Quantization};
+pub use peft::{AdaptedTokens, BiasTraining, PeftAdapter, PeftConfig, PeftModule, PeftModuleKind, TargetModules};
+pub use plan::{MergeOptions, Note};
+pub use quant_state::{QuantState, packed_tensors};
+pub use quantization_config::QuantizationConfig;
+pub use reader::TensorReader;
 pub use safetensors::Dtype;
 pub use safetensors::tensor::TensorInfo;
 pub use shared::SharedFile;
 pub use source::{TensorData, TensorFile, TensorMap, TensorSource};
-pub use write::{Layout, to_safetensors, write_safetensors};
-
-/// `prefix.name`, or only the name in a file with one layer.
-fn join(prefix: &str, name: &str) -> String {
-    if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") }
-}
+pub use write::{Entry, Layout, to_safetensors, write_safetensors};

@@ -12,26 +12,46 @@ use alloc::vec::Vec;
 use nf4_kernels::{BlockSize, NESTED_BLOCK, packed_len};
 use safetensors::Dtype;
 
-use super::float::{FloatType, check_vector};
-use super::header::{product, tensor_bytes};
+use super::error::CheckpointError;
+use super::float::FloatType;
+use super::header::product;
 use super::json::{Object, python_float, to_usize};
-use super::source::{TensorSource, bytes_of, info_of};
-use super::{CheckpointError, join};
+use super::names::join;
+use super::read::{bytes_of, check_vector, info_of, len_of};
+use super::source::TensorSource;
 
-/// The tensor that holds the JSON, after the name of the weight.
-pub(super) const STATE: &str = "weight.quant_state.bitsandbytes__nf4";
+/// The tensor that holds the JSON, after the name of the packed one.
+pub(super) const STATE: &str = "quant_state.bitsandbytes__nf4";
 /// The same of FP4.
-pub(super) const STATE_FP4: &str = "weight.quant_state.bitsandbytes__fp4";
-pub(super) const WEIGHT: &str = "weight";
-pub(super) const ABSMAX: &str = "weight.absmax";
-pub(super) const QUANT_MAP: &str = "weight.quant_map";
-pub(super) const NESTED_ABSMAX: &str = "weight.nested_absmax";
-pub(super) const NESTED_QUANT_MAP: &str = "weight.nested_quant_map";
+pub(super) const STATE_FP4: &str = "quant_state.bitsandbytes__fp4";
+/// What the names of all of these begin with, whatever they describe.
+const ANY_STATE: &str = "quant_state.bitsandbytes__";
+pub(super) const ABSMAX: &str = "absmax";
+pub(super) const QUANT_MAP: &str = "quant_map";
+pub(super) const NESTED_ABSMAX: &str = "nested_absmax";
+pub(super) const NESTED_QUANT_MAP: &str = "nested_quant_map";
 
-/// The tensors of a layer that a dense one does not have.
-pub(super) const COMPANIONS: [&str; 5] = [STATE, ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP];
+/// The packed tensor that this one describes, if its name says that it does.
+pub(super) fn described(name: &str) -> Option<&str> {
+    if let Some((tensor, _)) = name.split_once(".quant_state.") {
+        return name[tensor.len() + 1..].starts_with(ANY_STATE).then_some(tensor);
+    }
+    let (tensor, part) = name.rsplit_once('.')?;
+    [ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP].contains(&part).then_some(tensor)
+}
 
-/// The description of a `bnb.nn.Linear4bit` layer: all that can be known without reading weights.
+/// The names of all tensors that `bitsandbytes` packed to 4 bits, sorted: usually weights (`up_proj.weight`), but also
+/// parameters of other names, such as those of fused experts (`experts.gate_up_proj`). Those of FP4 are among them, and
+/// those of which only a part is there, which [`QuantState::load`] has an error for.
+#[must_use]
+pub fn packed_tensors(source: &dyn TensorSource) -> Vec<String> {
+    let mut tensors: Vec<String> = source.names().filter_map(described).map(str::to_owned).collect();
+    tensors.sort_unstable();
+    tensors.dedup();
+    tensors
+}
+
+/// The description of a tensor of 4-bit weights: all that can be known without reading them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantState {
     /// The shape of the weight before it was packed.
@@ -47,22 +67,22 @@ pub struct QuantState {
 }
 
 impl QuantState {
-    /// The state of the layer with this prefix (`model.layers.0.mlp.up_proj`; empty for a file with one layer). Only
-    /// the JSON is read; type and shape of every tensor of the layer are checked against it.
+    /// The state of the packed tensor of this name (`model.layers.0.mlp.up_proj.weight`). Only the JSON is read; type and
+    /// shape of every tensor that belongs to it are checked.
     ///
     /// # Errors
-    /// [`CheckpointError::Unsupported`] for FP4; [`CheckpointError::Missing`], [`CheckpointError::Type`],
-    /// [`CheckpointError::Shape`] or [`CheckpointError::Bytes`] for a tensor; [`CheckpointError::Json`] and
-    /// [`CheckpointError::Field`] for the JSON; [`CheckpointError::Overflow`] for its shape.
-    pub fn load(source: &dyn TensorSource, prefix: &str) -> Result<Self, CheckpointError> {
-        let name = join(prefix, STATE);
-        if source.info(&name).is_none() && source.info(&join(prefix, STATE_FP4)).is_some() {
-            return Err(CheckpointError::Unsupported { what: join(prefix, WEIGHT), variant: "FP4".to_owned() });
+    /// [`CheckpointError::Unsupported`] for FP4 and for what is not known; [`CheckpointError::Missing`],
+    /// [`CheckpointError::Type`], [`CheckpointError::Shape`] or [`CheckpointError::Bytes`] for a tensor;
+    /// [`CheckpointError::Json`] and [`CheckpointError::Field`] for the JSON; [`CheckpointError::Overflow`] for its shape.
+    pub fn load(source: &dyn TensorSource, tensor: &str) -> Result<Self, CheckpointError> {
+        let name = join(tensor, STATE);
+        if source.info(&name).is_none() && source.info(&join(tensor, STATE_FP4)).is_some() {
+            return Err(CheckpointError::Unsupported { what: tensor.to_owned(), variant: "FP4".to_owned() });
         }
-        let nested = source.info(&join(prefix, NESTED_ABSMAX)).is_some();
-        let packed = info_of(source, &join(prefix, WEIGHT))?;
+        let nested = source.info(&join(tensor, NESTED_ABSMAX)).is_some();
+        let packed = info_of(source, tensor)?;
         let state = Self::parse(&name, &bytes_of(source, &name)?, nested, packed.dtype)?;
-        state.check_tensors(source, prefix, &name)?;
+        state.check_tensors(source, tensor, &name)?;
         Ok(state)
     }
 
@@ -81,24 +101,23 @@ impl QuantState {
         Ok(Self { shape, block_size, dtype, quant_storage, nested_offset })
     }
 
-    /// Checks type and shape of every tensor of the layer but the bias.
-    fn check_tensors(&self, source: &dyn TensorSource, prefix: &str, state: &str) -> Result<(), CheckpointError> {
+    /// Checks type and shape of the packed tensor and of all that describe it.
+    fn check_tensors(&self, source: &dyn TensorSource, tensor: &str, state: &str) -> Result<(), CheckpointError> {
         let overflow = || CheckpointError::Overflow { tensor: state.to_owned(), shape: self.shape.clone() };
         let elements = product(&self.shape).ok_or_else(overflow)?;
-        let packed = info_of(source, &join(prefix, WEIGHT))?;
-        let (expected, got) = (packed_len(elements), tensor_bytes(prefix, packed.dtype, &packed.shape)?);
+        let (expected, got) = (packed_len(elements), len_of(source, tensor)?);
         if expected != got {
-            let what = format!("{} for {:?} weights", join(prefix, WEIGHT), self.shape);
+            let what = format!("{tensor} for {:?} weights", self.shape);
             return Err(CheckpointError::Bytes { what, expected: expected as u64, got: got as u64 });
         }
         let blocks = self.block_size.blocks(elements);
-        check_vector(source, &join(prefix, QUANT_MAP), Dtype::F32, "F32", 16)?;
+        check_vector(source, &join(tensor, QUANT_MAP), Dtype::F32, "F32", 16)?;
         if self.nested_offset.is_some() {
-            check_vector(source, &join(prefix, ABSMAX), Dtype::U8, "U8, as nested_absmax needs", blocks)?;
-            check_vector(source, &join(prefix, NESTED_ABSMAX), Dtype::F32, "F32", blocks.div_ceil(NESTED_BLOCK))?;
-            check_vector(source, &join(prefix, NESTED_QUANT_MAP), Dtype::F32, "F32", 256)
+            check_vector(source, &join(tensor, ABSMAX), Dtype::U8, "U8, as nested_absmax needs", blocks)?;
+            check_vector(source, &join(tensor, NESTED_ABSMAX), Dtype::F32, "F32", blocks.div_ceil(NESTED_BLOCK))?;
+            check_vector(source, &join(tensor, NESTED_QUANT_MAP), Dtype::F32, "F32", 256)
         } else {
-            check_vector(source, &join(prefix, ABSMAX), Dtype::F32, "F32, without nested_absmax", blocks)
+            check_vector(source, &join(tensor, ABSMAX), Dtype::F32, "F32, without nested_absmax", blocks)
         }
     }
 
@@ -108,10 +127,12 @@ impl QuantState {
     /// # Errors
     /// [`CheckpointError::Overflow`] if the number of weights does not fit in `usize`.
     pub fn matrix_shape(&self) -> Result<[usize; 2], CheckpointError> {
-        let (cols, outer) = self.shape.split_last().unwrap_or((&1, &[]));
-        let overflow = || CheckpointError::Overflow { tensor: WEIGHT.to_owned(), shape: self.shape.clone() };
-        let rows = product(outer).filter(|rows| rows.checked_mul(*cols).is_some());
-        Ok([rows.ok_or_else(overflow)?, *cols])
+        let [rows, cols] = matrix_shape(&self.shape);
+        let outer = &self.shape[..self.shape.len().saturating_sub(1)];
+        match product(outer).and_then(|rows| rows.checked_mul(cols)) {
+            Some(_) => Ok([rows, cols]),
+            None => Err(CheckpointError::Overflow { tensor: "weight".to_owned(), shape: self.shape.clone() }),
+        }
     }
 
     /// The JSON, with the bytes that `bitsandbytes` writes.
@@ -130,6 +151,12 @@ impl QuantState {
             shape.join(", "),
         )
     }
+}
+
+/// A shape as rows and columns: all dimensions but the last, and the last. Rows that do not fit are the largest number.
+pub(super) fn matrix_shape(shape: &[usize]) -> [usize; 2] {
+    let (cols, outer) = shape.split_last().unwrap_or((&1, &[]));
+    [outer.iter().fold(1, |rows, dim| rows.saturating_mul(*dim)), *cols]
 }
 
 /// The offset of double quantization: a decimal that is an f32 exactly. The other fields have but one value that

@@ -8,10 +8,10 @@ use core::ops::Range;
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 
-use super::float::{check_vector, read_f32};
-use super::header::tensor_bytes;
-use super::source::{TensorSource, bytes_of, info_of};
-use super::{CheckpointError, Header};
+use super::error::CheckpointError;
+use super::header::Header;
+use super::read::{check_vector, len_of, owned_bytes, read_f32};
+use super::source::TensorSource;
 use crate::weight::store::{SharedBytes, Store};
 
 /// A safetensors file in memory, such as a mapped one, that layers stay on: [`super::Linear4bit::load`] copies no packed
@@ -95,7 +95,7 @@ impl fmt::Debug for SharedFile {
 pub(super) fn store_bytes(source: &dyn TensorSource, name: &str) -> Result<Store<u8>, CheckpointError> {
     match checked_place(source, name)? {
         Some((bytes, place)) => Store::<u8>::shared(bytes, place).map_err(|error| in_tensor(name, error)),
-        None => Ok(bytes_of(source, name)?.into_owned().into()),
+        None => Ok(owned_bytes(source, name)?.into()),
     }
 }
 
@@ -113,8 +113,7 @@ fn checked_place(
     source: &dyn TensorSource,
     name: &str,
 ) -> Result<Option<(SharedBytes, Range<usize>)>, CheckpointError> {
-    let info = info_of(source, name)?;
-    let (expected, place) = (tensor_bytes(name, info.dtype, &info.shape)?, source.shared(name));
+    let (expected, place) = (len_of(source, name)?, source.shared(name));
     match &place {
         Some((_, range)) if range.len() != expected => {
             let (expected, got) = (expected as u64, range.len() as u64);

@@ -10,9 +10,9 @@ use core::ops::Range;
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 
+use super::error::CheckpointError;
 use super::float::FloatType;
-use super::header::tensor_bytes;
-use super::{CheckpointError, Header};
+use super::header::{Header, tensor_bytes};
 use crate::weight::store::SharedBytes;
 
 /// Tensors by name. A [`TensorFile`] is one on a byte slice; a reader of several files can be one too.
@@ -36,6 +36,26 @@ pub trait TensorSource: Sync {
     fn shared(&self, name: &str) -> Option<(SharedBytes, Range<usize>)> {
         let _ = name;
         None
+    }
+
+    /// Some bytes of a tensor. A source whose tensors are not in memory reads no more than these.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`]; [`CheckpointError::Bytes`] if the tensor does not have them.
+    fn read_range(&self, name: &str, range: Range<usize>) -> Result<Cow<'_, [u8]>, CheckpointError> {
+        let bytes = self.read(name)?;
+        if range.start > range.end || range.end > bytes.len() {
+            let (expected, got) = (range.end as u64, bytes.len() as u64);
+            return Err(CheckpointError::Bytes { what: name.to_owned(), expected, got });
+        }
+        Ok(match bytes {
+            Cow::Borrowed(bytes) => Cow::Borrowed(&bytes[range]),
+            Cow::Owned(mut bytes) => {
+                bytes.truncate(range.end);
+                bytes.drain(..range.start);
+                Cow::Owned(bytes)
+            }
+        })
     }
 }
 
@@ -74,35 +94,13 @@ impl TensorSource for TensorFile<'_> {
     }
 
     fn read(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError> {
-        let (start, end) = info_of(self, name)?.data_offsets;
-        Ok(Cow::Borrowed(&self.data[start..end]))
+        let info = self.header.get(name).ok_or_else(|| missing(name))?;
+        Ok(Cow::Borrowed(&self.data[info.data_offsets.0..info.data_offsets.1]))
     }
 }
 
-/// Type and shape, or the error that there is no such tensor.
-pub(super) fn info_of<'s>(source: &'s dyn TensorSource, name: &str) -> Result<&'s TensorInfo, CheckpointError> {
-    source.info(name).ok_or_else(|| CheckpointError::Missing { tensor: name.to_owned() })
-}
-
-/// The bytes of a tensor, whose number is checked against type and shape: a source may be anyone's.
-pub(super) fn bytes_of<'s>(source: &'s dyn TensorSource, name: &str) -> Result<Cow<'s, [u8]>, CheckpointError> {
-    let info = info_of(source, name)?;
-    let expected = tensor_bytes(name, info.dtype, &info.shape)?;
-    let bytes = source.read(name)?;
-    if bytes.len() == expected {
-        Ok(bytes)
-    } else {
-        Err(CheckpointError::Bytes { what: name.to_owned(), expected: expected as u64, got: bytes.len() as u64 })
-    }
-}
-
-/// `Ok` if the tensor has this shape.
-pub(super) fn check_shape(source: &dyn TensorSource, name: &str, shape: &[usize]) -> Result<(), CheckpointError> {
-    let info = info_of(source, name)?;
-    if info.shape == shape {
-        return Ok(());
-    }
-    Err(CheckpointError::Shape { tensor: name.to_owned(), expected: shape.to_vec(), got: info.shape.clone() })
+fn missing(name: &str) -> CheckpointError {
+    CheckpointError::Missing { tensor: name.to_owned() }
 }
 
 /// Tensors by name, in memory.
@@ -118,7 +116,7 @@ impl TensorSource for TensorMap<'_> {
     }
 
     fn read(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError> {
-        let tensor = self.get(name).ok_or_else(|| CheckpointError::Missing { tensor: name.to_owned() })?;
+        let tensor = self.get(name).ok_or_else(|| missing(name))?;
         Ok(Cow::Borrowed(&tensor.bytes))
     }
 }

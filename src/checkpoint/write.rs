@@ -1,90 +1,183 @@
-//! Writing a safetensors file.
+//! The layout of a safetensors file, and writing one.
 
 use alloc::borrow::ToOwned;
+use alloc::collections::BTreeMap;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::ops::Range;
 
+use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
-use super::CheckpointError;
-use super::header::{LIMIT, tensor_bytes};
-use super::source::{TensorSource, bytes_of, info_of};
+use super::error::CheckpointError;
+use super::header::{LIMIT, METADATA, tensor_bytes};
+use super::read::{bytes_of, info_of};
+use super::source::TensorSource;
 
-/// The start of a safetensors file, and the order in which the bytes of the tensors follow it.
+/// A tensor of a file that is to be written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The name.
+    pub name: String,
+    /// The type.
+    pub dtype: Dtype,
+    /// The shape.
+    pub shape: Vec<usize>,
+    /// Whether the tensor, a vector of bytes, may turn out shorter than `shape` says; see [`Layout::shortened`].
+    pub is_late: bool,
+}
+
+impl Entry {
+    /// A tensor whose size is known.
+    #[must_use]
+    pub fn new(name: &str, dtype: Dtype, shape: &[usize]) -> Self {
+        Self { name: name.to_owned(), dtype, shape: shape.to_vec(), is_late: false }
+    }
+}
+
+/// The start of a safetensors file, and where the bytes of each tensor lie after it.
+///
+/// The order is that of the Python package: larger types first, then by name; the header is padded to a multiple of 8
+/// bytes. Tensors that may turn out shorter come last.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
-    /// Length and JSON.
-    pub header: Vec<u8>,
-    /// Names, in the order of the data.
-    pub names: Vec<String>,
-    /// Bytes of all tensors.
-    pub data_len: u64,
+    metadata: BTreeMap<String, String>,
+    /// In the order of the data.
+    entries: Vec<Entry>,
+    places: BTreeMap<String, Range<usize>>,
+    header: Vec<u8>,
+    data_len: usize,
 }
 
 impl Layout {
-    /// How the Python package lays out these tensors: larger types first, then by name; the header is padded to a
-    /// multiple of 8 bytes. It has `format` = `pt` as metadata, without which transformers does not load a file.
+    /// The layout of these tensors. Without `format` in `metadata`, without which transformers does not load a file, it
+    /// gets `pt`.
     ///
     /// # Errors
-    /// [`CheckpointError::Overflow`] for tensors too large for the address space; [`CheckpointError::HeaderTooLong`]
-    /// above the limit of the format.
-    pub fn new(source: &dyn TensorSource) -> Result<Self, CheckpointError> {
-        let mut tensors = Vec::new();
-        for name in source.names() {
-            let info = info_of(source, name)?;
-            tensors.push((
-                name.to_owned(),
-                info.dtype,
-                info.shape.clone(),
-                tensor_bytes(name, info.dtype, &info.shape)?,
-            ));
-        }
-        tensors.sort_by(|(a_name, a, ..), (b_name, b, ..)| b.cmp(a).then_with(|| a_name.cmp(b_name)));
-        // A source that gives a name twice means one tensor.
-        tensors.dedup_by(|(a, ..), (b, ..)| a == b);
-        let (mut infos, mut end) = (Vec::new(), 0_usize);
-        for (name, dtype, shape, bytes) in tensors {
+    /// [`CheckpointError::Unexpected`] for a name that stands twice, for one that the format reserves, and for a type of
+    /// less than a byte; [`CheckpointError::Overflow`] for tensors too large for the address space;
+    /// [`CheckpointError::HeaderTooLong`] above the limit of the format.
+    pub fn new(mut entries: Vec<Entry>, metadata: BTreeMap<String, String>) -> Result<Self, CheckpointError> {
+        entries.sort_by(|a, b| {
+            a.is_late.cmp(&b.is_late).then_with(|| b.dtype.cmp(&a.dtype)).then_with(|| a.name.cmp(&b.name))
+        });
+        let mut metadata = metadata;
+        metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
+        let (mut places, mut infos, mut end) = (BTreeMap::new(), Vec::new(), 0_usize);
+        for Entry { name, dtype, shape, .. } in &entries {
+            let unexpected =
+                |reason: &str| CheckpointError::Unexpected { tensor: name.clone(), reason: reason.to_owned() };
+            if name == METADATA {
+                return Err(unexpected("safetensors keeps this name for what is not a tensor"));
+            }
+            if dtype.bitsize() < 8 {
+                return Err(unexpected(&alloc::format!("tensors of type {dtype} are not written")));
+            }
             let start = end;
             let overflow = || CheckpointError::Overflow { tensor: name.clone(), shape: shape.clone() };
-            end = start.checked_add(bytes).ok_or_else(overflow)?;
-            infos.push((name, TensorInfo { dtype, shape, data_offsets: (start, end) }));
+            end = start.checked_add(tensor_bytes(name, *dtype, shape)?).ok_or_else(overflow)?;
+            if places.insert(name.clone(), start..end).is_some() {
+                return Err(unexpected("two tensors of this name"));
+            }
+            infos.push((name.clone(), TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets: (start, end) }));
         }
-        let names: Vec<String> = infos.iter().map(|(name, _)| name.clone()).collect();
-        let fail = |reason: String| CheckpointError::Json { what: "header".to_owned(), reason };
-        let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
-        let metadata = Metadata::new(Some(metadata), infos).map_err(|e| fail(e.to_string()))?;
-        let mut json = serde_json::to_vec(&metadata).map_err(|e| fail(e.to_string()))?;
-        json.resize(json.len().next_multiple_of(8), b' ');
-        let len = json.len() as u64;
-        if len > LIMIT {
-            return Err(CheckpointError::HeaderTooLong { got: len, limit: LIMIT });
-        }
-        let mut header = len.to_le_bytes().to_vec();
-        header.append(&mut json);
-        Ok(Self { header, names, data_len: end as u64 })
+        let header = header(&metadata, infos)?;
+        Ok(Self { metadata, entries, places, header, data_len: end })
     }
+
+    /// The layout of all tensors of a source.
+    ///
+    /// # Errors
+    /// Those of [`Self::new`].
+    pub fn of(source: &dyn TensorSource) -> Result<Self, CheckpointError> {
+        // A source that gives a name twice means one tensor.
+        let names: alloc::collections::BTreeSet<&str> = source.names().collect();
+        let entry = |name| info_of(source, name).map(|info| Entry::new(name, info.dtype, &info.shape));
+        Self::new(names.into_iter().map(entry).collect::<Result<_, _>>()?, BTreeMap::new())
+    }
+
+    /// The same layout once the late tensors are there, with the number of bytes that they have; the header is padded
+    /// with spaces, which the format allows, to the length that it had, so that no other tensor moves.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Bytes`] for a late tensor that is longer than was said, or not there.
+    pub fn shortened(&self, lens: &BTreeMap<String, usize>) -> Result<Self, CheckpointError> {
+        let mut entries = self.entries.clone();
+        for entry in entries.iter_mut().filter(|entry| entry.is_late) {
+            let expected = entry.shape.iter().product::<usize>();
+            let got = lens.get(&entry.name).copied().unwrap_or(usize::MAX);
+            if got > expected {
+                let what = entry.name.clone();
+                return Err(CheckpointError::Bytes { what, expected: expected as u64, got: got as u64 });
+            }
+            entry.shape = alloc::vec![got];
+        }
+        let mut layout = Self::new(entries, self.metadata.clone())?;
+        layout.header.resize(self.header.len(), b' ');
+        layout.header[..8].copy_from_slice(&self.header[..8]);
+        Ok(layout)
+    }
+
+    /// Length and JSON.
+    #[must_use]
+    pub fn header(&self) -> &[u8] {
+        &self.header
+    }
+
+    /// The tensors, in the order of the data.
+    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.iter()
+    }
+
+    /// Where in the data the bytes of a tensor lie.
+    #[must_use]
+    pub fn place(&self, name: &str) -> Option<Range<usize>> {
+        self.places.get(name).cloned()
+    }
+
+    /// Bytes of all tensors.
+    #[must_use]
+    pub fn data_len(&self) -> u64 {
+        self.data_len as u64
+    }
+}
+
+fn header(metadata: &BTreeMap<String, String>, infos: Vec<(String, TensorInfo)>) -> Result<Vec<u8>, CheckpointError> {
+    let fail = |reason: String| CheckpointError::Json { what: "header".to_owned(), reason };
+    let metadata = metadata.clone().into_iter().collect();
+    let metadata = Metadata::new(Some(metadata), infos).map_err(|e| fail(e.to_string()))?;
+    let mut json = serde_json::to_vec(&metadata).map_err(|e| fail(e.to_string()))?;
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let len = json.len() as u64;
+    if len > LIMIT {
+        return Err(CheckpointError::HeaderTooLong { got: len, limit: LIMIT });
+    }
+    let mut header = len.to_le_bytes().to_vec();
+    header.append(&mut json);
+    Ok(header)
 }
 
 /// Writes a safetensors file in pieces, one tensor at a time: what `sink` is given, in order, is the file.
 ///
 /// # Errors
-/// Those of [`Layout::new`], of the source and of `sink`.
+/// Those of [`Layout::of`], of the source and of `sink`.
 pub fn write_safetensors(
     source: &dyn TensorSource,
     sink: &mut dyn FnMut(&[u8]) -> Result<(), CheckpointError>,
 ) -> Result<(), CheckpointError> {
-    let layout = Layout::new(source)?;
-    sink(&layout.header)?;
-    layout.names.iter().try_for_each(|name| sink(&bytes_of(source, name)?))
+    let layout = Layout::of(source)?;
+    sink(layout.header())?;
+    layout.entries().try_for_each(|entry| sink(&bytes_of(source, &entry.name)?))
 }
 
 /// A safetensors file in memory; see [`Layout`].
 ///
 /// # Errors
-/// Those of [`Layout::new`] and of the source.
+/// Those of [`Layout::of`] and of the source.
 pub fn to_safetensors(source: &dyn TensorSource) -> Result<Vec<u8>, CheckpointError> {
     let mut file = Vec::new();
     write_safetensors(source, &mut |bytes| {
+        super::read::make_room("the file", &mut file, bytes.len())?;
         file.extend_from_slice(bytes);
         Ok(())
     })?;

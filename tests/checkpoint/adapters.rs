@@ -1,8 +1,8 @@
 //! PEFT adapters: those of the reference data, and the variants that these do not have.
 
 use nf4::checkpoint::{
-    CheckpointError, FloatType, Linear4bit, PeftAdapter, PeftConfig, TargetModules, TensorFile, TensorMap,
-    to_safetensors,
+    CheckpointError, Dtype, FloatType, Linear4bit, MergeOptions, MergedModel, PeftAdapter, PeftConfig, TargetModules,
+    TensorData, TensorFile, TensorMap, TensorSource, to_safetensors,
 };
 use nf4::{LoRAAdapter, LoRAScaling};
 use serde_json::{Value, json};
@@ -237,13 +237,20 @@ fn fan_in_fan_out_transposes_a_dense_base() {
     let [plain, fan] = [false, true].map(|fan_in_fan_out| {
         load(&json!({"r": 2, "fan_in_fan_out": fan_in_fan_out}), &small(FloatType::F32)).unwrap()
     });
-    let (mut a, mut b) = (weight, transposed);
-    plain.merge_dense("h.0.attn.q", &mut a, [3, 5]).unwrap();
-    fan.merge_dense("h.0.attn.q", &mut b, [5, 3]).unwrap();
+    let merge = |adapter: &PeftAdapter, values: &[f32], shape: [usize; 2]| {
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let name = "h.0.attn.q.weight";
+        let base = TensorData::new(name, Dtype::F32, shape.to_vec(), bytes).unwrap();
+        let base = TensorMap::from([(name.to_owned(), base)]);
+        let merged = MergedModel::new(&base, Some(adapter), &MergeOptions::new())?;
+        Ok::<_, CheckpointError>(FloatType::F32.values(&merged.read(name)?))
+    };
+    let a = merge(&plain, &weight, [3, 5]).unwrap();
+    let b = merge(&fan, &transposed, [5, 3]).unwrap();
     assert_eq!(b, (0..15).map(|i| a[i % 3 * 5 + i / 3]).collect::<Vec<_>>());
     // Row 0 of A is 0.25, 0.5, ...; row 1 goes on with 1.5; row 0 of B is -0.5, -1.0; the scale is 4.
     assert_eq!(a[0], 4.0 * (-0.5 * 0.25 - 1.5));
-    let error = plain.merge_dense("h.0.attn.q", &mut b, [5, 3]).unwrap_err().to_string();
+    let error = merge(&plain, &b, [5, 3]).unwrap_err().to_string();
     assert!(error.contains("h.0.attn.q") && error.contains("[5, 3]") && error.contains("[3, 5]"), "{error}");
 }
 
@@ -253,8 +260,6 @@ fn variants_that_are_not_implemented_are_named() {
         ("peft_type", json!("IA3")),
         ("use_qalora", json!(true)),
         ("alora_invocation_tokens", json!([1, 2])),
-        ("trainable_token_indices", json!([3])),
-        ("target_parameters", json!(["experts.down_proj"])),
         ("layer_replication", json!([[0, 4]])),
         ("use_bdlora", json!({"nblocks": 2})),
         ("arrow_config", json!({"top_k": 3})),
@@ -295,7 +300,11 @@ fn tensors_that_do_not_fit_are_named_with_their_numbers() {
     let magnitude = add(format!("{prefix}.lora_magnitude_vector"), &[4]);
     check(json!({"r": 2, "use_dora": true}), &magnitude, &["lora_magnitude_vector", "[3]", "[4]"]);
     check(r2(), &add(format!("{prefix}.lora_diag"), &[2]), &["lora_diag", "not supported"]);
-    check(r2(), &add("base_model.model.wte.lora_embedding_A".to_owned(), &[2, 2]), &["wte", "lora_embedding_A"]);
+    check(
+        r2(),
+        &add("base_model.model.wte.lora_embedding_A".to_owned(), &[2, 2]),
+        &["wte", "lora_embedding_B", "no such"],
+    );
     check(r2(), &add("base_model.model.norm.weight".to_owned(), &[2]), &["norm.weight", "modules_to_save"]);
     check(r2(), &add("h.0.attn.q.lora_A.weight".to_owned(), &[2, 5]), &["h.0.attn.q", "base_model.model."]);
     check(json!({"r": 0}), &|_| (), &["r is 0"]);

@@ -4,8 +4,8 @@
 use std::path::PathBuf;
 
 use nf4::checkpoint::{
-    CheckpointError, FloatType, Header, Linear4bit, MergedModel, PeftAdapter, PeftConfig, QuantState,
-    QuantizationConfig, TensorData, TensorFile, TensorMap, TensorSource, linear4bit_prefixes, to_safetensors,
+    CheckpointError, FloatType, Header, Linear4bit, MergeOptions, MergedModel, PeftAdapter, PeftConfig, QuantState,
+    QuantizationConfig, TensorData, TensorFile, TensorMap, TensorSource, packed_tensors, to_safetensors,
 };
 use nf4::{AbsmaxBuf, BlockSize, Quantized4Bit};
 use safetensors::Dtype;
@@ -229,8 +229,8 @@ fn other_codebooks_and_scales_that_are_not_finite() {
     let state = tensors.remove(STATE).unwrap();
     tensors.insert(STATE.replace("nf4", "fp4"), state);
     check(&load_error(&tensors), &["l.weight", "FP4"]);
-    assert_eq!(linear4bit_prefixes(&tensors), ["l"]);
-    check(&error_of(|| MergedModel::new(&tensors, None, FloatType::F32)), &["l.weight", "FP4"]);
+    assert_eq!(packed_tensors(&tensors), ["l.weight"]);
+    check(&error_of(|| MergedModel::new(&tensors, None, &MergeOptions::new())), &["l.weight", "FP4"]);
 }
 
 #[test]
@@ -327,7 +327,7 @@ fn rows_without_columns() {
         let file = to_safetensors(&layer.tensors("l")).unwrap();
         let file = TensorFile::parse(&file).unwrap();
         for float in [FloatType::F32, FloatType::BF16] {
-            let merged = MergedModel::new(&file, None, float).unwrap();
+            let merged = MergedModel::new(&file, None, &MergeOptions::new().with_dtype(float)).unwrap();
             assert_eq!(merged.info("l.weight").unwrap().shape, [rows, 0]);
             assert!(merged.read("l.weight").unwrap().is_empty());
             assert!(TensorFile::parse(&to_safetensors(&merged).unwrap()).is_ok());
@@ -362,9 +362,9 @@ fn changed_bytes() {
             }
             let used = allocation_counter::measure(|| {
                 let Ok(file) = TensorFile::parse(&bytes) else { return };
-                for prefix in linear4bit_prefixes(&file) {
-                    let _ = QuantState::load(&file, &prefix);
-                    loaded += usize::from(Linear4bit::load(&file, &prefix).is_ok());
+                for tensor in packed_tensors(&file) {
+                    let _ = QuantState::load(&file, &tensor);
+                    loaded += usize::from(Linear4bit::load_tensor(&file, &tensor).is_ok());
                 }
                 let _ = PeftAdapter::load(&config, &file);
             });

@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use nf4::checkpoint::{
-    Linear4bit, QuantizationConfig, TensorData, TensorFile, TensorMap, TensorSource, linear4bit_prefixes,
-    to_safetensors,
+    Linear4bit, QuantizationConfig, TensorData, TensorFile, TensorMap, TensorSource, packed_tensors, to_safetensors,
 };
 
 use crate::support::{Case, Checker, Tensors, Tree, check_kind};
@@ -40,9 +39,10 @@ fn writes_the_bytes_that_bitsandbytes_wrote() {
     for path in files() {
         let bytes = std::fs::read(&path).unwrap();
         let file = TensorFile::parse(&bytes).unwrap();
-        let layers: Vec<(String, Linear4bit)> = linear4bit_prefixes(&file)
+        let layers: Vec<(String, Linear4bit)> = packed_tensors(&file)
             .into_iter()
-            .map(|prefix| {
+            .map(|tensor| {
+                let prefix = tensor.strip_suffix("weight").unwrap().trim_end_matches('.').to_owned();
                 let layer = Linear4bit::load(&file, &prefix).unwrap();
                 (prefix, layer)
             })

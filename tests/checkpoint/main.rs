@@ -7,7 +7,9 @@
 mod support;
 
 mod adapters;
+mod field;
 mod hostile;
+mod kinds;
 mod layers;
 mod merged;
 mod round_trip;

@@ -1,8 +1,8 @@
 //! What is written is read again, bit for bit: every block size, storage type, bias type and shape.
 
 use nf4::checkpoint::{
-    CheckpointError, Dtype, FloatType, Linear4bit, QuantState, QuantizationConfig, TensorData, TensorFile, TensorMap,
-    to_safetensors,
+    CheckpointError, Dtype, FloatType, Linear4bit, MergeOptions, MergedModel, QuantState, QuantizationConfig,
+    TensorData, TensorFile, TensorMap, to_safetensors,
 };
 use nf4::{Absmax, AbsmaxBuf, BlockSize, DYNAMIC_MAP, Quantized4Bit};
 
@@ -150,7 +150,7 @@ fn the_offset_is_written_as_python_does() {
         let tensors = layer.tensors("");
         let json = core::str::from_utf8(tensors["weight.quant_state.bitsandbytes__nf4"].bytes()).unwrap();
         assert!(json.ends_with(&format!("\"nested_offset\": {text}}}")), "{json}");
-        let read = QuantState::load(&tensors, "").unwrap().nested_offset.unwrap();
+        let read = QuantState::load(&tensors, "weight").unwrap().nested_offset.unwrap();
         assert_eq!(read.to_bits(), offset.to_bits());
     }
 }
@@ -168,7 +168,8 @@ fn the_section_of_config_json() {
         text.starts_with("{\n  \"model_type\": \"llama\",\n  \"quantization_config\": {\n    \"_load_in_4bit\""),
         "{text}"
     );
-    let text = QuantizationConfig::remove_from(text.as_bytes(), FloatType::BF16).unwrap();
+    let options = MergeOptions::new().with_dtype(FloatType::BF16).with_config(text.as_bytes());
+    let text = MergedModel::new(&TensorMap::new(), None, &options).unwrap().config().unwrap().unwrap();
     assert_eq!(text, "{\n  \"dtype\": \"bfloat16\",\n  \"model_type\": \"llama\",\n  \"z\": 1e-6\n}\n");
     assert_eq!(QuantizationConfig::from_config(text.as_bytes()).unwrap(), None);
     let eight_bit = br#"{"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": true}}"#;

@@ -4,9 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nf4::SharedBytes;
-use nf4::checkpoint::{
-    CheckpointError, Linear4bit, SharedFile, TensorFile, TensorInfo, TensorSource, linear4bit_prefixes,
-};
+use nf4::checkpoint::{CheckpointError, Linear4bit, SharedFile, TensorFile, TensorInfo, TensorSource, packed_tensors};
 
 use crate::support::Tree;
 
@@ -29,16 +27,17 @@ fn check(path: &Path, moved: usize) {
     let owner: SharedBytes = Arc::new(Moved([vec![0; moved], bytes.clone()].concat(), moved));
     let shared = SharedFile::parse(owner.clone()).unwrap();
     assert_eq!(shared.names().collect::<Vec<_>>(), file.names().collect::<Vec<_>>());
-    for prefix in linear4bit_prefixes(&shared) {
+    for tensor in packed_tensors(&shared) {
+        let prefix = tensor.strip_suffix("weight").unwrap().trim_end_matches('.');
         let name = format!("{} moved by {moved}, {prefix}", path.display());
-        let (expected, got) = (Linear4bit::load(&file, &prefix).unwrap(), Linear4bit::load(&shared, &prefix).unwrap());
+        let (expected, got) = (Linear4bit::load(&file, prefix).unwrap(), Linear4bit::load(&shared, prefix).unwrap());
         assert_eq!(bits(&got), bits(&expected), "{name}");
         assert_eq!((got.bias(), got.state()), (expected.bias(), expected.state()), "{name}");
         let (of_file, of_layer) = ((*owner).as_ref().as_ptr_range(), got.weight().packed().as_ptr_range());
         assert!(of_file.start <= of_layer.start && of_layer.end <= of_file.end, "{name}: the codes are a copy");
         // Scales are copied where they are not aligned, and codes of scales never.
         let scales = if got.weight().is_double_quantized() { "nested_absmax" } else { "absmax" };
-        let scales = shared.header().get(format!("{prefix}.weight.{scales}").trim_start_matches('.')).unwrap();
+        let scales = shared.header().get(&format!("{tensor}.{scales}")).unwrap();
         let at = of_file.end.addr() - shared.header().data_len() + scales.data_offsets.0;
         let copied = if at.is_multiple_of(4) && cfg!(target_endian = "little") { 0 } else { scales.shape[0] * 4 };
         assert_eq!(got.weight().memory_bytes(), copied, "{name}");
@@ -88,9 +87,9 @@ fn sources_that_share_something_else_are_errors() {
     let path = Tree::open().cases.into_iter().find(|case| case.kind() == "linear4bit").unwrap();
     let bytes = std::fs::read(path.path_of("model.safetensors")).unwrap();
     let file = SharedFile::parse(Arc::new(bytes)).unwrap();
-    let prefix = linear4bit_prefixes(&file).remove(0);
+    let tensor = packed_tensors(&file).remove(0);
     for (wrong, expected) in [(0, "expected"), (1, "do not lie in 0..")] {
-        let error = Linear4bit::load(&Wrong(file.clone(), wrong), &prefix).unwrap_err().to_string();
+        let error = Linear4bit::load_tensor(&Wrong(file.clone(), wrong), &tensor).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
     assert!(SharedFile::parse(Arc::new([0_u8; 7])).is_err());

@@ -12,6 +12,7 @@ mod support;
 mod bench;
 mod commit;
 mod docs;
+mod field;
 mod files;
 mod hostile;
 mod inputs;

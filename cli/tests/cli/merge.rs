@@ -120,7 +120,7 @@ fn models_in_shards() {
         }
     }
     assert_eq!(values.len(), shape[0] * shape[1]);
-    json(&["merge", &text("packed"), "--adapter", &text("adapter"), "--out", &text("bf16")]);
+    json(&["merge", &text("packed"), "--adapter", &text("adapter"), "--out", &text("bf16"), "--dtype", "bf16"]);
     for shard in SHARDS {
         let merged = Tensors::load(&path("bf16").join(shard));
         assert!(merged.iter().all(|(_, t)| t.dtype == safetensors::Dtype::BF16));

@@ -76,7 +76,7 @@ fn quantize_as_bitsandbytes_does() {
             }
         }
         save(&input, &map);
-        let block = nf4::checkpoint::QuantState::load(&theirs, "").unwrap().block_size.get().to_string();
+        let block = nf4::checkpoint::QuantState::load(&theirs, "weight").unwrap().block_size.get().to_string();
         let mut args = vec!["quantize", input.to_str().unwrap(), "--out", output.to_str().unwrap()];
         args.extend(["--block-size", &block]);
         if nested {

@@ -8,9 +8,9 @@ use alloc::vec::Vec;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::super::CheckpointError;
-use super::super::json::{Object, shown, to_strings, to_usize};
-use super::pattern::{Ordered, Patterns};
+use super::super::error::CheckpointError;
+use super::super::json::{Object, from_python, shown, to_strings, to_usize};
+use super::pattern::{Ordered, Patterns, WORK_LIMIT};
 use crate::LoRAScaling;
 
 pub(super) const CONFIG: &str = "adapter_config.json";
@@ -65,6 +65,9 @@ pub struct PeftConfig {
     lora_bias: bool,
     dora: bool,
     modules_to_save: Vec<String>,
+    target_parameters: Vec<String>,
+    trainable_tokens: Vec<(String, Vec<usize>)>,
+    ensure_weight_tying: bool,
     fields: Map<String, Value>,
 }
 
@@ -79,11 +82,9 @@ struct InOrder {
 
 /// Variants that change what an adapter computes, or what base it belongs to, and that are off if null (or false, or
 /// empty).
-const VARIANTS: [&str; 11] = [
+const VARIANTS: [&str; 9] = [
     "use_qalora",
     "alora_invocation_tokens",
-    "trainable_token_indices",
-    "target_parameters",
     "layer_replication",
     "use_bdlora",
     "arrow_config",
@@ -115,6 +116,9 @@ impl PeftConfig {
             lora_bias: false,
             dora: false,
             modules_to_save: Vec::new(),
+            target_parameters: Vec::new(),
+            trainable_tokens: Vec::new(),
+            ensure_weight_tying: false,
             fields: Map::new(),
         }
     }
@@ -123,9 +127,10 @@ impl PeftConfig {
     ///
     /// # Errors
     /// [`CheckpointError::Json`]; [`CheckpointError::Field`]; [`CheckpointError::Unsupported`] with the name of a
-    /// variant that is not implemented: a `peft_type` other than `LORA`, `use_qalora`, `target_parameters`, an
-    /// initialisation that changes the base, and so on.
+    /// variant that is not implemented: a `peft_type` other than `LORA`, `use_qalora`, an initialisation that
+    /// changes the base, and so on.
     pub fn parse(json: &[u8]) -> Result<Self, CheckpointError> {
+        let json = &*from_python(json);
         let object = Object::parse(CONFIG, json)?;
         let unsupported = |variant| CheckpointError::Unsupported { what: CONFIG.to_owned(), variant };
         match object.optional("peft_type", "a string", "LORA", Value::as_str)? {
@@ -166,6 +171,14 @@ impl PeftConfig {
             lora_bias: flag("lora_bias")?,
             dora: flag("use_dora")?,
             modules_to_save: object.optional("modules_to_save", "a list of names", Vec::new(), to_strings)?,
+            target_parameters: object.optional("target_parameters", "a list of names", Vec::new(), to_strings)?,
+            trainable_tokens: object.optional(
+                "trainable_token_indices",
+                "a list of tokens, or such lists by module",
+                Vec::new(),
+                to_tokens,
+            )?,
+            ensure_weight_tying: flag("ensure_weight_tying")?,
             fields: object.into_fields(),
         };
         // As in LoraConfig.__post_init__.
@@ -212,7 +225,7 @@ impl PeftConfig {
     }
 }
 
-/// What it says of modules.
+/// Accessors.
 impl PeftConfig {
     /// The rank of a module, by its name without `base_model.model.`.
     #[must_use]
@@ -268,6 +281,40 @@ impl PeftConfig {
         &self.modules_to_save
     }
 
+    /// Parameters that are not weights of layers and have adapters, by name or end of name.
+    #[must_use]
+    pub fn target_parameters(&self) -> &[String] {
+        &self.target_parameters
+    }
+
+    /// The tokens whose rows were trained, by the name or end of name of their embedding; an empty name is the input
+    /// embedding.
+    #[must_use]
+    pub fn trainable_tokens(&self) -> &[(String, Vec<usize>)] {
+        &self.trainable_tokens
+    }
+
+    /// Whether input and output embeddings stay one weight, `ensure_weight_tying`.
+    #[must_use]
+    pub fn ensures_weight_tying(&self) -> bool {
+        self.ensure_weight_tying
+    }
+
+    /// `Ok` if the patterns can be matched with these modules in bounded time.
+    pub(super) fn check_work<'m>(&self, modules: impl Iterator<Item = &'m str>) -> Result<(), CheckpointError> {
+        let letters = modules.fold(0_usize, |sum, name| sum.saturating_add(name.len()));
+        let size = self.ranks.size().saturating_add(self.alphas.size());
+        if size.saturating_mul(letters) <= WORK_LIMIT {
+            return Ok(());
+        }
+        Err(CheckpointError::Field {
+            what: CONFIG.to_owned(),
+            field: "rank_pattern and alpha_pattern".to_owned(),
+            expected: "expressions that can be matched with all modules in a few seconds",
+            got: format!("expressions of {size} bytes in all, for module names of {letters}"),
+        })
+    }
+
     /// All fields, also those that this library does nothing with.
     #[must_use]
     pub fn fields(&self) -> &Map<String, Value> {
@@ -321,6 +368,16 @@ fn is_on(value: &Value) -> bool {
         Value::Array(items) => !items.is_empty(),
         Value::Object(fields) => !fields.is_empty(),
         _ => true,
+    }
+}
+
+/// A list of tokens, or an object of such lists.
+fn to_tokens(value: &Value) -> Option<Vec<(String, Vec<usize>)>> {
+    let list = |value: &Value| value.as_array()?.iter().map(to_usize).collect::<Option<Vec<usize>>>();
+    match value {
+        Value::Object(fields) => fields.iter().map(|(name, value)| Some((name.clone(), list(value)?))).collect(),
+        Value::Array(items) if items.is_empty() => Some(Vec::new()),
+        value => Some(alloc::vec![(String::new(), list(value)?)]),
     }
 }
 

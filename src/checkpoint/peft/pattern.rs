@@ -12,7 +12,7 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::Value;
 
-use super::super::CheckpointError;
+use super::super::error::CheckpointError;
 use super::super::json::{shortened, shown};
 
 /// Bytes that a compiled expression may take, and all of a field together, so that a file cannot make them large.
@@ -23,6 +23,10 @@ const COUNT_LIMIT: usize = TOTAL_LIMIT >> 14;
 /// Bytes of the text of an expression, which is parsed before any other limit holds: a class of two letters stands for
 /// hundreds of ranges.
 const TEXT_LIMIT: usize = 1 << 12;
+
+/// The product of the sizes of all compiled expressions and of the letters of all module names: without a limit each is
+/// small enough, and a match takes time in proportion to both. The largest takes seconds.
+pub(super) const WORK_LIMIT: usize = if usize::BITS > 32 { 1 << 33 } else { usize::MAX };
 
 /// A JSON object whose order is kept: the first expression that matches counts.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -120,11 +124,15 @@ impl Name {
 
 /// The keys of a field, to be matched, and their values.
 #[derive(Debug, Clone)]
-pub(super) struct Patterns<T>(Vec<(Pattern, T)>);
+pub(super) struct Patterns<T> {
+    entries: Vec<(Pattern, T)>,
+    /// Bytes that the expressions among them take, by a bound that is at most four times too large.
+    size: usize,
+}
 
 impl<T: Copy> Patterns<T> {
     pub(super) const fn none() -> Self {
-        Self(Vec::new())
+        Self { entries: Vec::new(), size: 0 }
     }
 
     /// Compiles the field `field`. PEFT looks for `(.*\.)?(key)$` from the start of the name on, in Python's syntax;
@@ -147,6 +155,7 @@ impl<T: Copy> Patterns<T> {
             return Err(error(field.to_owned(), expected, format!("an object with {count} of these")));
         }
         let limit = SIZE_LIMIT.min(TOTAL_LIMIT / count.max(1));
+        let mut size = 0_usize;
         let compiled = entries.0.iter().map(|(key, value)| {
             let at = || format!("{field}[{:?}]", shortened(key));
             let value = convert(value).ok_or_else(|| error(at(), expected, shown(value)))?;
@@ -157,16 +166,36 @@ impl<T: Copy> Patterns<T> {
                 let expected = "a name or a regular expression of at most 4096 bytes";
                 return Err(error(at(), expected, format!("{} bytes long", key.len())));
             }
-            let regex = RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$")).size_limit(limit).build();
-            let regex = regex.map_err(|e| error(at(), "a regular expression", format!("not one: {e}")))?;
+            let (regex, bytes) =
+                compile(key, limit).map_err(|e| error(at(), "a regular expression", format!("not one: {e}")))?;
+            size = size.saturating_add(bytes);
             Ok((Pattern::Expression(regex), value))
         });
-        compiled.collect::<Result<_, _>>().map(Self)
+        let entries = compiled.collect::<Result<_, _>>()?;
+        Ok(Self { entries, size })
+    }
+
+    /// Bytes that the expressions take; names take none.
+    pub(super) fn size(&self) -> usize {
+        self.size
     }
 
     /// The value of the first expression that matches the name of the module.
     pub(super) fn get(&self, module: &str) -> Option<T> {
-        self.0.iter().find(|(pattern, _)| pattern.matches(module)).map(|(_, value)| *value)
+        self.entries.iter().find(|(pattern, _)| pattern.matches(module)).map(|(_, value)| *value)
+    }
+}
+
+/// Compiles an expression, and returns a limit that its size keeps: the first of 1 KiB, 4 KiB and so on that does.
+fn compile(key: &str, limit: usize) -> Result<(Regex, usize), regex::Error> {
+    let text = format!(r"^(?:.*\.)?(?:{key})$");
+    let mut size = 1 << 10;
+    loop {
+        match RegexBuilder::new(&text).size_limit(size.min(limit)).build() {
+            Ok(regex) => return Ok((regex, size.min(limit))),
+            Err(regex::Error::CompiledTooBig(_)) if size < limit => size *= 4,
+            Err(error) => return Err(error),
+        }
     }
 }
 

@@ -1,15 +1,19 @@
 //! Writing an adapter.
 
 use alloc::borrow::ToOwned;
+use alloc::collections::BTreeMap;
 use alloc::string::String;
 use alloc::vec::Vec;
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value};
 
-use super::super::source::TensorData;
-use super::super::{CheckpointError, FloatType, TensorMap, to_safetensors};
-use super::adapter::{PeftAdapter, PeftModule, tensor_name};
+use super::super::error::CheckpointError;
+use super::super::float::FloatType;
+use super::super::json::to_python;
+use super::super::source::{TensorData, TensorMap};
+use super::super::write::to_safetensors;
+use super::adapter::{PeftAdapter, PeftModule, PeftModuleKind, tensor_name};
 use super::config::{PeftConfig, TargetModules};
 use super::pattern::Ordered;
 use crate::{LoRAAdapter, LoRAScaling};
@@ -20,7 +24,8 @@ impl PeftAdapter {
     /// the configuration; modules with others get patterns. The target modules are these very names.
     ///
     /// # Errors
-    /// [`CheckpointError::Unsupported`] if some have `rsLoRA` scaling or `DoRA` and others not, which PEFT cannot say.
+    /// [`CheckpointError::Unsupported`] if some have `rsLoRA` scaling or `DoRA` and others not, which PEFT cannot say;
+    /// [`CheckpointError::Layer`] if `A` or `B` of one was replaced by a tensor of another length.
     pub fn new(modules: impl IntoIterator<Item = (String, LoRAAdapter)>) -> Result<Self, CheckpointError> {
         let modules: Vec<(String, LoRAAdapter)> = modules.into_iter().collect();
         let mut config = match modules.first() {
@@ -38,12 +43,21 @@ impl PeftAdapter {
             if adapter.is_dora() != config.is_dora() {
                 return Err(mixed("DoRA for some modules only"));
             }
+            adapter.pair().map_err(|error| CheckpointError::Layer { layer: name.clone(), error })?;
             config.set_module(name, adapter.rank(), adapter.alpha());
         }
         let names = modules.iter().map(|(name, _)| name.clone()).collect();
         let config = config.compiled()?.with_target_modules(TargetModules::List(names));
-        let module = |(name, adapter)| (name, PeftModule { adapter, bias: None });
-        Ok(Self { config, modules: modules.into_iter().map(module).collect(), replaced: TensorMap::new() })
+        let kind = PeftModuleKind::Linear;
+        let module = |(name, adapter)| (name, PeftModule { adapter, bias: None, kind: kind.clone() });
+        Ok(Self {
+            config,
+            modules: modules.into_iter().map(module).collect(),
+            parameters: BTreeMap::new(),
+            tokens: BTreeMap::new(),
+            replaced: TensorMap::new(),
+            bases: TensorMap::new(),
+        })
     }
 
     /// The same adapter with another value of a field that this library does nothing with; see
@@ -63,8 +77,10 @@ impl PeftAdapter {
     ///
     /// # Errors
     /// [`CheckpointError::Missing`] if there is no such module; [`CheckpointError::Unsupported`] if shape, rank, alpha,
-    /// scaling or `DoRA` are not those of the one that was there, which the configuration describes.
+    /// scaling or `DoRA` are not those of the one that was there, which the configuration describes;
+    /// [`CheckpointError::Layer`] if `A` or `B` was replaced by a tensor of another length.
     pub fn replace(&mut self, module: &str, adapter: LoRAAdapter) -> Result<(), CheckpointError> {
+        adapter.pair().map_err(|error| CheckpointError::Layer { layer: module.to_owned(), error })?;
         let missing = || CheckpointError::Missing { tensor: tensor_name(module, "lora_A.weight") };
         let old = self.modules.get_mut(module).ok_or_else(missing)?;
         let parts = |a: &LoRAAdapter| (a.d_out(), a.d_in(), a.rank(), a.alpha().to_bits(), a.scaling(), a.is_dora());
@@ -92,19 +108,70 @@ impl PeftAdapter {
             adapter.pair().map_err(|error| CheckpointError::Layer { layer: name.clone(), error })?;
             let matrix = |values: &[f32], shape| TensorData::floats(values, float).with_shape(shape);
             let mut add = |part: &str, tensor| tensors.insert(tensor_name(name, part), tensor);
-            add("lora_A.weight", matrix(adapter.a().data(), alloc::vec![adapter.rank(), adapter.d_in()]));
-            add("lora_B.weight", matrix(adapter.b().data(), alloc::vec![adapter.d_out(), adapter.rank()]));
+            let (d_out, d_in, rank) = (adapter.d_out(), adapter.d_in(), adapter.rank());
+            let (a_part, b_part, a_shape, b_shape) = match &module.kind {
+                PeftModuleKind::Linear => {
+                    ("lora_A.weight", "lora_B.weight", alloc::vec![rank, d_in], alloc::vec![d_out, rank])
+                }
+                PeftModuleKind::Embedding => {
+                    ("lora_embedding_A", "lora_embedding_B", alloc::vec![rank, d_in], alloc::vec![d_out, rank])
+                }
+                PeftModuleKind::Convolution(kernel) => {
+                    let inner = d_in / kernel.iter().product::<usize>().max(1);
+                    let a = [rank, inner].into_iter().chain(kernel.iter().copied()).collect();
+                    let b = [d_out, rank].into_iter().chain(kernel.iter().map(|_| 1)).collect();
+                    ("lora_A.weight", "lora_B.weight", a, b)
+                }
+            };
+            add(a_part, matrix(adapter.a().data(), a_shape));
+            add(b_part, matrix(adapter.b().data(), b_shape));
             if let Some(bias) = &module.bias {
                 add("lora_B.bias", TensorData::floats(bias, float));
             }
             if adapter.is_dora() {
                 const PART: &str = "lora_magnitude_vector";
                 let missing = || CheckpointError::Missing { tensor: tensor_name(name, PART) };
-                add(PART, TensorData::floats(adapter.magnitude().ok_or_else(missing)?.data(), float));
+                let magnitude = adapter.magnitude().ok_or_else(missing)?.data();
+                let shape = match &module.kind {
+                    PeftModuleKind::Convolution(kernel) => {
+                        [1, d_out].into_iter().chain(kernel.iter().map(|_| 1)).collect()
+                    }
+                    _ => alloc::vec![d_out],
+                };
+                add(PART, TensorData::floats(magnitude, float).with_shape(shape));
             }
         }
+        for (name, factors) in &self.parameters {
+            for (depth, pair) in factors.iter().enumerate() {
+                for (part, values, shape) in [("A", &pair.a, pair.a_shape), ("B", &pair.b, pair.b_shape)] {
+                    let part = alloc::format!("{}lora_{part}.weight", "base_layer.".repeat(depth));
+                    let tensor = TensorData::floats(values, float).with_shape(shape.to_vec());
+                    tensors.insert(tensor_name(name, &part), tensor);
+                }
+            }
+        }
+        for (name, tokens) in &self.tokens {
+            let shape = alloc::vec![tokens.indices.len(), tokens.width];
+            let tensor = TensorData::floats(&tokens.values, float).with_shape(shape);
+            tensors.insert(tensor_name(name, "token_adapter.trainable_tokens_delta"), tensor);
+        }
         for (name, tensor) in &self.replaced {
-            tensors.insert(self.replaced_name(name), tensor.borrowed());
+            let name = match name.rsplit_once('.') {
+                Some((module, "bias")) if self.modules.contains_key(module) => tensor_name(module, "base_layer.bias"),
+                _ => alloc::format!("{}{name}", super::PREFIX),
+            };
+            tensors.insert(name, tensor.borrowed());
+        }
+        for (name, tensor) in &self.bases {
+            let (module, part) = name.rsplit_once('.').unwrap_or(("", name));
+            let between = if self.modules.contains_key(module) {
+                "base_layer"
+            } else if self.tokens.contains_key(module) {
+                "token_adapter.base_layer"
+            } else {
+                "original_module"
+            };
+            tensors.insert(tensor_name(module, &alloc::format!("{between}.{part}")), tensor.borrowed());
         }
         Ok(tensors)
     }
@@ -115,16 +182,6 @@ impl PeftAdapter {
     /// Those of [`Self::tensors`] and [`to_safetensors`].
     pub fn to_files(&self, float: FloatType) -> Result<(String, Vec<u8>), CheckpointError> {
         Ok((self.config.to_json(), to_safetensors(&self.tensors(float)?)?))
-    }
-
-    /// The name in the adapter of a tensor of the base: that of a module with an adapter is in its `base_layer`.
-    fn replaced_name(&self, name: &str) -> String {
-        match name.rsplit_once('.') {
-            Some((module, part)) if self.modules.contains_key(module) => {
-                tensor_name(module, &alloc::format!("base_layer.{part}"))
-            }
-            _ => alloc::format!("{}{name}", super::PREFIX),
-        }
     }
 }
 
@@ -155,5 +212,5 @@ pub(super) fn config_text(mut fields: Map<String, Value>, rank_pattern: &Ordered
         fields.insert(name.to_owned(), Value::Null);
     }
     let fields = Fields { fields: &fields, rank_pattern, alpha_pattern };
-    serde_json::to_string_pretty(&fields).expect("every key is a string, and the writer is a vector")
+    to_python(serde_json::to_string_pretty(&fields).expect("every key is a string, and the writer is a vector"))
 }
