@@ -54,7 +54,7 @@ impl Term<'_> {
 
 impl Forward<'_> {
     /// Computes `y`, `[batch, d_out]`; `terms` gives the adapters of a vector.
-    pub(crate) fn run<'t, Y: Float, T: Iterator<Item = Term<'t>>>(
+    pub(crate) fn run<'t, Y: Float, T: Iterator<Item = Term<'t>> + Clone>(
         &self,
         x: &Inputs<'_>,
         terms: &impl Fn(usize) -> T,
@@ -74,23 +74,20 @@ impl Forward<'_> {
             self.multiply_by_a(x.vector(n), terms(n), &mut low_rank[n * rank..][..rank])?;
         }
         self.base.product(x, product)?;
+        if batch == 1 {
+            self.finish(terms(0), low_rank, 0..d_out, product)?;
+            round(product, y);
+            return Ok(());
+        }
         for first in (0..d_out).step_by(ROWS) {
             let rows = first..d_out.min(first + ROWS);
             for n in 0..batch {
                 let mut sums = [0.0; ROWS];
                 let sums = &mut sums[..rows.len()];
-                match batch {
-                    1 => sums.copy_from_slice(&product[rows.clone()]),
-                    _ => {
-                        let products = product[first * batch + n..].iter().step_by(batch);
-                        sums.iter_mut().zip(products).for_each(|(sum, product)| *sum = *product);
-                    }
-                }
-                self.scale_rows(terms(n), &rows, sums)?;
-                self.add_terms(terms(n), &low_rank[n * rank..][..rank], &rows, sums)?;
-                self.add_bias(&rows, sums);
-                let y = &mut y[n * d_out..][rows.clone()];
-                y.iter_mut().zip(sums).for_each(|(y, sum)| *y = Y::from_f32(*sum));
+                let products = product[first * batch + n..].iter().step_by(batch);
+                sums.iter_mut().zip(products).for_each(|(sum, product)| *sum = *product);
+                self.finish(terms(n), &low_rank[n * rank..][..rank], rows.clone(), sums)?;
+                round(sums, &mut y[n * d_out..][rows.clone()]);
             }
         }
         Ok(())
@@ -126,22 +123,39 @@ impl Forward<'_> {
         Ok(())
     }
 
-    /// Step 2, for some rows of a vector.
+    /// Steps 2 to 4, for some rows of a vector.
+    fn finish<'t>(
+        &self,
+        terms: impl Iterator<Item = Term<'t>> + Clone,
+        low_rank: &[f32],
+        rows: Range<usize>,
+        sums: &mut [f32],
+    ) -> Result<(), Error> {
+        self.scale_rows(terms.clone(), &rows, sums)?;
+        self.add_terms(terms, low_rank, &rows, sums)?;
+        if let Some(bias) = self.bias {
+            sums.iter_mut().zip(&bias[rows]).for_each(|(sum, b)| *sum += b);
+        }
+        Ok(())
+    }
+
+    /// Step 2.
     fn scale_rows<'t>(
         &self,
-        terms: impl Iterator<Item = Term<'t>>,
+        terms: impl Iterator<Item = Term<'t>> + Clone,
         rows: &Range<usize>,
         sums: &mut [f32],
     ) -> Result<(), Error> {
-        let mut factors = [1.0_f64; ROWS];
-        let mut any = false;
-        for Term { adapter, weight } in terms {
-            let Some(gains) = adapter.fresh(&self.base)?.gains else { continue };
-            let weight = f64::from(weight);
-            factors.iter_mut().zip(&gains[rows.clone()]).for_each(|(f, g)| *f = *f - weight + weight * f64::from(*g));
-            any = true;
+        if !terms.clone().any(|term| term.adapter.adapter().is_dora()) {
+            return Ok(());
         }
-        if any {
+        for (first, sums) in (rows.start..).step_by(ROWS).zip(sums.chunks_mut(ROWS)) {
+            let mut factors = [1.0_f64; ROWS];
+            for Term { adapter, weight } in terms.clone() {
+                let Some(gains) = adapter.fresh(&self.base)?.gains else { continue };
+                let (weight, gains) = (f64::from(weight), &gains[first..first + sums.len()]);
+                factors.iter_mut().zip(gains).for_each(|(f, g)| *f = *f - weight + weight * f64::from(*g));
+            }
             sums.iter_mut().zip(factors).for_each(|(sum, f)| *sum *= to_f32(f));
         }
         Ok(())
@@ -155,28 +169,29 @@ impl Forward<'_> {
         rows: &Range<usize>,
         sums: &mut [f32],
     ) -> Result<(), Error> {
+        let kernels = self.base.kernels();
         for term in terms {
-            let fresh = term.adapter.fresh(&self.base)?;
+            let (fresh, rank) = (term.adapter.fresh(&self.base)?, term.rank());
             let product;
-            (product, low_rank) = low_rank.split_at(term.rank());
-            let b = &fresh.pair.b[rows.start * term.rank()..rows.end * term.rank()];
-            match fresh.gains {
-                None => self.base.kernels().gemv_dense_add(b, product, term.factor(), sums)?,
-                Some(gains) => {
-                    let mut products = [0.0; ROWS];
-                    self.base.kernels().gemv_dense(b, product, &mut products[..sums.len()])?;
-                    let factors = gains[rows.clone()].iter().map(|g| term.factor() * g);
-                    sums.iter_mut().zip(factors).zip(products).for_each(|((sum, f), p)| *sum += f * p);
-                }
+            (product, low_rank) = low_rank.split_at(rank);
+            let b = &fresh.pair.b[rows.start * rank..rows.end * rank];
+            let Some(gains) = fresh.gains else {
+                kernels.gemv_dense_add(b, product, term.factor(), sums)?;
+                continue;
+            };
+            let gains = gains[rows.clone()].chunks(ROWS);
+            for ((sums, b), gains) in sums.chunks_mut(ROWS).zip(b.chunks(ROWS * rank)).zip(gains) {
+                let mut products = [0.0; ROWS];
+                kernels.gemv_dense(b, product, &mut products[..sums.len()])?;
+                let factors = gains.iter().map(|g| term.factor() * g);
+                sums.iter_mut().zip(factors).zip(products).for_each(|((sum, f), p)| *sum += f * p);
             }
         }
         Ok(())
     }
+}
 
-    /// Step 4, for some rows of a vector.
-    fn add_bias(&self, rows: &Range<usize>, sums: &mut [f32]) {
-        if let Some(bias) = self.bias {
-            sums.iter_mut().zip(&bias[rows.clone()]).for_each(|(sum, b)| *sum += b);
-        }
-    }
+/// Step 5.
+fn round<Y: Float>(sums: &[f32], y: &mut [Y]) {
+    y.iter_mut().zip(sums).for_each(|(y, sum)| *y = Y::from_f32(*sum));
 }

@@ -73,7 +73,7 @@ impl Linear {
     }
 
     /// The forward of a batch, `x` `[batch, d_in]`, `y` `[batch, d_out]`.
-    pub(crate) fn forward<'t, X: Float, Y: Float, T: Iterator<Item = Term<'t>>>(
+    pub(crate) fn forward<'t, X: Float, Y: Float, T: Iterator<Item = Term<'t>> + Clone>(
         &self,
         x: &[X],
         terms: &impl Fn(usize) -> T,
@@ -86,7 +86,7 @@ impl Linear {
     }
 
     /// The forward of inputs that were quantized before.
-    pub(crate) fn forward_shared<'t, Y: Float, T: Iterator<Item = Term<'t>>>(
+    pub(crate) fn forward_shared<'t, Y: Float, T: Iterator<Item = Term<'t>> + Clone>(
         &self,
         inputs: &Inputs<'_>,
         terms: &impl Fn(usize) -> T,

@@ -123,7 +123,7 @@ impl MultiAdapterLayer {
     }
 
     /// The adapters of vector `n`.
-    fn terms<'t>(&'t self, adapters: Adapters<'t>, n: usize) -> impl Iterator<Item = Term<'t>> {
+    fn terms<'t>(&'t self, adapters: Adapters<'t>, n: usize) -> impl Iterator<Item = Term<'t>> + Clone {
         let (active, chosen) = match adapters {
             Adapters::Active => (Some(self.adapters.active_terms()), None),
             Adapters::PerVector(ids) => (None, ids[n].and_then(|id| self.adapters.term(id))),

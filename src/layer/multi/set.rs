@@ -104,7 +104,7 @@ impl AdapterSet {
     }
 
     /// All adapters, sorted by name.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Named> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Named> + Clone {
         self.by_name.iter().filter_map(|slot| self.slots[*slot].named.as_ref())
     }
 
@@ -123,7 +123,7 @@ impl AdapterSet {
     }
 
     /// The active adapters, for a forward.
-    pub(super) fn active_terms(&self) -> impl Iterator<Item = Term<'_>> {
+    pub(super) fn active_terms(&self) -> impl Iterator<Item = Term<'_>> + Clone {
         self.iter().filter(|named| named.active).map(Named::term)
     }
 

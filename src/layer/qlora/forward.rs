@@ -94,7 +94,7 @@ impl QLoRALayer {
     }
 
     /// What the adapter adds to a product.
-    fn terms(&self) -> impl Iterator<Item = Term<'_>> {
+    fn terms(&self) -> impl Iterator<Item = Term<'_>> + Clone {
         core::iter::once(Term { adapter: &self.adapter, weight: 1.0 })
     }
 }
