@@ -48,8 +48,15 @@ check_big_endian() {
 }
 
 check_bare() {
+<<<<<<< HEAD
     local target clippy
     use_debian_rust
+=======
+    local target features disassembly
+    RUSTC=$(from_package rustc-web rustc)
+    export RUSTC
+    export RUSTC_BOOTSTRAP=1 # for -Zbuild-std
+>>>>>>> 2c5b413 (Kernels: an infinite or NaN absmax stays in its row in a batch, zeros stay zeros where subnormal numbers are flushed)
     export RUSTFLAGS="-D warnings"
     export CARGO_TARGET_DIR=target/bare
 
@@ -58,6 +65,21 @@ check_bare() {
         cargo build -q --locked -Zbuild-std=core -p nf4 --no-default-features --target "$target"
         cargo build -q --locked -Zbuild-std=core,alloc -p nf4 --target "$target"
         echo "$target: nf4-kernels, nf4 without alloc, nf4"
+    done
+    # x86-64 without AVX2 kernels: pointers of 32 bits, and no registers for floats.
+    for target in x86_64-unknown-linux-gnux32 x86_64-unknown-none; do
+        cargo build -q --locked -Zbuild-std=core -p nf4-kernels --target "$target"
+        echo "$target: nf4-kernels"
+    done
+    # An SGX enclave may not execute `cpuid`, with AVX2 compiled in or not.
+    for features in "" "-C target-feature=+avx2" "-C target-feature=+avx2,+f16c"; do
+        target=x86_64-fortanix-unknown-sgx
+        RUSTFLAGS="-D warnings $features" \
+            cargo build -q --release --locked -Zbuild-std=core -p nf4-kernels --target "$target"
+        disassembly=$(objdump -d "$CARGO_TARGET_DIR/$target/release/libnf4_kernels.rlib")
+        grep -q '<nf4_kernels::\|nf4_kernels' <<<"$disassembly"
+        if grep -w cpuid <<<"$disassembly"; then return 1; fi
+        echo "$target $features: no cpuid"
     done
     # Its dependencies need atomic compare-and-swap, which thumbv6m does not have.
     target=thumbv7em-none-eabihf

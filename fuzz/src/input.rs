@@ -84,10 +84,16 @@ impl Shape {
 /// How four bytes become a float, and values that are put in at places of their own.
 #[derive(Debug, Clone, Copy, Arbitrary)]
 pub struct Floats {
+    /// The kind of all, and times eight that of one value of [`SPECIAL`] at a place of its own: the index of the first
+    /// patch, modulo the number of values.
     pub kind: u8,
     /// Index and bits; nothing happens beyond the end.
     pub patches: [(u16, u32); 2],
 }
+
+/// Values that arithmetic treats unlike others. A bug may show only where one of them stands among ordinary ones.
+const SPECIAL: [f32; 7] =
+    [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, 0.0, f32::MIN_POSITIVE, f32::from_bits(1)];
 
 impl Floats {
     /// Any bits: what a seed writes down exactly.
@@ -99,6 +105,10 @@ impl Floats {
             if let Some(value) = values.get_mut(usize::from(index)) {
                 *value = f32::from_bits(bits);
             }
+        }
+        let place = usize::from(self.patches[0].0) % len.max(1);
+        if let (Some(value), Some(special)) = (values.get_mut(place), SPECIAL.get(usize::from(self.kind / 8 % 8).wrapping_sub(1))) {
+            *value = *special;
         }
         values
     }

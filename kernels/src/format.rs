@@ -168,15 +168,19 @@ pub(crate) fn absmax_from_bits(bits: u32) -> f32 {
 }
 
 /// The factor that scales a full block to `[-1, 1]`; NaN stays NaN and infinity gives 0.
+///
+/// That of a block of zeros may be any finite number. It is 0, because the inverse of the floor, which is subnormal, would
+/// be infinite where subnormal numbers count as zeros.
 #[inline(always)]
 pub(crate) fn inverse_absmax(absmax: f32) -> f32 {
-    1.0 / floored(absmax)
+    if absmax == 0.0 { 0.0 } else { 1.0 / floored(absmax) }
 }
 
-/// `max(absmax, 1e-38)` that keeps NaN.
+/// `max(absmax, 1e-38)` that keeps NaN, of an absmax that is not negative. As integers, because where subnormal numbers
+/// count as zeros the floor would be lost.
 #[inline(always)]
 pub(crate) fn floored(absmax: f32) -> f32 {
-    if absmax <= ABSMAX_FLOOR { ABSMAX_FLOOR } else { absmax }
+    f32::from_bits(absmax.to_bits().max(ABSMAX_FLOOR.to_bits()))
 }
 
 /// Replaces every NaN by [`f32::NAN`]: processors disagree on sign and payload of the NaNs that they make.

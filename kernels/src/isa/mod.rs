@@ -19,6 +19,8 @@
 
 use cfg_if::cfg_if;
 
+#[cfg(all(test, target_arch = "x86_64", target_feature = "sse2"))]
+mod environment;
 mod scalar;
 mod table;
 

@@ -63,8 +63,10 @@ fn quantize<T: Float>(weights: &[T], block_size: usize, packed: &mut [u8], absma
 /// The last block if it is not full: the floored absmax is what is stored, and the division is a true one
 /// (`bitsandbytes` pads and reshapes whole blocks, and runs the rest through other code).
 pub(super) fn quantize_partial_block<T: Float>(block: &[T], packed: &mut [u8]) -> f32 {
-    let absmax = floored(largest(block));
-    pack(packed, block, |w| w / absmax);
+    let largest = largest(block);
+    let absmax = floored(largest);
+    // Zeros are not divided: where subnormal numbers count as zeros, the floor does.
+    pack(packed, block, |w| if largest == 0.0 { 0.0 } else { w / absmax });
     absmax
 }
 

@@ -90,7 +90,7 @@ pub(in crate::isa) fn few_vectors<S: Steps16x4, const GROUPS: usize, const N: us
         let (packed, first_block) = matrix.aligned_row(row);
         (&packed[column / 2..matrix.cols().min(column + width) / 2], first_block)
     };
-    for (tile, out) in out.chunks_mut(lanes.len() * activations.batch()).enumerate() {
+    for (tile, out) in out.chunks_mut(lanes.len().saturating_mul(activations.batch())).enumerate() {
         let first_row = tile * lanes.len();
         let lanes = &mut lanes[..out.len() / activations.batch()];
         lanes.fill([[0.0; 8]; N]);

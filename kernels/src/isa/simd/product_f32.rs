@@ -146,7 +146,7 @@ fn gemm_groups<S: StepsF32, const GROUPS: usize>(
     for first in (0..batch).step_by(VECTORS) {
         let vectors = VECTORS.min(batch - first);
         let inputs = &inputs[first * cols..][..vectors * cols];
-        for (tile, out) in out.chunks_mut(ROWS * batch).enumerate() {
+        for (tile, out) in out.chunks_mut(ROWS.saturating_mul(batch)).enumerate() {
             let count = out.len() / batch;
             for column in (0..cols).step_by(COLUMNS) {
                 let width = COLUMNS.min(cols - column);
