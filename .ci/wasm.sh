@@ -7,7 +7,7 @@ use_wasm() {
     echo "node $(node --version), $(wasm-ld --version)"
 }
 
-# wasm_test FLAGS ARGUMENTS...: the tests of tests/wasm, in Node.
+# wasm_test FLAGS ARGUMENTS...: the tests of tests/wasm, or of another $manifest, in Node.
 wasm_test() {
     local libc=/usr/lib/wasm32-wasi
     local link="-C linker=wasm-ld -C linker-flavor=wasm-ld -C link-self-contained=no"
@@ -15,7 +15,8 @@ wasm_test() {
     link+=" -C link-arg=--allow-undefined -C link-arg=$libc/crt1-command.o -L native=$libc"
     RUSTFLAGS="-D warnings $link $1" NF4_REFERENCE=$PWD/tests/data/reference \
         CARGO_TARGET_WASM32_WASIP1_RUNNER="node --no-warnings $PWD/tests/wasm/run.mjs" \
-        cargo test --locked -Zbuild-std=std,panic_abort --target wasm32-wasip1 --manifest-path tests/wasm/Cargo.toml \
+        cargo test --locked -Zbuild-std=std,panic_abort --target wasm32-wasip1 \
+        --manifest-path "${manifest:-tests/wasm/Cargo.toml}" \
         "${@:2}" -- --nocapture # a panic ends the program at once, with what was captured
 }
 

@@ -3,8 +3,9 @@
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::time::Duration;
 use std::io::{BufRead, Write, stdin, stdout};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use std::{eprintln, print, println};
 
 use anyhow::Result;

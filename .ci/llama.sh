@@ -1,0 +1,37 @@
+# The steps for examples/llama.
+
+llama=examples/llama/Cargo.toml
+
+check_llama() {
+    require_isa
+    cargo fmt --check --manifest-path $llama
+    cargo clippy -q --locked --manifest-path $llama --all-targets -- -D warnings
+    cargo clippy -q --locked --manifest-path $llama --no-default-features --lib -- -D warnings
+    cargo test --locked --manifest-path $llama -- --nocapture
+}
+
+# The model without files and text, where the logits must have the hashes that are committed.
+check_llama_isa() {
+    local target clippy isa features manifest
+    (
+        use_aarch64
+        NF4_REQUIRE_ISA=neon cargo test --locked --manifest-path $llama --no-default-features --target "$target" \
+            --test model -- --nocapture
+    )
+    needs wasi-libc
+    use_wasm
+    for isa in simd128 scalar; do
+        features=
+        [[ $isa == scalar ]] || features="-C target-feature=+simd128"
+        manifest=$llama
+        NF4_REQUIRE_ISA=$isa wasm_test "$features" --no-default-features --test model
+    done
+}
+
+# A real model: made, quantized, and compared with what bitsandbytes and f64 make of it.
+check_llama_model() {
+    needs python3 python3-venv
+    local compare="cargo run -q --release --locked --manifest-path $llama --bin compare --"
+    bash examples/llama/get-model.sh
+    $compare examples/llama/models/SmolLM2-135M-Instruct-nf4 examples/llama/tests/data/smollm2
+}
