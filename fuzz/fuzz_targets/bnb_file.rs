@@ -2,6 +2,8 @@
 //! and no memory for a number that a file only claims.
 #![no_main]
 
+use std::time::{Duration, Instant};
+
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use nf4::checkpoint::{
@@ -50,7 +52,16 @@ fn file(bytes: &[u8]) {
     model(&file, bytes.len());
 }
 
+/// What a model may take: many times what the largest inputs of the fuzzer need, on a machine that does other work too.
+const TIME: Duration = Duration::from_secs(20);
+
 fn model(source: &dyn TensorSource, len: usize) {
+    let start = Instant::now();
+    check_model(source, len);
+    assert!(start.elapsed() < TIME, "{:?} for {len} bytes", start.elapsed());
+}
+
+fn check_model(source: &dyn TensorSource, len: usize) {
     let packed = packed_tensors(source);
     for tensor in packed.iter().take(8) {
         let mut loaded = None;

@@ -1,6 +1,8 @@
 //! PEFT adapters: an error, or an adapter that is consistent, can be used, and is written again with the same bytes. No
-//! panic, and no memory for a number that a file only claims.
+//! panic, no memory for a number that a file only claims, and no more time than a limit.
 #![no_main]
+
+use std::time::{Duration, Instant};
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
@@ -33,6 +35,30 @@ fuzz_target!(|input: Input<'_>| {
     }
 });
 
+/// What loading may take: many times what the largest inputs of the fuzzer need, on a machine that does other work too.
+const TIME: Duration = Duration::from_secs(20);
+
+/// Whatever tensors of a module are replaced by others of any length, everything is an error or fits.
+fn replaced(adapter: &PeftAdapter) {
+    let Some((name, module)) = adapter.modules().next().map(|(name, module)| (name.to_owned(), module.adapter())) else {
+        return;
+    };
+    for which in 0..3 {
+        for len in [0, 1, module.a().len() + 1] {
+            let mut lora = module.clone();
+            let tensor = match which {
+                0 => Some(lora.a_mut()),
+                1 => Some(lora.b_mut()),
+                _ => lora.magnitude_mut(),
+            };
+            let Some(tensor) = tensor.filter(|tensor| tensor.len() != len) else { continue };
+            *tensor = Tensor::zeros(len, true);
+            assert!(PeftAdapter::new([(name.clone(), lora.clone())]).is_err());
+            assert!(adapter.clone().replace(&name, lora).is_err());
+        }
+    }
+}
+
 /// What the expressions of the two patterns may take when they are compiled: each field at most 64 MiB.
 const PATTERNS: u64 = 2 << 26;
 
@@ -40,8 +66,11 @@ fn adapter(config: &[u8], file: &[u8]) {
     let Ok(file) = TensorFile::parse(file) else { return };
     let len = config.len() + file.header().data_len() + 200 * file.header().iter().count();
     let mut loaded = None;
+    let start = Instant::now();
     measured(len, PATTERNS, || loaded = PeftAdapter::load(config, &file).ok());
+    assert!(start.elapsed() < TIME, "{:?} for {} bytes", start.elapsed(), config.len() + len);
     let Some(adapter) = loaded else { return };
+    replaced(&adapter);
 
     let (text, tensors) = adapter.to_files(FloatType::F32).expect("an adapter from a file can be written");
     let tensors = TensorFile::parse(&tensors).expect("what was written can be read");

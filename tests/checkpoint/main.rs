@@ -14,6 +14,7 @@ mod layers;
 mod merged;
 mod round_trip;
 mod shared;
+mod time;
 
 use nf4::checkpoint::{FloatType, TensorData};
 

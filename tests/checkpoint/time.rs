@@ -1,6 +1,7 @@
 //! Files that are made to take long: the time grows with what they hold, and not with its square.
 
-use std::time::{Duration, Instant};
+use core::time::Duration;
+use std::time::Instant;
 
 use nf4::checkpoint::{
     Dtype, FloatType, MergeOptions, MergedModel, PeftAdapter, TensorData, TensorMap, packed_tensors,

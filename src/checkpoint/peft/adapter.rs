@@ -1,7 +1,7 @@
 //! An adapter: its configuration, the low-rank pair of each module, and what else was trained.
 
 use alloc::borrow::{Cow, ToOwned};
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -98,6 +98,8 @@ pub struct PeftAdapter {
     pub(super) tokens: BTreeMap<String, AdaptedTokens>,
     pub(super) replaced: TensorMap<'static>,
     pub(super) bases: TensorMap<'static>,
+    /// The replaced tensors that `modules_to_save` names.
+    pub(super) saved: BTreeSet<String>,
 }
 
 /// Accessors.
@@ -140,6 +142,11 @@ impl PeftAdapter {
     #[must_use]
     pub fn replaced(&self) -> &TensorMap<'static> {
         &self.replaced
+    }
+
+    /// Whether a replaced tensor is one that `modules_to_save` names.
+    pub(in super::super) fn is_saved(&self, tensor: &str) -> bool {
+        self.saved.contains(tensor)
     }
 
     /// Tensors of the base model as they were under the adapter, which PEFT saves where the base may have others: what

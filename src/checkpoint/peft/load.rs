@@ -26,6 +26,8 @@ struct Sorted {
     bases: BTreeMap<String, String>,
     whole: BTreeMap<String, String>,
     wrapped: BTreeMap<String, String>,
+    /// Tensors that `modules_to_save` names.
+    saved: BTreeSet<String>,
 }
 
 impl PeftAdapter {
@@ -49,6 +51,7 @@ impl PeftAdapter {
             tokens: BTreeMap::new(),
             replaced: TensorMap::new(),
             bases: TensorMap::new(),
+            saved: sorted.saved,
             config,
         };
         adapter.load_pairs(source, &sorted.lora)?;
@@ -105,7 +108,11 @@ impl PeftAdapter {
 impl Sorted {
     fn new(source: &dyn TensorSource, config: &PeftConfig) -> Result<Self, CheckpointError> {
         let mut sorted = Self::default();
-        let saved = SavedModules::new(config);
+        /// PEFT saves these of its own accord if the vocabulary was resized or they have adapters
+        /// (`EMBEDDING_LAYER_NAMES` in `utils/constants.py`).
+        const EMBEDDINGS: [&str; 2] = ["embed_tokens", "lm_head"];
+        let saved = Modules::new(config.modules_to_save().iter().map(String::as_str));
+        let embeddings = Modules::new(EMBEDDINGS.into_iter());
         let names: BTreeSet<&str> = source.names().collect();
         if names.is_empty() {
             let reason = "there are no tensors: nothing was saved, and there is nothing to merge".to_owned();
@@ -121,7 +128,12 @@ impl Sorted {
                 Key::Tokens { module } => sorted.tokens.insert(module.clone(), name.to_owned()).map(|_| module),
                 Key::Base { tensor } => sorted.bases.insert(tensor.clone(), name.to_owned()).map(|_| tensor),
                 Key::Whole { tensor, is_wrapped } => {
-                    if !saved.explain(config, &tensor) {
+                    let is_saved = saved.has(&tensor);
+                    if is_saved {
+                        sorted.saved.insert(tensor.clone());
+                    }
+                    let is_bias = config.bias() != BiasTraining::None && last(&tensor) == "bias";
+                    if !is_saved && !is_bias && !embeddings.has(&tensor) {
                         let reason = "neither LoRA nor named by bias or modules_to_save".to_owned();
                         return Err(CheckpointError::Unexpected { tensor: name.to_owned(), reason });
                     }
@@ -161,34 +173,26 @@ fn owned(source: &dyn TensorSource, name: &str) -> Result<TensorData<'static>, C
     TensorData::new(name, info.dtype, info.shape.clone(), OwnedBytes::Owned(owned_bytes(source, name)?))
 }
 
-/// The modules that may be in an adapter as a whole.
-struct SavedModules<'a> {
-    /// By their names, which can be one or more parts of the full ones.
+/// Modules by one or more parts of their names.
+struct Modules<'a> {
     names: BTreeSet<&'a str>,
-    /// The numbers of parts of these.
+    /// The numbers of parts.
     lens: BTreeSet<usize>,
 }
 
-impl<'a> SavedModules<'a> {
-    fn new(config: &'a PeftConfig) -> Self {
-        /// PEFT saves these of its own accord if the vocabulary was resized or they have adapters
-        /// (`EMBEDDING_LAYER_NAMES` in `utils/constants.py`).
-        const EMBEDDINGS: [&str; 2] = ["embed_tokens", "lm_head"];
-        let names: BTreeSet<&str> = config.modules_to_save().iter().map(String::as_str).chain(EMBEDDINGS).collect();
+impl<'a> Modules<'a> {
+    fn new(names: impl Iterator<Item = &'a str>) -> Self {
+        let names: BTreeSet<&str> = names.collect();
         let lens = names.iter().map(|name| name.split('.').count()).collect();
         Self { names, lens }
     }
 
-    /// Whether the configuration explains a tensor that is not of `LoRA`.
-    fn explain(&self, config: &PeftConfig, tensor: &str) -> bool {
-        if config.bias() != BiasTraining::None && last(tensor) == "bias" {
-            return true;
-        }
-        // Where parts begin, and where the last one would.
+    /// Whether a tensor is of one of them.
+    fn has(&self, tensor: &str) -> bool {
+        // Where parts begin.
         let starts: Vec<usize> = [0].into_iter().chain(tensor.match_indices('.').map(|(at, _)| at + 1)).collect();
-        self.lens
-            .iter()
-            .any(|len| starts.windows(len + 1).any(|part| self.names.contains(&tensor[part[0]..part[*len] - 1])))
+        let is_one = |part: &[usize], len: usize| self.names.contains(&tensor[part[0]..part[len] - 1]);
+        self.lens.iter().any(|len| starts.windows(len + 1).any(|part| is_one(part, *len)))
     }
 }
 

@@ -125,7 +125,8 @@ impl Builder<'_> {
         let (dtype, shape) = (tensors[tensor].dtype(), tensors[tensor].shape());
         let module = name.rsplit_once('.').map_or("", |(module, _)| module);
         let mut info = safetensors::tensor::TensorInfo { dtype, shape: shape.to_vec(), data_offsets: (0, 0) };
-        let is_whole = matches!(origin, Origin::Replaced(_));
+        // What was to be saved as a whole may be new, or have other labels than in the base.
+        let is_new = matches!(origin, Origin::Replaced(_)) && adapter.is_saved(tensor);
         match self.plan.get(name) {
             Some(base) => {
                 let of = |dtype: Dtype| float_type(name, dtype);
@@ -137,8 +138,7 @@ impl Builder<'_> {
                     let fits = is_vocabulary
                         && base.info.shape.len() == shape.len()
                         && base.info.shape.get(1..) == shape.get(1..);
-                    let is_label =
-                        is_whole && self.is_new_head(adapter, module) && base.info.shape.get(1..) == shape.get(1..);
+                    let is_label = is_new && base.info.shape.get(1..) == shape.get(1..);
                     if !fits && !is_label {
                         let (expected, got) = (base.info.shape.clone(), shape.to_vec());
                         return Err(CheckpointError::Shape { tensor: name.to_owned(), expected, got });
@@ -147,7 +147,7 @@ impl Builder<'_> {
                     self.notes.push(Note::Resized { tensor: name.to_owned(), from, to });
                 }
             }
-            None if is_head(module) || (is_whole && self.is_new_head(adapter, module)) => {
+            None if is_head(module) || is_new => {
                 if float_type(name, dtype).is_ok() {
                     info.dtype = self.main.dtype();
                 }
@@ -162,11 +162,6 @@ impl Builder<'_> {
             self.touched.push(module.to_owned());
         }
         Ok(())
-    }
-
-    /// Whether a module that the base does not have, or has with other labels, may come with the adapter.
-    fn is_new_head(&self, adapter: &PeftAdapter, module: &str) -> bool {
-        adapter.config().modules_to_save().iter().any(|saved| format!(".{module}.").contains(&format!(".{saved}.")))
     }
 
     /// The weight of a module; that of an output head that has none in the base is added.
@@ -387,8 +382,8 @@ impl Builder<'_> {
     /// `Ok` if a tensor has values that something can be added to.
     fn check_is_float(&self, tensor: &str) -> Result<(), CheckpointError> {
         let Some(planned) = self.plan.get(tensor) else { return Err(self.missing(tensor)) };
-        if let Some(foreign) = self.foreign.iter().find(|foreign| foreign.name == tensor) {
-            return Err(foreign.error("cannot be merged into"));
+        if let Ok(at) = self.foreign.binary_search_by(|foreign| foreign.name.as_str().cmp(tensor)) {
+            return Err(self.foreign[at].error("cannot be merged into"));
         }
         if planned.info.shape == [0] && last(tensor) == "weight" {
             return Err(CheckpointError::Unexpected { tensor: tensor.to_owned(), reason: NOT_GATHERED.to_owned() });

@@ -17,6 +17,9 @@ use super::super::names::{join, last};
 /// Parts that hub files and the modules of transformers call differently; each stands for the other.
 const SYNONYMS: [[&str; 2]; 2] = [["mlp", "block_sparse_moe"], ["lm_head", "embed_out"]];
 
+/// Prefixes that are tried, so that the time does not grow with the square of the names; no model has as many for one rest.
+const MOST: usize = 64;
+
 /// The modules of a model.
 pub(super) struct ModelNames<'a> {
     modules: BTreeSet<&'a str>,
@@ -106,7 +109,7 @@ impl<'a> ModelNames<'a> {
         }
         let Some(first) = group.iter().find(|module| !may_be_new(module)).or(group.first()) else { return Ok(prefix) };
         let rests = [Some(split(first).1.to_owned()), self.synonym(split(first).1)];
-        let prefixes = rests.iter().flatten().filter_map(|rest| self.prefixes.get(rest.as_str())).flatten();
+        let prefixes = rests.iter().flatten().filter_map(|rest| self.prefixes.get(rest.as_str())).flatten().take(MOST);
         let mut fitting: Vec<&str> =
             prefixes.copied().filter(|new| group.iter().all(|module| may_be_new(module) || has(new, module))).collect();
         fitting.sort_unstable();
