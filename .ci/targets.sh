@@ -48,15 +48,8 @@ check_big_endian() {
 }
 
 check_bare() {
-<<<<<<< HEAD
-    local target clippy
-    use_debian_rust
-=======
     local target features disassembly
-    RUSTC=$(from_package rustc-web rustc)
-    export RUSTC
-    export RUSTC_BOOTSTRAP=1 # for -Zbuild-std
->>>>>>> 2c5b413 (Kernels: an infinite or NaN absmax stays in its row in a batch, zeros stay zeros where subnormal numbers are flushed)
+    use_debian_rust
     export RUSTFLAGS="-D warnings"
     export CARGO_TARGET_DIR=target/bare
 
