@@ -29,7 +29,7 @@ PRODUCTS = {"x": 8, "y": 16, "z": 32}
 
 BUILD = """
 set -euo pipefail
-. .ci/targets.sh
+. .ci/packages.sh
 export RUSTC=$(from_package rustc-web rustc) CARGO_TARGET_DIR=target/assembly
 unset RUSTFLAGS
 "$RUSTC" --version >&2
@@ -194,7 +194,7 @@ def main():
         sys.exit(build.stderr)
     compiler = re.search(r"rustc \S+", build.stderr)[0]
     mca = re.search(r"LLVM version \S+", subprocess.run([MCA, "--version"], capture_output=True, text=True, check=True).stdout)[0]
-    digest = HASH.search(Path("README.md").read_text())[0]
+    digest = HASH.search(Path("docs/determinism.md").read_text())[0]
     chosen = choose(list(inner_loops(build.stdout)))
     files = {f"{isa}.s": listing(isa, loops, compiler) for isa, loops in chosen.items()}
     files["rungs.md"] = rungs(chosen, compiler, mca, digest)

@@ -81,7 +81,7 @@ bochs_init() {
     cat <<END
 #!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
-export NF4_REQUIRE_ISA=$bochs_isas NF4_REFERENCE=/reference NF4_EVERY=23 RUST_BACKTRACE=0
+export NF4_REQUIRE_ISA=$bochs_isas NF4_REFERENCE=/reference NF4_EVERY=13 RUST_BACKTRACE=0
 END
     cat <<'END'
 status=0
@@ -98,11 +98,12 @@ fails() {
     fi
 }
 passes /bin/vectors --nocapture
-passes /bin/exactness --nocapture --test-threads 1 --skip large_weights --skip over_all_tiles
-passes /bin/reference --nocapture --test-threads 1 nf4 linear4bit
+# What these instruction sets do themselves; the rest of their tables is that of AVX2.
+passes /bin/exactness --nocapture --test-threads 1 required products_are batches_give --skip over_all_tiles
+passes /bin/reference --nocapture --test-threads 1 linear4bit
 NF4_REQUIRE_ISA=none-such fails /bin/exactness required_isas_are_present
-printf x | /bin/busybox dd of=/reference/nf4/uniform_f32.safetensors bs=1 seek=5000 conv=notrunc 2>/tmp/log
-fails /bin/reference nf4
+printf x | /bin/busybox dd of=/reference/linear4bit/bf16_dq_f32compute/io.safetensors bs=1 seek=9000 conv=notrunc 2>/tmp/log
+fails /bin/reference linear4bit
 echo "BOCHS-STATUS $status"
 /bin/busybox poweroff -f
 END
@@ -131,6 +132,7 @@ END
 
 check_bochs() {
     local programs
+    needs binutils
     [[ -e $bochs/unpacked ]] || bochs_unpack
     programs=$(bochs_programs)
     [[ $(wc -l <<<"$programs") == 3 ]]
@@ -139,4 +141,10 @@ check_bochs() {
     bochs_boot
     cat "$bochs/root/serial.txt"
     grep -q '^BOCHS-STATUS 0' "$bochs/root/serial.txt"
+}
+
+# The loops are those of Debian's compiler; see the script.
+check_assembly() {
+    needs rustc-web binutils llvm-19 python3
+    python3 .ci/assembly.py
 }

@@ -14,6 +14,9 @@
 //! | `gemv_dense` | `simd/product_dense.rs` | `conversions.rs`: `widen`; `add`, `mul` |
 //! | `mean`, `quantize_absmax` | `double_quant.rs`, one for all | |
 //!
+//! `avx512/` multiplies 16x4 by loops of its own, which put rows into the lanes of a register, and takes all else from
+//! `avx2/`. The inner loops of x86-64, as they are compiled, stand in `asm/`, with the cycles that they are modelled to take.
+//!
 //! An arithmetic for packed weights takes three files: its traits, `simd/steps_NAME.rs`, its loops,
 //! `simd/product_NAME.rs`, and its steps, `steps_NAME.rs` in the folder of each instruction set.
 
