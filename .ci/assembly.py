@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The inner loops of the products as the compiler makes them, and the table of rungs.
 
-    .ci/assembly.py             compares kernels/asm/*.s and kernels/asm/rungs.md with what is built now
+    .ci/assembly.py             compares the files of kernels/asm with what is built now
     BLESS=1 .ci/assembly.py     writes them
 
 A loop of kernels/asm is what runs most of the time, in a form that says what a reviewer wants to see: which vector
@@ -50,6 +50,7 @@ CPUS = [
     ("Zen 4", "znver4", "avx512-vnni", "Bochs"),
     ("Zen 5", "znver5", "avx512-vnni", "Bochs"),
 ]
+SAID = {"one vector": "one vector", "batch": "a batch"}
 NEEDS = {
     "avx2": "AVX2, F16C",
     "avx-vnni": "AVX2, F16C, AVX-VNNI",
@@ -169,6 +170,10 @@ def rungs(chosen, compiler, mca, digest):
         "compute, and cycles that `llvm-mca` models for the loops in this folder, those of `avx2` beside them. `.ci/assembly.py`",
         f"makes this table, from {compiler} and {mca}. All rungs give the test vector's hash `{digest}`.",
         "",
+        "The models of CPUs have errors. That of Sapphire Rapids knows one port for 512-bit products, where a Xeon was measured",
+        "to start two in a cycle, as that of Ice Lake says; those of Zen 4 and Zen 5 are one, and take a port that computes for",
+        "each value that a load broadcasts.",
+        "",
         "| CPU | table | needs | one vector: instructions | cycles | AVX2 | batch: instructions | cycles | AVX2 | tested on |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|---|",
     ]
@@ -182,9 +187,9 @@ def rungs(chosen, compiler, mca, digest):
 
 
 def listing(isa, loops, compiler):
-    lines = [f"The inner loops of the 16x4 products on {isa}, by {compiler}."]
+    lines = [f"# Inner loops of the 16x4 products: `{isa}`", "", f"As {compiler} compiles them."]
     for kind, loop in loops.items():
-        lines += ["", f"{kind}: {loop.products} products", "", "1:"] + loop.listing()
+        lines += ["", f"For {SAID[kind]}, {loop.products} products:", "", "```text", "1:", *loop.listing(), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -196,7 +201,7 @@ def main():
     mca = re.search(r"LLVM version \S+", subprocess.run([MCA, "--version"], capture_output=True, text=True, check=True).stdout)[0]
     digest = HASH.search(Path("docs/determinism.md").read_text())[0]
     chosen = choose(list(inner_loops(build.stdout)))
-    files = {f"{isa}.s": listing(isa, loops, compiler) for isa, loops in chosen.items()}
+    files = {f"{isa}.md": listing(isa, loops, compiler) for isa, loops in chosen.items()}
     files["rungs.md"] = rungs(chosen, compiler, mca, digest)
     if os.environ.get("BLESS"):
         FOLDER.mkdir(exist_ok=True)

@@ -21,6 +21,9 @@
 //!
 //! The f32 products look up the four bytes of each f32 and unpack them twice, which takes fewer instructions than two
 //! look-ups by `vpermps` and a blend, and put the inputs into that order once for all rows.
+//!
+#![doc = include_str!("../../../asm/avx2.md")]
+#![doc = include_str!("../../../asm/avx-vnni.md")]
 
 mod codes;
 mod conversions;

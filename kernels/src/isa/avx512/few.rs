@@ -84,7 +84,7 @@ fn four_rows<const GROUPS: usize, const N: usize>(
             add_span::<GROUPS, N>(&mut lanes, packed, values, first_span + span, &factors, span);
         }
         // Half a span ends a row. The absmax and scales of its other half are 0, so its products change no lane.
-        if !a.1.is_empty() {
+        if GROUPS == 2 && !a.1.is_empty() {
             let packed = [&padded(a.1), &padded(b.1), &padded(c.1), &padded(d.1)];
             add_span::<GROUPS, N>(&mut lanes, packed, values, first_span + a.0.len(), &factors, a.0.len());
         }
@@ -109,18 +109,32 @@ fn add_span<const GROUPS: usize, const N: usize>(
     factors: &Factors<N>,
     span_of_tile: usize,
 ) {
-    let book = codebook();
-    for (pair, (low, high)) in [(0, 1), (2, 3)].into_iter().enumerate() {
-        let weights = look_up_columns(two_spans(packed[low], packed[high]), book);
-        for n in 0..N {
-            let values = values[n][span].as_chunks().0;
-            let mut sums = _mm512_madd_epi16(weights[0], broadcast_i16(&values[0]));
-            for i in 1..4 {
-                sums = add_products(sums, weights[i], broadcast_i16(&values[i]));
-            }
-            let factors = spread::<GROUPS>(&factors[n][low], &factors[n][high], span_of_tile);
-            lanes[n][pair] = _mm512_add_ps(lanes[n][pair], _mm512_mul_ps(_mm512_cvtepi32_ps(sums), factors));
+    // Not a loop, so that the lanes stay in registers.
+    add_pair::<GROUPS, N, 0>(lanes, packed, values, span, factors, span_of_tile);
+    add_pair::<GROUPS, N, 1>(lanes, packed, values, span, factors, span_of_tile);
+}
+
+/// As [`add_span`], for the first or the second pair of rows.
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
+#[inline]
+fn add_pair<const GROUPS: usize, const N: usize, const PAIR: usize>(
+    lanes: &mut [[__m512; 2]; N],
+    packed: [&[u8; SPAN / 2]; ROWS],
+    values: [&[[i16; SPAN]]; N],
+    span: usize,
+    factors: &Factors<N>,
+    span_of_tile: usize,
+) {
+    let (low, high) = (2 * PAIR, 2 * PAIR + 1);
+    let weights = look_up_columns(two_spans(packed[low], packed[high]), codebook());
+    for n in 0..N {
+        let values = values[n][span].as_chunks().0;
+        let mut sums = _mm512_madd_epi16(weights[0], broadcast_i16(&values[0]));
+        for i in 1..4 {
+            sums = add_products(sums, weights[i], broadcast_i16(&values[i]));
         }
+        let factors = spread::<GROUPS>(&factors[n][low], &factors[n][high], span_of_tile);
+        lanes[n][PAIR] = _mm512_add_ps(lanes[n][PAIR], _mm512_mul_ps(_mm512_cvtepi32_ps(sums), factors));
     }
 }
 

@@ -38,6 +38,8 @@
 //!         w3   17 19   17 19   17 19      17 19
 //! lane 1  w0    4 6     4 6     ..
 //! ```
+//!
+#![doc = include_str!("../../../asm/avx512-vnni.md")]
 
 mod codes;
 mod few;
