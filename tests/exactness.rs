@@ -393,11 +393,12 @@ fn batches_give_the_bits_of_single_vectors_over_all_panels() {
     let g = &mut Generator(12);
     for k in Kernels::available() {
         let shapes = [
-            (70, 544, BlockSize::B32),
+            (40, 544, BlockSize::B32),
             (1, 64, BlockSize::B64),
             (7, 1024, BlockSize::B64),
             (8, 1088, BlockSize::B64),
             (9, 1056, BlockSize::B32),
+            (40, 576, BlockSize::B64),
             (70, 1088, BlockSize::B64),
             (17, 2080, BlockSize::B32),
             (16, 2048, BlockSize::B128),
