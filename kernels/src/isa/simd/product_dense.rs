@@ -28,19 +28,29 @@ fn dense_rows<S: Floats, const ROWS: usize>(
     let mut lanes = [steps.splat(0.0); ROWS];
     let (eights, x_rest) = x.as_chunks::<8>();
     let mut rows = a.chunks_exact(x.len());
-    let rows: [_; ROWS] = core::array::from_fn(|_| rows.next().unwrap_or_default().as_chunks::<8>());
+    // Slices of the length of `eights`, so that the loop below checks no index.
+    let rows: [_; ROWS] = core::array::from_fn(|_| {
+        let (row, rest) = rows.next().unwrap_or_default().as_chunks::<8>();
+        (row.get(..eights.len()).unwrap_or_default(), rest)
+    });
     for (i, x) in eights.iter().enumerate() {
         let x = steps.load(x);
         for (lanes, row) in lanes.iter_mut().zip(&rows) {
             *lanes = steps.add(*lanes, steps.mul(steps.load(&row.0[i]), x));
         }
     }
-    for ((out, lanes), (_, a_rest)) in out.iter_mut().zip(&mut lanes).zip(rows) {
-        if !x_rest.is_empty() {
+    if !x_rest.is_empty() {
+        let x = load_padded(steps, x_rest);
+        for (lanes, (_, rest)) in lanes.iter_mut().zip(rows) {
             // Zeros in the lanes without an element add 0, which changes none.
-            *lanes = steps.add(*lanes, steps.mul(load_padded(steps, a_rest), load_padded(steps, x_rest)));
+            *lanes = steps.add(*lanes, steps.mul(load_padded(steps, rest), x));
         }
-        scalar::store_dense(out, steps.add_lanes(*lanes), add);
+    }
+    // All sums first: the rest is then the same for all rows, without a branch for each.
+    let sums: [f32; ROWS] = core::array::from_fn(|row| steps.add_lanes(lanes[row]));
+    match add {
+        None => out.iter_mut().zip(sums).for_each(|(out, sum)| scalar::store_dense(out, sum, None)),
+        Some(factor) => out.iter_mut().zip(sums).for_each(|(out, sum)| scalar::store_dense(out, sum, Some(factor))),
     }
 }
 

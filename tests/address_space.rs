@@ -1,0 +1,27 @@
+//! Lengths that overflow where addresses have 32 bits: `tests/wasm` runs this too.
+#![cfg(feature = "alloc")]
+#![allow(clippy::unwrap_used, reason = "tests panic")]
+
+use nf4::{BlockSize, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor};
+
+/// 512 rows of so many columns, the chunk that sums of rows are cut into, are 2^32 elements.
+#[test]
+fn gradients_of_very_long_rows() {
+    let cols = 1 << 23;
+    let weight: Vec<f32> = (0..cols).map(|i| (i % 7) as f32 - 3.0).collect();
+    let base = Quantized4Bit::quantize(&weight, 1, cols, BlockSize::B4096, true).unwrap();
+    drop(weight);
+    let adapter = LoRAAdapter::from_parts(vec![0.5; cols], vec![2.0], 1, cols, 1, 1.0, LoRAScaling::Standard).unwrap();
+    let mut layer = QLoRALayer::from_parts(base, adapter).unwrap();
+    let x = Tensor::from_vec((0..cols).map(|i| (i % 5) as f32).collect(), false);
+    let dx = layer.backward(&x, &Tensor::from_vec(vec![1.0], false));
+    // dA = B dy x, and dx = dy W + dy B A.
+    for (i, (grad, x)) in layer.lora_a().grad().unwrap().iter().zip(x.data()).enumerate() {
+        assert_eq!(*grad, 2.0 * x, "dA of column {i}");
+    }
+    let mut row = vec![0.0_f32; cols];
+    layer.base_weight_quantized().dequantize_rows(0..1, &mut row).unwrap();
+    for (i, (dx, w)) in dx.data().iter().zip(&row).enumerate() {
+        assert_eq!(*dx, w + 1.0, "dx of column {i}");
+    }
+}
