@@ -10,7 +10,8 @@
 //!
 //! where a span is a dense product too, added in order. Nothing depends on how many queries there are at a time.
 
-use nf4::{Float, Kernels, ShapeError};
+use half::slice::HalfFloatSliceExt;
+use nf4::{Float, Kernels, ShapeError, f16};
 
 use crate::cache::{Cache, Head, SPAN};
 use crate::math::exp_scores;
@@ -26,46 +27,62 @@ pub(crate) struct Query<'a> {
     pub(crate) values: &'a [f32],
 }
 
-/// The output of one query head. `scores` has room for the positions, rounded up to whole spans, `span` for a span of
-/// keys or values.
-pub(crate) fn attend(
-    kernels: Kernels,
-    query: Query<'_>,
-    scores: &mut [f32],
-    span: &mut [f32],
-    out: &mut [f32],
-) -> Result<(), ShapeError> {
-    let scores = &mut scores[..query.positions.next_multiple_of(SPAN)];
-    match query.cache.head(query.layer, query.kv_head, query.positions) {
-        Head::F32([keys, values]) => attend_in(kernels, query, keys, values, scores, span, out),
-        Head::F16([keys, values]) => attend_in(kernels, query, keys, values, scores, span, out),
+impl Query<'_> {
+    /// The output of the head. `scratch` has [`scratch_len`] values.
+    pub(crate) fn attend(self, kernels: Kernels, scratch: &mut [f32], out: &mut [f32]) -> Result<(), ShapeError> {
+        match self.cache.head(self.layer, self.kv_head, self.positions) {
+            Head::F32([keys, values]) => self.attend_to(kernels, keys, values, scratch, out),
+            Head::F16([keys, values]) => self.attend_to(kernels, keys, values, scratch, out),
+        }
+    }
+
+    fn attend_to<T: Stored>(
+        self,
+        kernels: Kernels,
+        keys: &[T],
+        values: &[T],
+        scratch: &mut [f32],
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        let width = self.values.len();
+        let (span, scores) = scratch.split_at_mut(SPAN * width);
+        let scores = &mut scores[..self.positions.next_multiple_of(SPAN)];
+        let (used, unused) = scores.split_at_mut(self.positions);
+        unused.fill(0.0);
+        for (keys, scores) in keys.chunks(SPAN * width).zip(used.chunks_mut(SPAN)) {
+            kernels.gemv_dense(T::floats(keys, span), self.values, scores)?;
+        }
+        let total = exp_scores(used, 1.0 / libm::sqrtf(width as f32));
+        out.fill(0.0);
+        for (values, weights) in values.chunks_exact(SPAN * width).zip(scores.chunks_exact(SPAN)) {
+            kernels.gemv_dense_add(T::floats(values, span), weights, 1.0, out)?;
+        }
+        out.iter_mut().for_each(|out| *out /= total);
+        Ok(())
     }
 }
 
-fn attend_in<T: Float>(
-    kernels: Kernels,
-    query: Query<'_>,
-    keys: &[T],
-    values: &[T],
-    scores: &mut [f32],
-    span: &mut [f32],
-    out: &mut [f32],
-) -> Result<(), ShapeError> {
-    let width = query.values.len();
-    let span = &mut span[..SPAN * width];
-    let (used, unused) = scores.split_at_mut(query.positions);
-    unused.fill(0.0);
-    for (keys, scores) in keys.chunks(span.len()).zip(used.chunks_mut(SPAN)) {
-        let span = &mut span[..keys.len()];
-        span.iter_mut().zip(keys).for_each(|(s, key)| *s = key.to_f32());
-        kernels.gemv_dense(span, query.values, scores)?;
+/// Values of the scratch that a query needs in a cache with so many positions.
+pub(crate) fn scratch_len(positions: usize, head_dim: usize) -> usize {
+    positions.saturating_add(head_dim.saturating_mul(SPAN)).saturating_add(SPAN)
+}
+
+/// A type of the cache.
+trait Stored: Float {
+    /// The values as f32; exact. `span` has room for as many.
+    fn floats<'a>(values: &'a [Self], span: &'a mut [f32]) -> &'a [f32];
+}
+
+impl Stored for f32 {
+    fn floats<'a>(values: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
+        values
     }
-    let total = exp_scores(used, 1.0 / libm::sqrtf(width as f32));
-    out.fill(0.0);
-    for (values, weights) in values.chunks_exact(span.len()).zip(scores.chunks_exact(SPAN)) {
-        span.iter_mut().zip(values).for_each(|(s, value)| *s = value.to_f32());
-        kernels.gemv_dense_add(span, weights, 1.0, out)?;
+}
+
+impl Stored for f16 {
+    fn floats<'a>(values: &'a [Self], span: &'a mut [f32]) -> &'a [f32] {
+        let span = &mut span[..values.len()];
+        values.convert_to_f32_slice(span);
+        span
     }
-    out.iter_mut().for_each(|out| *out /= total);
-    Ok(())
 }

@@ -28,6 +28,7 @@ mod rope;
 mod sample;
 #[cfg(feature = "text")]
 mod text;
+mod threads;
 mod weights;
 mod workspace;
 

@@ -8,6 +8,7 @@ use nf4::{Adapters, Arithmetic, InputsBuf, Kernels, LoRAAdapter, MultiAdapterLay
 
 use crate::error::{Error, buffer};
 use crate::matrix::Matrix;
+use crate::threads::Pool;
 use crate::weights::vector;
 
 /// A linear layer with any number of adapters.
@@ -26,6 +27,7 @@ enum Base {
         matrix: Matrix,
         bias: Option<Vec<f32>>,
         kernels: Kernels,
+        pool: Pool,
     },
 }
 
@@ -37,8 +39,9 @@ enum Adapter {
 }
 
 /// What all layers of a model have in common.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Settings {
+    pub(crate) pool: Pool,
     pub(crate) arithmetic: Arithmetic,
     pub(crate) kernels: Kernels,
     /// Whether weights that are not packed are to be.
@@ -66,7 +69,7 @@ impl Linear {
         module: &str,
         [d_out, d_in]: [usize; 2],
         bias: bool,
-        settings: Settings,
+        settings: &Settings,
     ) -> Result<Self, Error> {
         let bias_name = alloc::format!("{module}.bias");
         let fail = Error::layer(module);
@@ -89,14 +92,17 @@ impl Linear {
             let weight = matrix.quantize().map_err(&fail)?;
             return Self::packed(weight, bias, settings).map_err(fail);
         }
-        Ok(Self { base: Base::Dense { matrix, bias, kernels: settings.kernels }, adapters: Vec::new() })
+        Ok(Self {
+            base: Base::Dense { matrix, bias, kernels: settings.kernels, pool: settings.pool.clone() },
+            adapters: Vec::new(),
+        })
     }
 
     /// A layer on a packed weight.
     pub(crate) fn packed(
         weight: Quantized4Bit,
         bias: Option<Vec<f32>>,
-        settings: Settings,
+        settings: &Settings,
     ) -> Result<Self, nf4::Error> {
         let layer = MultiAdapterLayer::new(weight).with_arithmetic(settings.arithmetic).with_kernels(settings.kernels);
         let layer = match bias {
@@ -165,8 +171,8 @@ impl Linear {
         tile: &mut [f32],
         y: &mut [f32],
     ) -> Result<(), nf4::Error> {
-        let Base::Dense { matrix, bias, kernels } = &self.base else { return Ok(()) };
-        matrix.product(*kernels, x, tile, y)?;
+        let Base::Dense { matrix, bias, kernels, pool } = &self.base else { return Ok(()) };
+        matrix.product(*kernels, pool, x, tile, y)?;
         let [d_out, d_in] = matrix.shape();
         for ((x, y), adapter) in x.chunks_exact(d_in).zip(y.chunks_exact_mut(d_out)).zip(adapters) {
             if let Some(Adapter::Dense(adapter)) = adapter.and_then(|n| self.adapters.get(n)) {
@@ -236,8 +242,8 @@ impl LinearScratch {
                 self.inputs.try_reserve(d_in, block_size, rows).map_err(&fail)?;
                 self.scratch.try_reserve(d_out, d_in, block_size, largest, rows).map_err(&fail)?;
             }
-            Base::Dense { matrix, .. } => {
-                self.reserve_tile(matrix)?;
+            Base::Dense { matrix, pool, .. } => {
+                self.reserve_tile(matrix, pool.count())?;
                 for adapter in &linear.adapters {
                     if let Adapter::Dense(adapter) = adapter {
                         rank = rank.max(adapter.rank());
@@ -255,9 +261,10 @@ impl LinearScratch {
     }
 
     /// Grows the buffers so that products with a matrix fit.
-    pub(crate) fn reserve_tile(&mut self, matrix: &Matrix) -> Result<(), Error> {
-        if self.tile.len() < matrix.tile_len() {
-            self.tile = buffer("rows of a dense matrix", matrix.tile_len())?;
+    pub(crate) fn reserve_tile(&mut self, matrix: &Matrix, threads: usize) -> Result<(), Error> {
+        let len = matrix.tile_len().saturating_mul(threads);
+        if self.tile.len() < len {
+            self.tile = buffer("rows of a dense matrix", len)?;
         }
         Ok(())
     }

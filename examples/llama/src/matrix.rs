@@ -9,6 +9,7 @@ use nf4::checkpoint::{FloatType, TensorSource};
 use nf4::{BlockSize, Float, Kernels, Quantized4Bit, SharedBytes, bf16, f16};
 
 use crate::error::Error;
+use crate::threads::Pool;
 use crate::weights::{check_shape, float_type};
 
 /// Rows that are converted to f32 at a time.
@@ -110,7 +111,7 @@ impl Matrix {
         }
     }
 
-    /// Length of the buffer that [`Self::product`] needs.
+    /// Values of the buffer that [`Self::product`] needs for each thread.
     pub(crate) fn tile_len(&self) -> usize {
         if matches!(self.values, Values::F32(_)) { 0 } else { TILE.min(self.rows) * self.cols }
     }
@@ -119,14 +120,37 @@ impl Matrix {
     pub(crate) fn product(
         &self,
         kernels: Kernels,
+        pool: &Pool,
         x: &[f32],
         tile: &mut [f32],
         y: &mut [f32],
     ) -> Result<(), nf4::Error> {
-        let Self { rows, cols, .. } = *self;
+        let each = self.tile_len();
+        // The rows of one vector, or whole vectors.
+        if x.len() == self.cols {
+            pool.by_rows((y, 1), (tile, each), &|first, y, tile| self.product_rows(kernels, first, x, tile, y))
+        } else {
+            pool.by_rows((y, self.rows), (tile, each), &|first, y, tile| {
+                let count = y.len() / self.rows;
+                self.product_rows(kernels, 0, &x[first * self.cols..][..count * self.cols], tile, y)
+            })
+        }
+    }
+
+    /// `y` `[batch, rows]` for the rows from `start` on, as many as `y` has for each vector.
+    fn product_rows(
+        &self,
+        kernels: Kernels,
+        start: usize,
+        x: &[f32],
+        tile: &mut [f32],
+        y: &mut [f32],
+    ) -> Result<(), nf4::Error> {
+        let cols = self.cols;
+        let rows = y.len() / (x.len() / cols).max(1);
         for first in (0..rows).step_by(TILE) {
             let count = TILE.min(rows - first);
-            let range = first * cols..(first + count) * cols;
+            let range = (start + first) * cols..(start + first + count) * cols;
             let values = if let Values::F32(words) = &self.values {
                 bytemuck::cast_slice(words.as_slice()).get(range).unwrap_or_default()
             } else {

@@ -2,12 +2,14 @@
 
 use alloc::format;
 use alloc::string::{String, ToString};
+use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::fmt;
 
 use nf4::checkpoint::{PeftAdapter, PeftModule, TensorSource};
 use nf4::{Arithmetic, Kernels};
 
-use crate::attention::{Query, attend};
+use crate::attention::{Query, scratch_len};
 use crate::cache::Cache;
 use crate::config::Config;
 use crate::error::Error;
@@ -15,11 +17,12 @@ use crate::linear::{Linear, Settings, forward_all};
 use crate::math::{rms_norm, rms_norm_in_place, silu_times};
 use crate::matrix::Matrix;
 use crate::rope::rotate;
+use crate::threads::Pool;
 use crate::weights::{Unused, vector};
 use crate::workspace::{Rows, Workspace};
 
 /// How a model is loaded.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Clone, Default)]
 pub struct Options {
     /// How packed weights are multiplied.
     pub arithmetic: Arithmetic,
@@ -27,6 +30,17 @@ pub struct Options {
     pub kernels: Kernels,
     /// Whether the head is quantized to NF4, if it is not already.
     pub quantize_head: bool,
+    /// Threads for attention and dense products. Products with packed weights run on those of `nf4`: with the feature
+    /// `std`, the current `rayon` pool.
+    pub threads: Option<Arc<dyn nf4::Threads>>,
+}
+
+impl fmt::Debug for Options {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { arithmetic, kernels, quantize_head, threads } = self;
+        let threads = threads.as_ref().map(|threads| threads.count());
+        write!(f, "Options {{ {arithmetic:?}, {kernels:?}, quantize_head: {quantize_head}, threads: {threads:?} }}")
+    }
 }
 
 /// A decoder, and its adapters.
@@ -34,6 +48,7 @@ pub struct Options {
 pub struct Model {
     config: Config,
     kernels: Kernels,
+    pool: Pool,
     embedding: Matrix,
     blocks: Vec<Block>,
     norm: Vec<f32>,
@@ -101,13 +116,14 @@ impl Model {
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Self, Error> {
         let settings = Settings {
+            pool: Pool(options.threads.clone()),
             arithmetic: options.arithmetic,
             kernels: options.kernels,
             quantize: config.quantization.is_none(),
         };
         let mut loader = Loader {
             source,
-            settings,
+            settings: settings.clone(),
             unused: Unused::new(source),
             done: 0,
             all: 7 * config.layers + 1,
@@ -116,19 +132,28 @@ impl Model {
         let embedding = loader.matrix("model.embed_tokens", [config.vocabulary, config.hidden])?;
         let blocks = (0..config.layers).map(|i| Block::load(&mut loader, &config, i)).collect::<Result<_, _>>()?;
         let norm = loader.vector("model.norm.weight", config.hidden)?;
-        let head_settings = Settings { quantize: options.quantize_head, ..settings };
+        let head_settings = Settings { quantize: options.quantize_head, ..settings.clone() };
         let head_shape = [config.vocabulary, config.hidden];
         let head = match (config.tied, options.quantize_head) {
             (true, false) => None,
             (true, true) => {
-                let packed = embedding.quantize().and_then(|weight| Linear::packed(weight, None, settings));
+                let packed = embedding.quantize().and_then(|weight| Linear::packed(weight, None, &settings));
                 Some(packed.map_err(Error::layer("model.embed_tokens"))?)
             }
-            (false, _) => Some(loader.linear_with("lm_head", head_shape, false, head_settings)?),
+            (false, _) => Some(loader.linear_with("lm_head", head_shape, false, &head_settings)?),
         };
         loader.unused.check(config.tied)?;
         (loader.progress)(loader.all, loader.all);
-        Ok(Self { config, kernels: options.kernels, embedding, blocks, norm, head, adapters: Vec::new() })
+        Ok(Self {
+            config,
+            kernels: options.kernels,
+            pool: Pool(options.threads),
+            embedding,
+            blocks,
+            norm,
+            head,
+            adapters: Vec::new(),
+        })
     }
 
     /// Adds an adapter of PEFT. It is used by the sequences that ask for it.
@@ -221,6 +246,10 @@ impl Model {
         self.head.as_ref()
     }
 
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
     pub(crate) fn embedding(&self) -> &Matrix {
         &self.embedding
     }
@@ -291,7 +320,7 @@ impl Model {
         }
         let x = &w.normed[..wanted * hidden];
         let head = match &self.head {
-            None => self.embedding.product(self.kernels, x, &mut w.scratch.tile, w.logits),
+            None => self.embedding.product(self.kernels, &self.pool, x, &mut w.scratch.tile, w.logits),
             Some(head) => {
                 // No adapter has a part for the head.
                 let adapters = &mut w.adapters[..wanted];
@@ -364,24 +393,24 @@ impl Block {
             rotate(queries, head_dim, cos, sin);
             rotate(keys, head_dim, cos, sin);
         }
+        let each = scratch_len(w.positions, head_dim);
         let mut row = 0;
         for part in parts {
             let tokens = part.tokens.len();
             let kv = row * kv_width..(row + tokens) * kv_width;
             part.cache.store(layer, &w.keys[kv.clone()], &w.values[kv]);
-            for n in 0..tokens {
-                for head in 0..heads {
-                    let at = (row + n) * q_width + head * head_dim;
-                    let query = Query {
-                        cache: part.cache,
-                        layer,
-                        kv_head: head / (heads / kv_heads),
-                        positions: part.cache.len() + n + 1,
-                        values: &w.queries[at..][..head_dim],
-                    };
-                    attend(model.kernels, query, w.scores, w.span, &mut w.attended[at..][..head_dim])?;
-                }
-            }
+            let q = row * q_width..(row + tokens) * q_width;
+            let (cache, queries) = (&*part.cache, &w.queries[q.clone()]);
+            // A row of the work is a head of a token.
+            model.pool.by_rows((&mut w.attended[q], head_dim), (w.scores, each), &|first, out, scratch| {
+                let heads_of = queries[first * head_dim..].chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim));
+                heads_of.enumerate().try_for_each(|(n, (values, out))| {
+                    let (token, head) = ((first + n) / heads, (first + n) % heads);
+                    let kv_head = head / (heads / kv_heads);
+                    let query = Query { cache, layer, kv_head, positions: cache.len() + token + 1, values };
+                    query.attend(model.kernels, scratch, out)
+                })
+            })?;
             row += tokens;
         }
         self.output.forward(w.attended, w.adapters, w.scratch, w.branch)?;
@@ -428,7 +457,7 @@ impl Loader<'_, '_> {
     }
 
     fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<Linear, Error> {
-        self.linear_with(module, shape, bias, self.settings)
+        self.linear_with(module, shape, bias, &self.settings.clone())
     }
 
     fn linear_with(
@@ -436,7 +465,7 @@ impl Loader<'_, '_> {
         module: &str,
         shape: [usize; 2],
         bias: bool,
-        settings: Settings,
+        settings: &Settings,
     ) -> Result<Linear, Error> {
         (self.progress)(self.done, self.all);
         self.done += 1;

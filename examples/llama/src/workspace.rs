@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use crate::cache::SPAN;
+use crate::attention::scratch_len;
 use crate::config::Config;
 use crate::error::{Error, buffer};
 use crate::linear::LinearScratch;
@@ -34,10 +34,9 @@ pub(crate) struct Rows<'w> {
     pub(crate) up: &'w mut [f32],
     pub(crate) cos: &'w mut [f32],
     pub(crate) sin: &'w mut [f32],
-    /// Scores of one query.
+    /// Scratch of attention, [`scratch_len`] of `positions` for each thread.
     pub(crate) scores: &'w mut [f32],
-    /// A span of keys or values as f32.
-    pub(crate) span: &'w mut [f32],
+    pub(crate) positions: usize,
     /// `[outputs, vocabulary]`.
     pub(crate) logits: &'w mut [f32],
     /// The adapter of each row.
@@ -57,14 +56,14 @@ impl Workspace {
         for width in widths(config) {
             floats.push(buffer("activations", width.saturating_mul(tokens))?);
         }
-        floats.push(buffer("scores", config.positions.next_multiple_of(SPAN))?);
-        floats.push(buffer("keys and values", config.head_dim.saturating_mul(SPAN))?);
+        let scores = scratch_len(config.positions, config.head_dim).saturating_mul(model.pool().count());
+        floats.push(buffer("scores", scores)?);
         floats.push(buffer("logits", config.vocabulary.saturating_mul(outputs))?);
         let mut scratch = LinearScratch::default();
         model.linears().try_for_each(|linear| scratch.reserve(linear, tokens))?;
         match model.head() {
             Some(head) => scratch.reserve(head, outputs)?,
-            None => scratch.reserve_tile(model.embedding())?,
+            None => scratch.reserve_tile(model.embedding(), model.pool().count())?,
         }
         Ok(Self { tokens, outputs, floats, adapters: buffer("adapters", tokens)?, scratch })
     }
@@ -89,12 +88,12 @@ impl Workspace {
         let config = model.config();
         let widths = widths(config);
         let fits = self.floats.iter().zip(widths).all(|(f, width)| f.len() >= width * tokens);
-        let [stream, normed, branch, queries, keys, values, attended, gate, up, cos, sin, scores, span, logits] =
+        let [stream, normed, branch, queries, keys, values, attended, gate, up, cos, sin, scores, logits] =
             &mut self.floats[..]
         else {
             return Err(Error::ForeignCache);
         };
-        if !fits || span.len() < SPAN * config.head_dim || logits.len() < outputs * config.vocabulary {
+        if !fits || logits.len() < outputs * config.vocabulary {
             return Err(Error::ForeignCache);
         }
         let [w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10] = widths.map(|width| width * tokens);
@@ -111,7 +110,7 @@ impl Workspace {
             cos: &mut cos[..w9],
             sin: &mut sin[..w10],
             scores,
-            span,
+            positions: config.positions,
             logits: &mut logits[..outputs * config.vocabulary],
             adapters: &mut self.adapters[..tokens],
             scratch: &mut self.scratch,

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
@@ -50,7 +51,7 @@ fn main() -> Result<()> {
     let manifest: Value = serde_json::from_slice(&manifest).context("manifest.json")?;
     let directory = Directory::open(&arguments.model)?;
     for (arithmetic, bound) in BOUNDS {
-        let options = Options { arithmetic, ..Options::default() };
+        let options = Options { arithmetic, threads: Some(Arc::new(nf4::Rayon)), ..Options::default() };
         let mut model = Model::load(directory.config()?, &directory, options, |_, _| {})?;
         let reference = Reference { folder: &arguments.reference, manifest: &manifest, arithmetic, bound };
         match (&arguments.adapter, &arguments.base_case) {

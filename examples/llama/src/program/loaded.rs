@@ -1,6 +1,7 @@
 //! A model with its adapters and texts, as the arguments say.
 
 use alloc::string::ToString;
+use alloc::sync::Arc;
 use std::eprintln;
 use std::time::Instant;
 
@@ -32,6 +33,7 @@ impl Loaded {
         let options = Options {
             arithmetic: arguments.arithmetic(),
             quantize_head: arguments.head == Head::Nf4,
+            threads: Some(Arc::new(nf4::Rayon)),
             ..Options::default()
         };
         let quantizes = config.quantization.is_none();

@@ -1,7 +1,9 @@
 //! One hash of the logits, whatever the instruction set, the batch, and the cuts of a prompt.
 
-use crate::tiny::{LLAMA, logits};
-use nf4::{Arithmetic, Kernels};
+use std::sync::Arc;
+
+use crate::tiny::{ALL, LLAMA, logits};
+use nf4::{Arithmetic, Kernels, Threads};
 use nf4_llama::{Cache, CacheType, Logits, Model, Options, Part, Workspace, hash};
 
 /// Of all logits of the tiny Llama, in both arithmetics.
@@ -22,6 +24,37 @@ fn every_instruction_set_gives_the_committed_hashes() {
         found |= required.as_deref() == Some(kernels.isa().name());
     }
     assert!(found || required.is_none(), "no kernels {required:?}");
+}
+
+/// A pool that takes the second half first, on the thread that calls: cuts as so many threads would, also where there are
+/// none.
+struct Backwards(usize);
+
+impl Threads for Backwards {
+    fn count(&self) -> usize {
+        self.0
+    }
+
+    fn join(&self, a: &mut (dyn FnMut() + Send), b: &mut (dyn FnMut() + Send)) {
+        b();
+        a();
+    }
+}
+
+#[test]
+fn threads_change_nothing() {
+    for tiny in ALL {
+        let load = |threads| tiny.load(Options { threads, ..Options::default() });
+        let ids = tiny.ids();
+        let alone = hash(&logits(&load(None), &ids, None, CacheType::F16));
+        for count in [1, 2, 3, 7, 400] {
+            let model = load(Some(Arc::new(Backwards(count))));
+            assert_eq!(hash(&logits(&model, &ids, None, CacheType::F16)), alone, "{}, {count} threads", tiny.name);
+            let each = in_passes(&model, &ids[..5], &[1, 2, 3, 4], CacheType::F16);
+            let whole = in_passes(&load(None), &ids[..5], &[], CacheType::F16);
+            assert_eq!(hash(&each), hash(&whole), "{}, {count} threads", tiny.name);
+        }
+    }
 }
 
 /// The logits of every token, computed in passes that end at `cuts`.
