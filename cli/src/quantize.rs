@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use nf4::checkpoint::{
     Entry, FloatType, Linear4bit, QuantState, QuantizationConfig, TensorInfo, TensorSource, packed_tensors,
@@ -19,20 +19,20 @@ use crate::memory;
 use crate::model::Model;
 use crate::progress::Progress;
 use crate::report::Prepared;
-use crate::rule::{Skip, TRANSPOSED};
+use crate::rule::{Layout, Rule, Wishes};
 use crate::text::{Text, bytes};
 
 /// Quantize the Linear weights of a model to NF4, so that transformers loads it as 4-bit.
 ///
-/// The bytes are those of bitsandbytes. Weights of two dimensions in F32, F16 or BF16 are quantized, except embeddings
-/// and the modules that are skipped; all other tensors are copied bit for bit. `config.json` gets the
-/// `quantization_config` with the skipped modules. Shards stay as they are; tokenizer and other small files are copied,
-/// subdirectories and weights in other formats are not.
+/// The bytes are those of bitsandbytes. What becomes 4-bit is what transformers makes 4-bit layers of in this architecture;
+/// all other tensors are copied bit for bit: embeddings, norms, the output head, routers and experts. `config.json` gets the
+/// `quantization_config`, with the modules that are skipped beside these. Shards stay as they are; tokenizer and other small
+/// files are copied, subdirectories and weights in other formats are not.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   nf4 quantize Llama-3.2-1B --out Llama-3.2-1B-nf4 --double-quant
-  nf4 quantize Mixtral --out Mixtral-nf4 --skip gate
+  nf4 quantize gemma-3-4b-it --out gemma-3-4b-it-nf4 --skip model.vision_tower model.multi_modal_projector
   nf4 quantize layer.safetensors --out layer-nf4.safetensors --block-size 128")]
 pub(crate) struct Quantize {
     /// A model directory or a safetensors file
@@ -45,9 +45,9 @@ pub(crate) struct Quantize {
     /// Quantize the scales too: 4.127 bits a weight in place of 4.5 (at block size 64)
     #[arg(long)]
     double_quant: bool,
-    /// Modules to leave as they are, beside the output head: the end of their names, or a regular expression for the
-    /// start up to a dot, as transformers 5 compares `llm_int8_skip_modules` (`--skip gate vision_tower
-    /// model.layers.0`)
+    /// Modules to leave as they are, beside those that transformers leaves by itself: the end of their names, or a regular
+    /// expression for the start up to a dot, as transformers 5 compares `llm_int8_skip_modules` (`--skip down_proj
+    /// model.layers.0 '.*self_attn'`)
     #[arg(long, value_name = "MODULE", num_args = 1.., value_delimiter = ',')]
     skip: Vec<String>,
     /// Quantize the output head (`lm_head`) as well, which transformers by itself does not
@@ -61,6 +61,8 @@ pub(crate) struct Quantize {
 /// A weight to be quantized.
 struct Weight {
     module: String,
+    layout: Layout,
+    /// With the shape of the layer, `[out, in]`.
     state: QuantState,
 }
 
@@ -69,8 +71,11 @@ impl Quantize {
         let start = Instant::now();
         let model = Model::open(&self.model)?;
         check_is_dense(&model)?;
-        let skip = Skip::new(&self.skip, !self.quantize_head, model.names())?;
-        let state = |name: &str, info: &TensorInfo| self.weight(&skip, name, info);
+        let config = model.config_fields()?;
+        let tensors: Vec<_> = model.names().filter_map(|name| Some((name, model.info(name)?))).collect();
+        let wishes = Wishes { skip: &self.skip, head: self.quantize_head };
+        let rule = Rule::new(config.as_ref(), &tensors, wishes).with_context(|| model.path.display().to_string())?;
+        let state = |name: &str, info: &TensorInfo| self.weight(&rule, name, info);
         let weights: Vec<Weight> = model.names().filter_map(|name| state(name, model.info(name)?)).collect();
         let Some(first) = weights.first() else {
             bail!(
@@ -82,9 +87,9 @@ impl Quantize {
         let mut config = QuantizationConfig::default();
         config.double_quant = self.double_quant;
         config.compute_dtype = self.compute_dtype.unwrap_or(first.state.dtype);
-        config.skip_modules = Some(skip.list.clone());
+        config.skip_modules = rule.skip_modules.clone();
         let progress = Progress::new("quantize", model.data_len(), global.quiet);
-        let conversion = Conversion4bit { command: self, model: &model, skip: &skip, config: &config };
+        let conversion = Conversion4bit { command: self, model: &model, rule: &rule, config: &config };
         let built = build(&model, &self.target, &model.inputs, global.threads, &progress, &conversion)?;
         drop(progress);
 
@@ -100,12 +105,16 @@ impl Quantize {
             bytes(before),
             bytes(after),
         ));
+        for warning in &rule.warnings {
+            text.line(format_args!("warning: {warning}"));
+        }
         left(&built.left, &mut text);
         let json = json!({
             "output": self.target.out.to_string_lossy(),
+            "warnings": rule.warnings,
             "block_size": self.block_size.get(),
             "double_quant": self.double_quant,
-            "skip_modules": skip.list,
+            "skip_modules": rule.skip_modules,
             "quantized": weights.iter().map(|w| &w.module).collect::<Vec<_>>(),
             "quantized_weights": elements,
             "bytes_before": before,
@@ -117,16 +126,20 @@ impl Quantize {
     }
 
     /// What a tensor becomes if it is to be quantized.
-    fn weight(&self, skip: &Skip, name: &str, info: &TensorInfo) -> Option<Weight> {
-        let module = skip.linear(name, info).filter(|_| !info.shape.contains(&0))?.to_owned();
+    fn weight(&self, rule: &Rule, name: &str, info: &TensorInfo) -> Option<Weight> {
+        let (layout, module) = (rule.layout(name)?, name.strip_suffix(".weight")?.to_owned());
+        let mut shape = info.shape.clone();
+        if layout == Layout::Transposed {
+            shape.reverse();
+        }
         let state = QuantState {
-            shape: info.shape.clone(),
+            shape,
             block_size: self.block_size,
             dtype: FloatType::from_dtype(info.dtype)?,
             quant_storage: Dtype::U8,
             nested_offset: self.double_quant.then_some(0.0),
         };
-        Some(Weight { module, state })
+        Some(Weight { module, layout, state })
     }
 }
 
@@ -134,7 +147,7 @@ impl Quantize {
 struct Conversion4bit<'a> {
     command: &'a Quantize,
     model: &'a Model,
-    skip: &'a Skip,
+    rule: &'a Rule,
     config: &'a QuantizationConfig,
 }
 
@@ -142,7 +155,7 @@ impl Conversion for Conversion4bit<'_> {
     type How = Weight;
 
     fn step(&self, name: &str) -> Result<Step<Weight>> {
-        let weight = self.model.info(name).and_then(|info| self.command.weight(self.skip, name, info));
+        let weight = self.model.info(name).and_then(|info| self.command.weight(self.rule, name, info));
         let Some(weight) = weight else { return Ok(Step::Copy) };
         let mut entries: Vec<Entry> = weight
             .state
@@ -164,7 +177,8 @@ impl Conversion for Conversion4bit<'_> {
         let at = || job.shard.at(name);
         let mut packed = memory::filled(packed_len(elements), 0).with_context(at)?;
         let mut absmax = memory::filled(block_size.blocks(elements), 0.0).with_context(at)?;
-        quantize_chunks(name, dtype, block_size, [rows, cols], &mut packed, &mut absmax, job)?;
+        let source = Source { name, dtype, layout: weight.layout, shape: [rows, cols] };
+        quantize_chunks(source, block_size, &mut packed, &mut absmax, job)?;
         let scales = if double_quant { AbsmaxBuf::double_quantize(&absmax)? } else { AbsmaxBuf::plain(absmax) };
         let quantized = Quantized4Bit::from_parts(packed, scales, rows, cols, block_size);
         let layer = Linear4bit::new(quantized.with_context(|| job.shard.at(name))?, dtype);
@@ -187,24 +201,47 @@ impl Conversion for Conversion4bit<'_> {
 /// Weights of a chunk: whole blocks of every size, and few enough for the cache.
 const CHUNK: usize = 1 << 17;
 
-fn quantize_chunks(
-    name: &str,
+/// Where the weights of a layer of shape `[out, in]` are.
+#[derive(Clone, Copy)]
+struct Source<'a> {
+    name: &'a str,
     dtype: FloatType,
+    layout: Layout,
+    shape: [usize; 2],
+}
+
+fn quantize_chunks(
+    source: Source<'_>,
     block_size: BlockSize,
-    [rows, cols]: [usize; 2],
     packed: &mut [u8],
     absmax: &mut [f32],
     job: &mut Job<'_, Buffers>,
 ) -> Result<()> {
     let Job { shard, progress, .. } = *job;
+    let Source { name, dtype, layout, shape: [rows, cols] } = source;
     let kernels = Kernels::detect();
+    // The rows of a transposed layer are strewn over the whole tensor, which is therefore read at once.
+    let stored = match layout {
+        Layout::Linear => Vec::new(),
+        Layout::Transposed => shard.read(name).with_context(|| shard.at(name))?,
+    };
+    let in_file = |index: usize| match layout {
+        Layout::Linear => index,
+        Layout::Transposed => index % cols * rows + index / cols,
+    };
     // A chunk of weights has its own part of the outputs.
     let chunks = packed.chunks_mut(CHUNK / 2).zip(absmax.chunks_mut(CHUNK / block_size.get()));
     let outputs: Vec<_> = chunks.map(Mutex::new).collect();
     job.workers.run(rows * cols, CHUNK, |buffers, part| {
-        let size = part.len() * dtype.size();
-        memory::resize(&mut buffers.bytes, size, 0)?;
-        shard.read_part(name, (part.start * dtype.size()) as u64, &mut buffers.bytes)?;
+        let (size, length) = (dtype.size(), part.len() * dtype.size());
+        memory::resize(&mut buffers.bytes, length, 0)?;
+        if layout == Layout::Transposed {
+            for (to, index) in buffers.bytes.chunks_exact_mut(size).zip(part.clone()) {
+                to.copy_from_slice(&stored[in_file(index) * size..][..size]);
+            }
+        } else {
+            shard.read_part(name, (part.start * size) as u64, &mut buffers.bytes)?;
+        }
         let mut weights = Vec::with_capacity(part.len());
         dtype.extend_values(&buffers.bytes, &mut weights);
         let mut output = outputs[part.start / CHUNK].lock().expect("each chunk has one thread");
@@ -212,15 +249,16 @@ fn quantize_chunks(
         kernels.quantize(&weights, block_size, packed, absmax)?;
         if absmax.iter().any(|a| !a.is_finite()) {
             let at = weights.iter().position(|w| !w.is_finite()).unwrap_or(0);
-            let (index, value) = (part.start + at, weights[at]);
-            bail!("{}: weight [{}, {}] is {value}, which is not finite", shard.at(name), index / cols, index % cols);
+            let (index, value) = (in_file(part.start + at), weights[at]);
+            let width = if layout == Layout::Transposed { rows } else { cols };
+            bail!("{}: weight [{}, {}] is {value}, which is not finite", shard.at(name), index / width, index % width);
         }
         progress.add(size as u64);
         Ok(())
     })
 }
 
-/// `Ok` if the model is not quantized yet and its weights are laid out as `Linear` has them.
+/// `Ok` if the model is not quantized yet.
 fn check_is_dense(model: &Model) -> Result<()> {
     let at = model.path.display();
     if let Some(tensor) = packed_tensors(model).first() {
@@ -232,11 +270,6 @@ fn check_is_dense(model: &Model) -> Result<()> {
         let method = quantized.get("quant_method").and_then(|m| m.as_str()).unwrap_or("unknown");
         bail!("{at}: config.json says that the model is quantized already (quant_method {method})");
     }
-    let model_type = config.get("model_type").and_then(|t| t.as_str()).unwrap_or_default();
-    ensure!(
-        !TRANSPOSED.contains(&model_type),
-        "{at}: models of type {model_type} keep their Linear weights transposed (Conv1D), which is not supported"
-    );
     Ok(())
 }
 

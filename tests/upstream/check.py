@@ -5,7 +5,8 @@
 
 bitsandbytes, PEFT, transformers and gguf (requirements.txt) load layers, quantized models, adapters, merged models and
 GGUF files that the tool `nf4` and the example `write_checkpoint` make of a tiny Llama, and what they load is compared
-bit for bit. Without the two paths both are built with cargo. Exit status 0 if everything agrees.
+bit for bit; models of other architectures are in families.py. Without the two paths both are built with cargo. Exit status 0
+if everything agrees.
 """
 import argparse
 import json
@@ -33,6 +34,8 @@ from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+import families
 
 transformers.utils.logging.disable_progress_bar()
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,6 +248,23 @@ def merged_files(out, work):
         check(f"gguf {dtype}: gguf reads the same {len(read)} tensors, shapes and bits", good)
 
 
+# --- architectures
+
+def architectures(nf4, work):
+    """One line each."""
+    def tool(*command):
+        done = subprocess.run([str(c) for c in (nf4, *command)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(map(str, command))}: {done.stdout}{done.stderr}")
+
+    for at, (name, cls, settings) in enumerate(families.FAMILIES):
+        folder = work / f"family{at}"
+        folder.mkdir()
+        wrong, layers = families.check(cls, settings, tool, restore, same_bits, folder)
+        what = f"{name}: {layers}"
+        check(f"architecture {what}: quantize, dequantize, merge of an adapter on all layers and on the head", not wrong, wrong)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nf4", type=Path, help="the tool")
@@ -264,6 +284,7 @@ def main():
         models(nf4, dense, work)
         adapters(nf4, dense, out, work)
         merged_files(out, work)
+        architectures(nf4, work)
     print("upstream check: " + (f"{failures} FAILED" if failures else "everything agrees"))
     sys.exit(failures > 0)
 

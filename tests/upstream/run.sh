@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Runs check.py if the packages of requirements.txt are there, with $NF4_UPSTREAM_PYTHON or python3; otherwise says
-# that it did not. They take some 5 GB (torch depends on the CUDA libraries even where there is no GPU), so that they
-# are not installed here:
+# Runs check.py with $NF4_UPSTREAM_PYTHON or python3, if that has the packages of requirements.txt. If not:
 #
-#     python3 -m venv VENV && VENV/bin/pip install -r tests/upstream/requirements.txt
-#     NF4_UPSTREAM_PYTHON=VENV/bin/python bash tests/upstream/run.sh
+#     NF4_UPSTREAM_VENV=DIR         makes an environment there (environment.sh; a minute, 1.9 GB), unless it is there
+#     NF4_REQUIRE_UPSTREAM=1        fails; with it, and without a directory, the environment is made in target/upstream
+#     neither                       says SKIPPED, and why
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${NF4_UPSTREAM_PYTHON:-python3}
+require=${NF4_REQUIRE_UPSTREAM:-}
+venv=${NF4_UPSTREAM_VENV:-${require:+target/upstream}}
 
-missing=$("$python" - tests/upstream/requirements.txt <<'PY' || echo "no $python"
+# Packages that are not there in the version that is wanted.
+missing() {
+    "$python" - tests/upstream/requirements.txt <<'PY' || echo "no $python"
 import importlib.metadata as metadata, sys
-wanted = [line.split("==") for line in open(sys.argv[1]).read().split() if "==" in line]
+wanted = [line.split("==") for line in open(sys.argv[1]).read().split("\n\n")[0].split() if "==" in line]
 def version(name):
     try:
         return metadata.version(name)
@@ -19,9 +22,19 @@ def version(name):
         return "not installed"
 print(", ".join(f"{name} {version(name)} (wanted {v})" for name, v in wanted if version(name).split("+")[0] != v), end="")
 PY
-)
-if [[ -n $missing ]]; then
-    echo "upstream check: NOT RUN: $missing"
+}
+
+absent=$(missing)
+if [[ -n $absent && -n $venv ]]; then
+    if python=$venv/bin/python && [[ -n $(missing) ]]; then
+        rm -rf "$venv"
+        bash tests/upstream/environment.sh "$venv"
+    fi
+    absent=$(missing)
+fi
+if [[ -n $absent ]]; then
+    echo "upstream check: SKIPPED: $absent"
+    [[ -z $require ]] || { echo "but NF4_REQUIRE_UPSTREAM is set"; exit 1; }
     exit 0
 fi
 "$python" tests/upstream/check.py "$@"

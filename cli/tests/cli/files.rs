@@ -42,7 +42,7 @@ pub(crate) fn sharded(directory: &Path, float: FloatType) -> Vec<(String, [usize
     let mut linear = Vec::new();
     let mut seed = 0;
     for (block, shard) in shards.iter_mut().enumerate() {
-        for (name, shape) in [("self_attn.q_proj", [64, 96]), ("mlp.up_proj", [128, 96]), ("mlp.odd_proj", [33, 47])] {
+        for (name, shape) in [("self_attn.q_proj", [64, 96]), ("mlp.up_proj", [128, 96]), ("mlp.gate_proj", [33, 47])] {
             seed += 1;
             let (name, values) = (format!("model.layers.{block}.{name}.weight"), weights(&shape, seed));
             add(shard, &name, float, &shape, &values);

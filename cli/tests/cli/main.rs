@@ -13,6 +13,7 @@ mod bench;
 mod commit;
 mod docs;
 mod field;
+mod field_quantize;
 mod files;
 mod hostile;
 mod inputs;
