@@ -194,10 +194,10 @@ impl Own {
 
         let mut quantized = HashMap::new();
         for weight in &weights {
-            if let Fate::Quantize(layout) = weight.fate {
-                if !skip.skips(&weight.module)? {
-                    quantized.insert(weight.tensor.to_owned(), layout);
-                }
+            if let Fate::Quantize(layout) = weight.fate
+                && !skip.skips(&weight.module)?
+            {
+                quantized.insert(weight.tensor.to_owned(), layout);
             }
         }
         for entry in wishes.skip {
