@@ -223,14 +223,25 @@ impl Case {
         results
     }
 
-    /// The dense products of an adapter.
+    /// The products with dense matrices of every element type.
     fn dense(&self, k: Kernels, place: Place, memory: &mut Memory) -> Vec<u8> {
-        let a = &*memory.weights.put(&self.weights, place);
-        let x = &*memory.inputs.put(&self.inputs[..self.cols], place);
-        let y = memory.out.take::<f32>(self.rows, place);
+        let products = [Self::dense_of::<f32>, Self::dense_of::<f16>, Self::dense_of::<bf16>];
+        products.into_iter().flat_map(|products| products(self, k, place, memory)).collect()
+    }
+
+    fn dense_of<T: Float + Pod>(&self, k: Kernels, place: Place, memory: &mut Memory) -> Vec<u8> {
+        let Self { rows, cols, batch, .. } = *self;
+        let content: Vec<T> = self.weights.iter().map(|w| T::from_f32(*w)).collect();
+        let a = &*memory.weights.put(&content, place);
+        let x = &*memory.inputs.put(&self.inputs[..cols], place);
+        let y = memory.out.take::<f32>(rows, place);
         k.gemv_dense(a, x, y).unwrap();
         let mut results = bytes(y).to_vec();
         k.gemv_dense_add(a, x, 0.5, y).unwrap();
+        results.extend(bytes(y));
+        let x = &*memory.inputs.put(&self.inputs, place);
+        let y = memory.out.take::<f32>(rows * batch, place);
+        k.gemm_dense(a, x, batch, y).unwrap();
         results.extend(bytes(y));
         results
     }
@@ -304,7 +315,7 @@ fn products_stay_inside() {
 #[test]
 fn dense_products_stay_inside() {
     let shapes = (1..=12).flat_map(|rows| (1..=40).chain([63, 64, 65, 333]).map(move |cols| (rows, cols)));
-    run(shapes.map(|(rows, cols)| Case::new(rows, cols, BlockSize::B64, 1)), Case::dense);
+    run(shapes.map(|(rows, cols)| Case::new(rows, cols, BlockSize::B64, 1 + (rows + cols) % 4)), Case::dense);
 }
 
 /// That the pages are closed, and touch the slices: else the tests above would show nothing.

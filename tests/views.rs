@@ -138,6 +138,12 @@ fn operations_check_every_length() {
         assert_eq!(k.gemv_f32(&m, &[0.0; 63], &mut [0.0; 2]), length("inputs", 64, 63));
         assert_eq!(k.gemv_f32(&m, &[0.0; 64], &mut [0.0; 1]), length("outputs", 2, 1));
         assert_eq!(k.gemv_dense(&[0.0; 5], &[0.0; 3], &mut [0.0; 2]), length("dense matrix", 6, 5));
+        assert_eq!(k.gemv_dense(&[f16::ZERO; 7], &[0.0; 3], &mut [0.0; 2]), length("dense matrix", 6, 7));
+        assert_eq!(k.gemm_dense(&[bf16::ZERO; 6], &[0.0; 7], 2, &mut [0.0; 4]), length("inputs", 6, 7));
+        assert_eq!(k.gemm_dense(&[bf16::ZERO; 6], &[0.0; 6], 2, &mut [0.0; 5]), length("outputs", 4, 5));
+        assert_eq!(k.gemm_dense(&[bf16::ZERO; 5], &[0.0; 6], 2, &mut [0.0; 4]), length("dense matrix", 6, 5));
+        assert_eq!(k.gemm_dense(&[0.0; 5], &[0.0; 6], 0, &mut []), length("inputs", 0, 6));
+        assert_eq!(k.gemm_dense(&[0.0; 5], &[], 0, &mut []), Ok(()));
         let narrow = Nf4Matrix::new(&packed[..32], Absmax::Plain(&absmax), 1, 64, BlockSize::B32).unwrap();
         assert_eq!(k.gemv(&narrow, &coarse, &mut [0.0; 1]), Err(ShapeError::Group { expected: 32, got: 64 }));
         let wide = plain(&packed, &absmax, 1, 128).unwrap();

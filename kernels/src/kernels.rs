@@ -347,35 +347,68 @@ impl Kernels {
         Ok(())
     }
 
-    /// The product `out = A x` with a dense row-major f32 matrix `[out.len(), x.len()]`; see [`crate::spec`].
+    /// The product `out = A x` with a dense row-major matrix `[out.len(), x.len()]` of any element type, whose elements
+    /// are converted to f32 as they are read; see [`crate::spec`].
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `a` does not have `out.len() * x.len()` elements; [`ShapeError::Overflow`] if that
     /// product does not fit in `usize`.
-    pub fn gemv_dense(&self, a: &[f32], x: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
+    pub fn gemv_dense<T: Float>(&self, a: &[T], x: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
         self.dense(a, x, None, out)
     }
 
-    /// `out += factor * (A x)` with a dense row-major f32 matrix; the rest as [`Self::gemv_dense`].
+    /// `out += factor * (A x)` with a dense row-major matrix; the rest as [`Self::gemv_dense`].
     ///
     /// # Errors
     /// As [`Self::gemv_dense`].
-    pub fn gemv_dense_add(&self, a: &[f32], x: &[f32], factor: f32, out: &mut [f32]) -> Result<(), ShapeError> {
+    pub fn gemv_dense_add<T: Float>(&self, a: &[T], x: &[f32], factor: f32, out: &mut [f32]) -> Result<(), ShapeError> {
         self.dense(a, x, Some(factor), out)
     }
 
-    fn dense(&self, a: &[f32], x: &[f32], add: Option<f32>, out: &mut [f32]) -> Result<(), ShapeError> {
-        let (rows, cols) = (out.len(), x.len());
-        let elements = rows.checked_mul(cols).ok_or(ShapeError::Overflow { rows, cols })?;
-        check_len("dense matrix", elements, a.len())?;
+    /// The product of a dense row-major matrix `[rows, cols]` and a batch of vectors, `x` `[batch, cols]`, `out` `[rows,
+    /// batch]` as in [`Self::gemm`]. Every output has the bits that [`Self::gemv_dense`] gives for its row and vector.
+    ///
+    /// The numbers of columns and rows are those of `x` and `out` divided by `batch`.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `x` or `out` cannot be divided by `batch`, or if `a` does not have `rows * cols`
+    /// elements; [`ShapeError::Overflow`] if that product does not fit in `usize`.
+    pub fn gemm_dense<T: Float>(&self, a: &[T], x: &[f32], batch: usize, out: &mut [f32]) -> Result<(), ShapeError> {
+        if batch == 1 {
+            return self.gemv_dense(a, x, out);
+        }
+        let (rows, cols) = (out.len().checked_div(batch).unwrap_or(0), x.len().checked_div(batch).unwrap_or(0));
+        check_len("inputs", cols * batch, x.len())?;
+        check_len("outputs", rows * batch, out.len())?;
+        // Without vectors nothing says what shape the matrix has.
+        if batch > 0 {
+            check_dense(rows, cols, a)?;
+        }
+        if x.is_empty() {
+            out.fill(0.0);
+        } else {
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            unsafe { (T::pick(self.table).gemm_dense)(a, x, batch, out) };
+        }
+        Ok(())
+    }
+
+    fn dense<T: Float>(&self, a: &[T], x: &[f32], add: Option<f32>, out: &mut [f32]) -> Result<(), ShapeError> {
+        check_dense(out.len(), x.len(), a)?;
         if x.is_empty() {
             out.iter_mut().for_each(|o| crate::isa::store_dense(o, 0.0, add));
         } else {
             // SAFETY: `self` exists, so the CPU has the instruction set of its table.
-            unsafe { (self.table.gemv_dense)(a, x, add, out) };
+            unsafe { (T::pick(self.table).gemv_dense)(a, x, add, out) };
         }
         Ok(())
     }
+}
+
+/// `Ok` if a dense matrix has `rows * cols` elements.
+fn check_dense<T>(rows: usize, cols: usize, a: &[T]) -> Result<(), ShapeError> {
+    let elements = rows.checked_mul(cols).ok_or(ShapeError::Overflow { rows, cols })?;
+    check_len("dense matrix", elements, a.len())
 }
 
 /// `Ok` if `out` has `rows * batch` elements.

@@ -51,15 +51,7 @@ impl<'a> Base<'a> {
             _ if self.d_in == 0 => y.fill(0.0),
             Weight::Packed(weight, Arithmetic::SixteenByFour) => self.executor.gemm(weight, x.activations()?, y)?,
             Weight::Packed(weight, Arithmetic::F32) => self.executor.gemm_f32(weight, x.all(), y)?,
-            Weight::Dense(weight) if x.batch() == 1 => self.kernels().gemv_dense(weight, x.all(), y)?,
-            Weight::Dense(weight) => {
-                for n in 0..x.batch() {
-                    for (row, weight) in weight.chunks_exact(self.d_in).enumerate() {
-                        let y = &mut y[row * x.batch() + n..][..1];
-                        self.kernels().gemv_dense(weight, x.vector(n), y)?;
-                    }
-                }
-            }
+            Weight::Dense(weight) => self.kernels().gemm_dense(weight, x.all(), x.batch(), y)?,
         }
         Ok(())
     }

@@ -3,8 +3,6 @@
 //! The last block of a tensor if it is partial, blocks that straddle rows and rests shorter than a register are handled
 //! here for every instruction set.
 
-use half::{bf16, f16};
-
 use super::table::{FloatTable, Isa, Table};
 use crate::activations::{ACTIVATION_MAX, Activations};
 use crate::double_quant;
@@ -18,9 +16,9 @@ use crate::spec::{self, SPAN};
 pub(super) static TABLE: Table = Table {
     isa: Isa::Scalar,
     slots: &SLOTS,
-    f32: FloatTable { quantize: quantize::<f32>, dequantize: dequantize::<f32> },
-    f16: FloatTable { quantize: quantize::<f16>, dequantize: dequantize::<f16> },
-    bf16: FloatTable { quantize: quantize::<bf16>, dequantize: dequantize::<bf16> },
+    f32: floats(),
+    f16: floats(),
+    bf16: floats(),
     mean: double_quant::mean,
     quantize_absmax: double_quant::quantize_absmax,
     quantize_activations,
@@ -29,8 +27,12 @@ pub(super) static TABLE: Table = Table {
     gemv_f32,
     gemm_f32,
     gemv_transposed_f32,
-    gemv_dense,
 };
+
+/// What exists for each type of elements.
+const fn floats<T: Float>() -> FloatTable<T> {
+    FloatTable { quantize, dequantize, gemv_dense, gemm_dense }
+}
 
 /// Activations stand in the order of the columns: a byte's two weights meet two adjacent ones.
 static SLOTS: [u8; SPAN] = {
@@ -342,17 +344,32 @@ pub(super) fn gemv_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &
     out.iter_mut().for_each(|y| *y = canonical(*y));
 }
 
-/// `out[r] = init[r] + factor * (row r of a . x)` for a dense row-major `a`; `init` and `factor` only if given.
-fn gemv_dense(a: &[f32], x: &[f32], add: Option<f32>, out: &mut [f32]) {
+/// `out = A x`, or `out += factor * A x`, for a dense row-major `a`.
+fn gemv_dense<T: Float>(a: &[T], x: &[f32], add: Option<f32>, out: &mut [f32]) {
     for (row, out) in a.chunks_exact(x.len()).zip(out) {
-        let mut lanes = [0.0; 8];
-        for (a, x) in row.chunks(8).zip(x.chunks(8)) {
-            for (lane, (a, x)) in lanes.iter_mut().zip(a.iter().zip(x)) {
-                *lane += a * x;
-            }
-        }
-        store_dense(out, spec::add_lanes(lanes), add);
+        store_dense(out, dot_dense(row, x), add);
     }
+}
+
+/// `out = A x` for a batch, `out` `[rows, batch]`.
+fn gemm_dense<T: Float>(a: &[T], x: &[f32], batch: usize, out: &mut [f32]) {
+    let cols = x.len() / batch;
+    for (row, out) in a.chunks_exact(cols).zip(out.chunks_exact_mut(batch)) {
+        for (x, out) in x.chunks_exact(cols).zip(out) {
+            store_dense(out, dot_dense(row, x), None);
+        }
+    }
+}
+
+/// The product of a dense row and a vector.
+fn dot_dense<T: Float>(row: &[T], x: &[f32]) -> f32 {
+    let mut lanes = [0.0; 8];
+    for (row, x) in row.chunks(8).zip(x.chunks(8)) {
+        for (lane, (a, x)) in lanes.iter_mut().zip(row.iter().zip(x)) {
+            *lane += a.to_f32() * x;
+        }
+    }
+    spec::add_lanes(lanes)
 }
 
 /// What a dense row product does with its result.

@@ -77,8 +77,6 @@ pub(crate) struct Table {
     /// `inputs` is `[batch, cols]` with `cols > 0`, `out` `[rows, batch]`.
     pub gemm_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
     pub gemv_transposed_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
-    /// `x` is not empty.
-    pub gemv_dense: unsafe fn(a: &[f32], x: &[f32], add: Option<f32>, out: &mut [f32]),
 }
 
 /// The functions that exist for each type of elements.
@@ -86,6 +84,10 @@ pub(crate) struct Table {
 pub(crate) struct FloatTable<T: 'static> {
     pub quantize: unsafe fn(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32]),
     pub dequantize: unsafe fn(matrix: &Nf4Matrix<'_>, out: &mut [T]),
+    /// `x` is not empty.
+    pub gemv_dense: unsafe fn(a: &[T], x: &[f32], add: Option<f32>, out: &mut [f32]),
+    /// `x` is `[batch, cols]` and not empty, `out` `[rows, batch]`.
+    pub gemm_dense: unsafe fn(a: &[T], x: &[f32], batch: usize, out: &mut [f32]),
 }
 
 impl PerFloat for Table {

@@ -39,8 +39,8 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn prefetch(&self, bytes: &[u8], ahead: usize) {
-        prefetch(bytes, ahead);
+    fn prefetch<T>(&self, data: &[T], ahead: usize) {
+        prefetch(data, ahead);
     }
 }
 

@@ -14,6 +14,7 @@ use crate::float::Float;
 use crate::isa::simd::planes::PLANES_I16;
 use crate::isa::simd::steps::{Decode, Steps, Widen};
 use crate::isa::simd::{activations, batch_16x4, dequantize, product_16x4, product_dense, product_f32, quantize};
+use crate::isa::table::FloatTable;
 use crate::matrix::Nf4Matrix;
 
 #[target_feature(enable = "avx2,f16c")]
@@ -39,8 +40,16 @@ fn steps_vnni() -> Steps<Avx2<true>> {
     unsafe { Steps::new(steps) }
 }
 
+/// What exists for each type of elements.
+pub(super) const fn floats<T: Float>() -> FloatTable<T>
+where
+    Avx2: Widen<T> + Decode<T>,
+{
+    FloatTable { quantize, dequantize, gemv_dense, gemm_dense }
+}
+
 #[target_feature(enable = "avx2,f16c")]
-pub(super) fn quantize<T: Float>(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32])
+fn quantize<T: Float>(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32])
 where
     Avx2: Widen<T>,
 {
@@ -48,7 +57,7 @@ where
 }
 
 #[target_feature(enable = "avx2,f16c")]
-pub(super) fn dequantize<T: Float>(matrix: &Nf4Matrix<'_>, out: &mut [T])
+fn dequantize<T: Float>(matrix: &Nf4Matrix<'_>, out: &mut [T])
 where
     Avx2: Decode<T>,
 {
@@ -114,6 +123,17 @@ pub(super) fn gemv_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &
 }
 
 #[target_feature(enable = "avx2,f16c")]
-pub(super) fn gemv_dense(a: &[f32], x: &[f32], add: Option<f32>, out: &mut [f32]) {
+fn gemv_dense<T: Float>(a: &[T], x: &[f32], add: Option<f32>, out: &mut [f32])
+where
+    Avx2: Widen<T>,
+{
     product_dense::gemv_dense(&steps(), a, x, add, out);
+}
+
+#[target_feature(enable = "avx2,f16c")]
+fn gemm_dense<T: Float>(a: &[T], x: &[f32], batch: usize, out: &mut [f32])
+where
+    Avx2: Widen<T>,
+{
+    product_dense::gemm_dense(&steps(), a, x, batch, out);
 }

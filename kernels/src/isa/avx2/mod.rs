@@ -34,8 +34,6 @@ mod steps_f32;
 
 use core::arch::x86_64::__m256i;
 
-use half::{bf16, f16};
-
 pub(super) use registers::prefetch;
 
 use super::table::{FloatTable, Isa, Table};
@@ -45,9 +43,9 @@ use crate::spec::SPAN;
 pub(super) static TABLE: Table = Table {
     isa: Isa::Avx2,
     slots: &SLOTS,
-    f32: FloatTable { quantize: entries::quantize::<f32>, dequantize: entries::dequantize_f32 },
-    f16: FloatTable { quantize: entries::quantize::<f16>, dequantize: entries::dequantize::<f16> },
-    bf16: FloatTable { quantize: entries::quantize::<bf16>, dequantize: entries::dequantize::<bf16> },
+    f32: FloatTable { dequantize: entries::dequantize_f32, ..entries::floats() },
+    f16: entries::floats(),
+    bf16: entries::floats(),
     mean: double_quant::mean,
     quantize_absmax: double_quant::quantize_absmax,
     quantize_activations: entries::quantize_activations,
@@ -56,7 +54,6 @@ pub(super) static TABLE: Table = Table {
     gemv_f32: entries::gemv_f32,
     gemm_f32: entries::gemm_f32,
     gemv_transposed_f32: entries::gemv_transposed_f32,
-    gemv_dense: entries::gemv_dense,
 };
 
 /// With AVX-VNNI, whose `vpdpwssd` is a `vpmaddwd` and a `vpaddd`.

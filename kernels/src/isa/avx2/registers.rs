@@ -76,11 +76,11 @@ pub(super) unsafe fn add_products(mut sums: __m256i, a: __m256i, b: __m256i) -> 
     sums
 }
 
-/// Prefetches the cache line `ahead` bytes after the start of `bytes`, whether it lies in them or not.
+/// Prefetches the cache line `ahead` bytes after the start of `data`, whether it lies in it or not.
 #[inline(always)]
-pub(in crate::isa) fn prefetch(bytes: &[u8], ahead: usize) {
+pub(in crate::isa) fn prefetch<T>(data: &[T], ahead: usize) {
     // SAFETY: a prefetch takes any address, and every x86-64 CPU has it.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(ahead).cast()) };
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().wrapping_add(ahead)) };
 }
 
 /// As [`store_f32`], but past the caches if the place has an alignment of 16 bytes, as allocators give.

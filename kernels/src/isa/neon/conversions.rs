@@ -38,8 +38,8 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
-    fn prefetch(&self, bytes: &[u8], ahead: usize) {
-        prefetch(bytes, ahead);
+    fn prefetch<T>(&self, data: &[T], ahead: usize) {
+        prefetch(data, ahead);
     }
 }
 

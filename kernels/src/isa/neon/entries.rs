@@ -10,6 +10,7 @@ use crate::float::Float;
 use crate::isa::simd::planes::{PLANES_F32, PLANES_I16};
 use crate::isa::simd::steps::{Decode, Steps, Widen};
 use crate::isa::simd::{activations, batch_16x4, dequantize, product_16x4, product_dense, product_f32, quantize};
+use crate::isa::table::FloatTable;
 use crate::matrix::Nf4Matrix;
 
 #[target_feature(enable = "neon")]
@@ -20,8 +21,16 @@ fn steps() -> Steps<Neon> {
     unsafe { Steps::new(Neon { i16_planes, f32_planes }) }
 }
 
+/// What exists for each type of elements.
+pub(super) const fn floats<T: Float>() -> FloatTable<T>
+where
+    Neon: Widen<T> + Decode<T>,
+{
+    FloatTable { quantize, dequantize, gemv_dense, gemm_dense }
+}
+
 #[target_feature(enable = "neon")]
-pub(super) fn quantize<T: Float>(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32])
+fn quantize<T: Float>(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32])
 where
     Neon: Widen<T>,
 {
@@ -29,7 +38,7 @@ where
 }
 
 #[target_feature(enable = "neon")]
-pub(super) fn dequantize<T: Float>(matrix: &Nf4Matrix<'_>, out: &mut [T])
+fn dequantize<T: Float>(matrix: &Nf4Matrix<'_>, out: &mut [T])
 where
     Neon: Decode<T>,
 {
@@ -67,6 +76,17 @@ pub(super) fn gemv_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &
 }
 
 #[target_feature(enable = "neon")]
-pub(super) fn gemv_dense(a: &[f32], x: &[f32], add: Option<f32>, out: &mut [f32]) {
+fn gemv_dense<T: Float>(a: &[T], x: &[f32], add: Option<f32>, out: &mut [f32])
+where
+    Neon: Widen<T>,
+{
     product_dense::gemv_dense(&steps(), a, x, add, out);
+}
+
+#[target_feature(enable = "neon")]
+fn gemm_dense<T: Float>(a: &[T], x: &[f32], batch: usize, out: &mut [f32])
+where
+    Neon: Widen<T>,
+{
+    product_dense::gemm_dense(&steps(), a, x, batch, out);
 }

@@ -45,18 +45,16 @@ mod steps_f32;
 
 use core::arch::aarch64::uint8x16_t;
 
-use half::{bf16, f16};
-
-use super::table::{FloatTable, Isa, Table};
+use super::table::{Isa, Table};
 use crate::double_quant;
 use crate::spec::SPAN;
 
 pub(super) static TABLE: Table = Table {
     isa: Isa::Neon,
     slots: &SLOTS,
-    f32: FloatTable { quantize: entries::quantize::<f32>, dequantize: entries::dequantize::<f32> },
-    f16: FloatTable { quantize: entries::quantize::<f16>, dequantize: entries::dequantize::<f16> },
-    bf16: FloatTable { quantize: entries::quantize::<bf16>, dequantize: entries::dequantize::<bf16> },
+    f32: entries::floats(),
+    f16: entries::floats(),
+    bf16: entries::floats(),
     mean: double_quant::mean,
     quantize_absmax: double_quant::quantize_absmax,
     quantize_activations: entries::quantize_activations,
@@ -65,7 +63,6 @@ pub(super) static TABLE: Table = Table {
     gemv_f32: entries::gemv_f32,
     gemm_f32: entries::gemm_f32,
     gemv_transposed_f32: entries::gemv_transposed_f32,
-    gemv_dense: entries::gemv_dense,
 };
 
 /// Each half of the span stands by itself, first every fourth column from the first on, then from the second on, and so

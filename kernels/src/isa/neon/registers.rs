@@ -63,10 +63,10 @@ pub(super) fn one_after_the_other([low, high]: &mut F32x8) {
     unsafe { asm!("/* {0:v} {1:v} */", inout(vreg) * low, inout(vreg) * high, options(nostack, preserves_flags)) };
 }
 
-/// Prefetches the cache line `ahead` bytes after the start of `bytes`, whether it lies in them or not.
+/// Prefetches the cache line `ahead` bytes after the start of `data`, whether it lies in it or not.
 #[inline(always)]
-pub(super) fn prefetch(bytes: &[u8], ahead: usize) {
-    let line = bytes.as_ptr().wrapping_add(ahead);
+pub(super) fn prefetch<T>(data: &[T], ahead: usize) {
+    let line = data.as_ptr().cast::<u8>().wrapping_add(ahead);
     // SAFETY: a prefetch takes any address.
     unsafe { asm!("prfm pldl1keep, [{}]", in(reg) line, options(readonly, nostack, preserves_flags)) };
 }

@@ -42,9 +42,9 @@ pub(in crate::isa) trait Lanes {
     /// [`crate::spec::add_lanes`].
     unsafe fn add_lanes(&self, lanes: Self::Lanes) -> f32;
 
-    /// Prefetches the cache line `ahead` bytes after the start of `bytes`, whether it lies in them or not. Nothing is
+    /// Prefetches the cache line `ahead` bytes after the start of `data`, whether it lies in it or not. Nothing is
     /// read.
-    fn prefetch(&self, bytes: &[u8], ahead: usize);
+    fn prefetch<T>(&self, data: &[T], ahead: usize);
 }
 
 /// Arithmetic on eight f32, and the conversions that are the same for all types of elements.
@@ -117,8 +117,8 @@ impl<S: Lanes> Steps<S> {
     }
 
     #[inline(always)]
-    pub(super) fn prefetch(&self, bytes: &[u8], ahead: usize) {
-        self.0.prefetch(bytes, ahead);
+    pub(super) fn prefetch<T>(&self, data: &[T], ahead: usize) {
+        self.0.prefetch(data, ahead);
     }
 }
 

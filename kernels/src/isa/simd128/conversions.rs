@@ -37,7 +37,7 @@ impl Lanes for Simd128 {
 
     /// WebAssembly has no such hint.
     #[inline(always)]
-    fn prefetch(&self, _bytes: &[u8], _ahead: usize) {}
+    fn prefetch<T>(&self, _data: &[T], _ahead: usize) {}
 }
 
 impl Floats for Simd128 {

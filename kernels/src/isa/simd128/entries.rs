@@ -10,6 +10,7 @@ use crate::float::Float;
 use crate::isa::simd::planes::{PLANES_F32, PLANES_I16};
 use crate::isa::simd::steps::{Decode, Steps, Widen};
 use crate::isa::simd::{activations, batch_16x4, dequantize, product_16x4, product_dense, product_f32, quantize};
+use crate::isa::table::FloatTable;
 use crate::matrix::Nf4Matrix;
 
 #[inline]
@@ -19,14 +20,22 @@ fn steps() -> Steps<Simd128> {
     unsafe { Steps::new(Simd128 { i16_planes, f32_planes }) }
 }
 
-pub(super) fn quantize<T: Float>(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32])
+/// What exists for each type of elements.
+pub(super) const fn floats<T: Float>() -> FloatTable<T>
+where
+    Simd128: Widen<T> + Decode<T>,
+{
+    FloatTable { quantize, dequantize, gemv_dense, gemm_dense }
+}
+
+fn quantize<T: Float>(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32])
 where
     Simd128: Widen<T>,
 {
     quantize::quantize(&steps(), weights, block_size, packed, absmax);
 }
 
-pub(super) fn dequantize<T: Float>(matrix: &Nf4Matrix<'_>, out: &mut [T])
+fn dequantize<T: Float>(matrix: &Nf4Matrix<'_>, out: &mut [T])
 where
     Simd128: Decode<T>,
 {
@@ -57,6 +66,16 @@ pub(super) fn gemv_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &
     product_f32::gemv_transposed_f32(&steps(), matrix, inputs, out);
 }
 
-pub(super) fn gemv_dense(a: &[f32], x: &[f32], add: Option<f32>, out: &mut [f32]) {
+fn gemv_dense<T: Float>(a: &[T], x: &[f32], add: Option<f32>, out: &mut [f32])
+where
+    Simd128: Widen<T>,
+{
     product_dense::gemv_dense(&steps(), a, x, add, out);
+}
+
+fn gemm_dense<T: Float>(a: &[T], x: &[f32], batch: usize, out: &mut [f32])
+where
+    Simd128: Widen<T>,
+{
+    product_dense::gemm_dense(&steps(), a, x, batch, out);
 }
