@@ -34,6 +34,7 @@ LOOPS = 3
 
 BUILD = """
 set -euo pipefail
+. .ci/packages.sh
 . .ci/targets.sh
 use_aarch64
 export CARGO_TARGET_DIR="${1:-$CARGO_TARGET_DIR}"
