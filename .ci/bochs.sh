@@ -9,12 +9,12 @@ bochs_isas=avx512-vnni,avx-vnni
 
 # bochs_unpack: packages of Debian 13, with all that they depend on, as files.
 bochs_unpack() {
-    local package kernel packages=(bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso busybox-static)
+    local mirror package kernel packages=(bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso busybox-static)
     rm -rf "$bochs"
     mkdir -p "$bochs"/{lists,cache/archives}/partial "$bochs/root"
     : >"$bochs/status" # nothing is installed there
-    echo 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main' \
-        >"$bochs/sources.list"
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -v security | head -n 1)
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror trixie main" >"$bochs/sources.list"
     cat >"$bochs/apt.conf" <<END
 Dir::Etc::SourceList "$PWD/$bochs/sources.list";
 Dir::Etc::SourceParts "-";

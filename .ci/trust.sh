@@ -68,11 +68,16 @@ refused() {
     grep -vE "^($(grep . <<<"$licences" | sed 's/[().+]/\\&/g' | paste -sd '|' -)): " || true
 }
 
-# unverified FILE: the packages of a lock file that come from elsewhere than crates.io, or without a checksum.
+# Where packages come from: the one source of Cargo.lock, which lock files of other folders must not differ from.
+registry() {
+    sed -n 's/^source = "\(registry+.*\)"$/\1/p' Cargo.lock | head -n 1
+}
+
+# unverified FILE: the packages of a lock file that come from elsewhere than the registry, or without a checksum.
 unverified() {
-    awk '
+    awk -v registry="\"$(registry)\"" '
         function check() {
-            if (source != "" && (source !~ /^"registry\+https:\/\/github.com\/rust-lang\/crates.io-index"$/ || !sum)) print name, source
+            if (source != "" && (source != registry || !sum)) print name, source
             source = ""; sum = 0
         }
         /^\[\[package\]\]/ { check() }
@@ -97,11 +102,11 @@ check_supply() {
     ((found == 2)) || { echo "licences are not checked"; return 1; }
     planted=$(mktemp)
     printf '[[package]]\nname = "%s"\nsource = "%s"\nchecksum = "%s"\n' \
-        good 'registry+https://github.com/rust-lang/crates.io-index' "$(printf '%064d' 0)" \
+        good "$(registry)" "$(printf '%064d' 0)" \
         git 'git+https://example.org/git#0123' "$(printf '%064d' 0)" \
         mirror 'registry+https://example.org/index' "$(printf '%064d' 0)" \
-        short 'registry+https://github.com/rust-lang/crates.io-index' 00 >"$planted"
-    printf '[[package]]\nname = "none"\nsource = "registry+https://github.com/rust-lang/crates.io-index"\n' >>"$planted"
+        short "$(registry)" 00 >"$planted"
+    printf '[[package]]\nname = "none"\nsource = "%s"\n' "$(registry)" >>"$planted"
     found=$(unverified "$planted" | cut -d ' ' -f 1 | tr -d '"\n')
     [[ $found == gitmirrorshortnone ]] || { echo "lock files are not checked: only $found"; return 1; }
     rm "$planted"
@@ -110,15 +115,15 @@ check_supply() {
     for lock in $(lock_files); do
         folder=$(dirname "$lock")
         found=$(unverified "$lock")
-        [[ -z $found ]] || { printf '%s: not from crates.io, or without a checksum:\n%s\n' "$lock" "$found"; return 1; }
+        [[ -z $found ]] || { printf '%s: not from the registry, or without a checksum:\n%s\n' "$lock" "$found"; return 1; }
         case $folder in
             # Other people's engines, to be timed beside nf4; nothing that is shipped builds on them.
-            ./benches/peers) echo "$lock: $(grep -c '^checksum' "$lock") packages of crates.io" && continue ;;
+            ./benches/peers) echo "$lock: $(grep -c '^checksum' "$lock") packages of the registry" && continue ;;
         esac
         tree=$(cd "$folder" && cargo tree --locked --workspace --all-features --target all --edges normal,build,dev --prefix none \
             --no-dedupe --format '{l}: {p}' | grep -v '^: .*(/' | sort -u)
         found=$(refused <<<"$tree")
         [[ -z $found ]] || { printf '%s: licences that are not in the list:\n%s\n' "$lock" "$found"; return 1; }
-        echo "$lock: $(grep -c '^checksum' "$lock") packages of crates.io, under licences of the list"
+        echo "$lock: $(grep -c '^checksum' "$lock") packages of the registry, under licences of the list"
     done
 }
