@@ -57,6 +57,7 @@ fn what_force_does_not_replace() {
 /// The last tensor cannot be quantized: all that was written before is removed, and what was at the output stays.
 #[test]
 fn failure_half_way() {
+    const TENSOR: &str = "model.layers.1.self_attn.v_proj.weight";
     let root = tempdir().unwrap();
     let path = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
     let model = root.path().join("model");
@@ -66,7 +67,7 @@ fn failure_half_way() {
     let mut values = weights(&[64, 96], 3);
     values[5 * 96 + 17] = f32::NAN;
     let mut map = TensorMap::new();
-    add(&mut map, "z.weight", FloatType::F32, &[64, 96], &values);
+    add(&mut map, TENSOR, FloatType::F32, &[64, 96], &values);
     // The index does not name the tensor, but the shard holds it; the others are those that the index names.
     let old = fs::read(model.join(SHARDS[1])).unwrap();
     let file = nf4::checkpoint::TensorFile::parse(&old).unwrap();
@@ -77,7 +78,7 @@ fn failure_half_way() {
     }
     save(&model.join(SHARDS[1]), &map);
     for out in ["new", "out"] {
-        let parts = [SHARDS[1], "z.weight", "[5, 17]", "NaN"];
+        let parts = [SHARDS[1], TENSOR, "[5, 17]", "NaN"];
         fails(&["quantize", &path("model"), "--out", &path(out), "--force"], &parts);
         assert_eq!(names(root.path()), ["model", "out"]);
     }
@@ -86,7 +87,7 @@ fn failure_half_way() {
     let output = command(&["--json", "quantize", &path("model"), "--out", &path("new")]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert!(report["error"].as_str().unwrap().contains("z.weight"), "{report}");
+    assert!(report["error"].as_str().unwrap().contains(TENSOR), "{report}");
 }
 
 /// What is wrong with the place of an output is said before the work begins, which would fail as well.
