@@ -20,7 +20,7 @@ check_neon_lint() {
 check_neon_test() {
     local target clippy
     use_aarch64
-    NF4_REQUIRE_ISA=neon cargo test --locked --workspace --exclude nf4-cli --target "$target" --lib --tests
+    NF4_REQUIRE_ISA=neon cargo test --locked -p nf4 -p nf4-kernels --target "$target" --lib --tests
 }
 
 check_neon_count() {
