@@ -90,7 +90,7 @@ check_release() {
 
 check_example() {
     readme_command cargo run --release --example qlora
-    readme_command cargo run --release --example finetune
+    cargo run --release --locked --example finetune
 }
 
 check_package() {

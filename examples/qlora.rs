@@ -105,7 +105,7 @@ fn large_matrices() -> Result<(), Box<dyn Error>> {
     let (weights, x) = (normal(N * N, 0.02), normal(N, 1.0));
     println!("{N} x {N} normal weights, 8 matrices in turn, one thread");
     println!();
-    println!("                             a product   weights/ns   GB/s packed   of a pure read   same bits");
+    println!("                                  a product   weights/ns   GB/s packed   of a pure read   same bits");
     for (name, double_quant) in [("block 64", false), ("double quant", true)] {
         let matrices = vec![Quantized4Bit::quantize(&weights, N, N, BLOCK, double_quant)?; 8];
         let mut turn = matrices.iter().cycle();
@@ -124,17 +124,17 @@ fn large_matrices() -> Result<(), Box<dyn Error>> {
             let same = same_bits(&y, expected.get_or_insert_with(|| y.clone()));
             let (isa, ms, yes) = (kernels.isa(), ns / 1e6, yes_or_no(same));
             let (speed, rate, share) = ((N * N) as f64 / ns, bytes / ns, read_ns / ns * 100.0);
-            println!("{isa:<8}{name:<18}{ms:>9.2} ms{speed:>13.1}{rate:>14.2}{share:>15.1} %{yes:>12}");
+            println!("{isa:<13}{name:<18}{ms:>9.2} ms{speed:>13.1}{rate:>14.2}{share:>15.1} %{yes:>12}");
             if !same {
                 return Err(format!("{isa} gives other bits than {}", Kernels::detect().isa()).into());
             }
         }
         let (ms, rate) = (read_ns / 1e6, bytes / read_ns);
-        println!("{:<26}{ms:>9.2} ms{rate:>27.2}", format!("read    {name}"));
+        println!("{:<13}{name:<18}{ms:>9.2} ms{rate:>27.2}", "read");
     }
     let mut y = vec![0.0; N];
     let ns = median_ns(|| Kernels::detect().gemv_dense(&weights, black_box(&x), &mut y))?;
-    println!("{:<26}{:>9.2} ms{:>13.1}", "dense f32", ns / 1e6, (N * N) as f64 / ns);
+    println!("{:<31}{:>9.2} ms{:>13.1}", "dense f32", ns / 1e6, (N * N) as f64 / ns);
     Ok(())
 }
 
