@@ -44,8 +44,12 @@ licences='
 (MIT OR Apache-2.0) AND NCSA
 (MIT OR Apache-2.0) AND Unicode-3.0
 Apache-2.0
+Apache-2.0 / MIT
+Apache-2.0 OR BSL-1.0
 Apache-2.0 OR MIT
+Apache-2.0 OR MIT OR Zlib
 Apache-2.0 WITH LLVM-exception OR Apache-2.0 OR MIT
+Apache-2.0/MIT
 BSD-2-Clause OR Apache-2.0 OR MIT
 BSD-2-Clause OR MIT OR Apache-2.0
 MIT
