@@ -44,11 +44,11 @@ HASH = re.compile(r"\b4045a7867415edb5\b")
 CPUS = [
     ("Skylake", "skylake", "avx2", "hardware of the same instruction set"),
     ("Zen 3", "znver3", "avx2", "hardware"),
-    ("Ice Lake", "icelake-server", "avx512-vnni", "Bochs"),
-    ("Alder Lake", "alderlake", "avx-vnni", "Bochs"),
-    ("Sapphire Rapids", "sapphirerapids", "avx512-vnni", "hardware, Bochs"),
-    ("Zen 4", "znver4", "avx512-vnni", "Bochs"),
-    ("Zen 5", "znver5", "avx512-vnni", "Bochs"),
+    ("Ice Lake", "icelake-server", "avx512-vnni", "parts in Bochs"),
+    ("Alder Lake", "alderlake", "avx-vnni", "parts in Bochs"),
+    ("Sapphire Rapids", "sapphirerapids", "avx512-vnni", "hardware; parts in Bochs"),
+    ("Zen 4", "znver4", "avx512-vnni", "parts in Bochs"),
+    ("Zen 5", "znver5", "avx512-vnni", "parts in Bochs"),
 ]
 SAID = {"one vector": "one vector", "batch": "a batch"}
 NEEDS = {
