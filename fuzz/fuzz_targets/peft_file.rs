@@ -40,7 +40,8 @@ const TIME: Duration = Duration::from_secs(20);
 
 /// Whatever tensors of a module are replaced by others of any length, everything is an error or fits.
 fn replaced(adapter: &PeftAdapter) {
-    let Some((name, module)) = adapter.modules().next().map(|(name, module)| (name.to_owned(), module.adapter())) else {
+    let Some((name, module)) = adapter.modules().next().map(|(name, module)| (name.to_owned(), module.adapter()))
+    else {
         return;
     };
     for which in 0..3 {

@@ -107,7 +107,9 @@ impl Floats {
             }
         }
         let place = usize::from(self.patches[0].0) % len.max(1);
-        if let (Some(value), Some(special)) = (values.get_mut(place), SPECIAL.get(usize::from(self.kind / 8 % 8).wrapping_sub(1))) {
+        if let (Some(value), Some(special)) =
+            (values.get_mut(place), SPECIAL.get(usize::from(self.kind / 8 % 8).wrapping_sub(1)))
+        {
             *value = *special;
         }
         values
