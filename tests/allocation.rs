@@ -96,7 +96,7 @@ fn inputs_that_layers_share_allocate_nothing() {
     for shape @ [d_out, d_in] in SHAPES {
         let layer = QLoRALayer::from_parts(base(shape, true), adapter(shape, RANK)).unwrap();
         let (mut buffers, mut scratch) = (InputsBuf::new(), layer.scratch(7));
-        buffers.reserve(d_in, BlockSize::B64, 7);
+        buffers.reserve(d_in, BlockSize::B64, 7).unwrap();
         for batch in [7, 1] {
             let (x, mut y) = (values(batch * d_in), vec![0.0; batch * d_out]);
             check("shared inputs", || {
@@ -156,7 +156,7 @@ fn scratch_takes_what_it_says() {
     for batch in [0, 1, 9] {
         let info = measure(|| {
             let mut scratch = Scratch::new();
-            scratch.reserve(200, 256, BlockSize::B64, RANK, batch);
+            scratch.reserve(200, 256, BlockSize::B64, RANK, batch).unwrap();
             core::mem::forget(core::hint::black_box(scratch));
         });
         assert_eq!(info.bytes_total, Scratch::bytes(200, 256, BlockSize::B64, RANK, batch) as u64);

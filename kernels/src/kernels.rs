@@ -81,13 +81,7 @@ impl Kernels {
         Self { table: PORTABLE.0 }
     }
 
-    /// The kernels for `isa`, if they were compiled in and this CPU supports them.
-    #[must_use]
-    pub fn with(isa: Isa) -> Option<Self> {
-        Self::available().find(|k| k.isa() == isa)
-    }
-
-    /// Every kind of kernels that this CPU supports, the fastest first.
+    /// The kernels of every instruction set that this CPU supports, the fastest first.
     pub fn available() -> impl Iterator<Item = Self> {
         TABLES.iter().filter(|(_, supported)| supported.is_none_or(|f| f())).map(|&(table, _)| Self { table })
     }

@@ -16,7 +16,7 @@ use nf4_kernels::Float;
 
 use crate::adapter::joined::{Fresh, Joined};
 use crate::buffer::{grow, take};
-use crate::error::{Error, check_batch, check_len, or_panic};
+use crate::error::{Error, check_batch, check_len};
 use crate::tensor::Tensor;
 use crate::weight::base::Base;
 use crate::weight::row_sums::add_rows;
@@ -39,18 +39,9 @@ impl BackwardScratch {
 
     /// Grows the scratch, if need be, for batches of `batch` vectors on a layer with these numbers.
     ///
-    /// # Panics
-    /// If there is no memory for it.
-    #[track_caller]
-    pub fn reserve(&mut self, d_out: usize, d_in: usize, rank: usize, batch: usize) {
-        or_panic(self.try_reserve(d_out, d_in, rank, batch));
-    }
-
-    /// As [`Self::reserve`].
-    ///
     /// # Errors
     /// [`Error::OutOfMemory`].
-    pub fn try_reserve(&mut self, d_out: usize, d_in: usize, rank: usize, batch: usize) -> Result<(), Error> {
+    pub fn reserve(&mut self, d_out: usize, d_in: usize, rank: usize, batch: usize) -> Result<(), Error> {
         grow(&mut self.values, low_rank_len(rank, batch).saturating_add(d_out.max(d_in)))
     }
 
@@ -87,7 +78,7 @@ impl Joined {
     pub(crate) fn try_backward(&mut self, base: &Base<'_>, x: &[f32], dy: &[f32]) -> Result<Tensor, Error> {
         let batch = self.check_gradients(base, x, dy)?;
         let (mut scratch, mut dx) = (BackwardScratch::new(), Tensor::try_zeros(1, x.len())?);
-        scratch.try_reserve(base.d_out(), base.d_in(), self.adapter().rank(), batch)?;
+        scratch.reserve(base.d_out(), base.d_in(), self.adapter().rank(), batch)?;
         self.backward(base, x, dy, &mut scratch, Some(dx.data_mut()))?;
         Ok(dx)
     }

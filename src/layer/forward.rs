@@ -5,9 +5,10 @@ use core::ops::Range;
 use nf4_kernels::Float;
 
 use crate::adapter::joined::Joined;
-use crate::error::{Error, check_len};
-use crate::layer::scratch::Work;
+use crate::error::{Error, check_batch, check_len};
+use crate::layer::scratch::{Scratch, Work};
 use crate::round::to_f32;
+use crate::tensor::Tensor;
 use crate::weight::base::Base;
 use crate::weight::inputs::Inputs;
 
@@ -52,8 +53,60 @@ impl Term<'_> {
     }
 }
 
+/// The three ways to call it. `terms` gives the adapters of a vector.
 impl Forward<'_> {
-    /// Computes `y`, `[batch, d_out]`; `terms` gives the adapters of a vector.
+    /// The outputs `[batch, d_out]` of a tensor `[batch, d_in]`; `rank` is the largest sum of ranks that a vector has.
+    pub(crate) fn of_tensor<'t, T: Iterator<Item = Term<'t>> + Clone>(
+        &self,
+        x: &Tensor,
+        rank: usize,
+        terms: &impl Fn(usize) -> T,
+    ) -> Result<Tensor, Error> {
+        let batch = self.batch_of_tensor(x.len())?;
+        let mut y = Tensor::try_zeros(batch, self.base.d_out())?;
+        self.of_slice(x.data(), terms, &mut self.scratch(rank, batch)?, y.data_mut())?;
+        Ok(y)
+    }
+
+    /// The outputs `[batch, d_out]` of a slice `[batch, d_in]`.
+    pub(crate) fn of_slice<'t, X: Float, Y: Float, T: Iterator<Item = Term<'t>> + Clone>(
+        &self,
+        x: &[X],
+        terms: &impl Fn(usize) -> T,
+        scratch: &mut Scratch,
+        y: &mut [Y],
+    ) -> Result<(), Error> {
+        let inputs = self.base.prepare(x, self.batch_of(x.len(), y.len())?, &mut scratch.inputs)?;
+        self.run(&inputs, terms, &mut scratch.work, y)
+    }
+
+    /// Scratch for batches of vectors whose adapters have ranks that add up to at most `rank`.
+    pub(crate) fn scratch(&self, rank: usize, batch: usize) -> Result<Scratch, Error> {
+        let mut scratch = Scratch::new();
+        self.base.reserve(batch, &mut scratch.inputs)?;
+        scratch.work.reserve(self.base.d_out(), rank, batch)?;
+        Ok(scratch)
+    }
+
+    /// The number of vectors in the `x` values of a tensor. Without inputs it is one.
+    pub(crate) fn batch_of_tensor(&self, x: usize) -> Result<usize, Error> {
+        if x == 0 && self.base.d_in() == 0 { Ok(1) } else { check_batch(x, self.base.d_in()) }
+    }
+
+    /// The number of vectors in `x` values that have `y` outputs.
+    ///
+    /// Vectors without inputs are counted by their outputs; if there are no outputs either, there are none.
+    pub(crate) fn batch_of(&self, x: usize, y: usize) -> Result<usize, Error> {
+        let (d_out, d_in) = (self.base.d_out(), self.base.d_in());
+        if d_in > 0 || d_out == 0 {
+            return check_batch(x, d_in);
+        }
+        check_len("input", 0, x)?;
+        check_len("output", y - y % d_out, y)?;
+        Ok(y / d_out)
+    }
+
+    /// The outputs of inputs that were prepared before.
     pub(crate) fn run<'t, Y: Float, T: Iterator<Item = Term<'t>> + Clone>(
         &self,
         x: &Inputs<'_>,
@@ -92,7 +145,10 @@ impl Forward<'_> {
         }
         Ok(())
     }
+}
 
+/// Its steps.
+impl Forward<'_> {
     /// The largest sum of ranks that a vector has, if all adapters fit and have no stale norms.
     fn largest_rank<'t, T: Iterator<Item = Term<'t>>>(
         &self,

@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use nf4_kernels::BlockSize;
 
 use crate::buffer::{grow, take};
-use crate::error::{Error, or_panic};
+use crate::error::Error;
 use crate::weight::inputs::InputsBuf;
 
 /// Working memory of the forwards that end in `_into`, made once and used for any number of forwards and layers.
@@ -33,18 +33,9 @@ impl Scratch {
     /// Grows the scratch, if need be, for batches of `batch` vectors on a layer with these numbers. `rank` is the sum of
     /// the ranks of the adapters that a vector meets.
     ///
-    /// # Panics
-    /// If there is no memory for it.
-    #[track_caller]
-    pub fn reserve(&mut self, d_out: usize, d_in: usize, block_size: BlockSize, rank: usize, batch: usize) {
-        or_panic(self.try_reserve(d_out, d_in, block_size, rank, batch));
-    }
-
-    /// As [`Self::reserve`].
-    ///
     /// # Errors
     /// [`Error::OutOfMemory`]; parts of the scratch may have grown.
-    pub fn try_reserve(
+    pub fn reserve(
         &mut self,
         d_out: usize,
         d_in: usize,
@@ -52,20 +43,8 @@ impl Scratch {
         rank: usize,
         batch: usize,
     ) -> Result<(), Error> {
-        self.inputs.try_reserve(d_in, block_size, batch)?;
-        self.work.try_reserve(d_out, rank, batch)
-    }
-
-    /// As [`Self::try_reserve`], for a dense layer, whose inputs are not quantized.
-    pub(crate) fn try_reserve_dense(
-        &mut self,
-        d_out: usize,
-        d_in: usize,
-        rank: usize,
-        batch: usize,
-    ) -> Result<(), Error> {
-        self.inputs.try_reserve_floats(d_in, batch)?;
-        self.work.try_reserve(d_out, rank, batch)
+        self.inputs.reserve(d_in, block_size, batch)?;
+        self.work.reserve(d_out, rank, batch)
     }
 
     /// Bytes that [`Self::reserve`] with these arguments takes; `usize::MAX` if there are more.
@@ -91,7 +70,7 @@ pub(crate) struct Work {
 }
 
 impl Work {
-    fn try_reserve(&mut self, d_out: usize, rank: usize, batch: usize) -> Result<(), Error> {
+    pub(crate) fn reserve(&mut self, d_out: usize, rank: usize, batch: usize) -> Result<(), Error> {
         grow(&mut self.low_rank, rank.saturating_mul(batch))?;
         grow(&mut self.product, d_out.saturating_mul(batch))
     }

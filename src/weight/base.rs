@@ -1,10 +1,10 @@
 //! The frozen weight below an adapter, packed or dense: its products, and its rows.
 
-use nf4_kernels::{Kernels, Nf4Matrix};
+use nf4_kernels::{Float, Kernels, Nf4Matrix};
 
 use crate::error::Error;
 use crate::parallel::Executor;
-use crate::weight::inputs::{Arithmetic, Inputs};
+use crate::weight::inputs::{Arithmetic, Inputs, InputsBuf};
 use crate::weight::row_sums::add_rows;
 
 /// A weight `[d_out, d_in]`, and what multiplies it.
@@ -43,6 +43,29 @@ impl<'a> Base<'a> {
 
     pub(crate) fn kernels(&self) -> Kernels {
         self.executor.kernels
+    }
+
+    /// Inputs `[batch, d_in]` as this weight needs them.
+    pub(crate) fn prepare<'b, X: Float>(
+        &self,
+        x: &[X],
+        batch: usize,
+        buffers: &'b mut InputsBuf,
+    ) -> Result<Inputs<'b>, Error> {
+        match &self.weight {
+            Weight::Packed(weight, arithmetic) => {
+                buffers.prepare(x, [batch, self.d_in], weight.block_size(), *arithmetic, self.kernels())
+            }
+            Weight::Dense(_) => buffers.convert(x, [batch, self.d_in]),
+        }
+    }
+
+    /// Grows buffers, if need be, for inputs `[batch, d_in]`.
+    pub(crate) fn reserve(&self, batch: usize, buffers: &mut InputsBuf) -> Result<(), Error> {
+        match &self.weight {
+            Weight::Packed(weight, _) => buffers.reserve(self.d_in, weight.block_size(), batch),
+            Weight::Dense(_) => buffers.reserve_floats(self.d_in, batch),
+        }
     }
 
     /// `y = W x` for a batch, in the arithmetic of the layer; `y` is `[d_out, batch]`.

@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use nf4_kernels::{Activations, BlockSize, Float, Kernels};
 
 use crate::buffer::{grow, take};
-use crate::error::{Error, or_panic};
+use crate::error::Error;
 
 /// How a forward multiplies by the base weight. Adapters and bias are f32 in any case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -39,7 +39,7 @@ impl Arithmetic {
 /// let (q, k) = (new(), new());
 ///
 /// let (mut buffers, mut scratch) = (InputsBuf::new(), q.scratch(1));
-/// buffers.reserve(128, q.base_weight_quantized().block_size(), 1);
+/// buffers.reserve(128, q.base_weight_quantized().block_size(), 1)?;
 /// let x = q.quantize_inputs(&[1.0; 128], &mut buffers)?;
 /// let mut y = [[0.0; 16]; 2];
 /// q.forward_shared(&x, &mut scratch, &mut y[0])?;
@@ -66,18 +66,9 @@ impl InputsBuf {
     /// A vector takes 4 bytes per input for its f32 values, and, if `d_in` is a multiple of 64 (32 with block size 32),
     /// 2 bytes per input, rounded up to a multiple of 64, and 4 bytes per 64 (32) inputs.
     ///
-    /// # Panics
-    /// If there is no memory for them.
-    #[track_caller]
-    pub fn reserve(&mut self, d_in: usize, block_size: BlockSize, batch: usize) {
-        or_panic(self.try_reserve(d_in, block_size, batch));
-    }
-
-    /// As [`Self::reserve`].
-    ///
     /// # Errors
-    /// [`Error::OutOfMemory`]; some buffers may have grown.
-    pub fn try_reserve(&mut self, d_in: usize, block_size: BlockSize, batch: usize) -> Result<(), Error> {
+    /// [`Error::OutOfMemory`]; some of the buffers may have grown.
+    pub fn reserve(&mut self, d_in: usize, block_size: BlockSize, batch: usize) -> Result<(), Error> {
         let need = Need::new(d_in, block_size, batch);
         grow(&mut self.floats, need.floats)?;
         grow(&mut self.values, need.values)?;
@@ -85,7 +76,7 @@ impl InputsBuf {
     }
 
     /// Grows the buffer for f32 values alone.
-    pub(crate) fn try_reserve_floats(&mut self, d_in: usize, batch: usize) -> Result<(), Error> {
+    pub(crate) fn reserve_floats(&mut self, d_in: usize, batch: usize) -> Result<(), Error> {
         grow(&mut self.floats, d_in.saturating_mul(batch))
     }
 

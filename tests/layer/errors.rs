@@ -121,13 +121,13 @@ fn of_memory() {
         assert_eq!(message(adapter), overflow);
     }
     let (mut forward, mut backward) = (Scratch::new(), BackwardScratch::new());
-    assert_eq!(message(forward.try_reserve(rows, 64, BlockSize::B64, 1, 1)), overflow);
-    assert_eq!(message(forward.try_reserve(3, rows, BlockSize::B64, 1, 1)), overflow);
-    assert_eq!(message(backward.try_reserve(rows, 64, 0, 1)), overflow);
-    assert_eq!(message(backward.try_reserve(64, rows, 0, 1)), overflow);
+    assert_eq!(message(forward.reserve(rows, 64, BlockSize::B64, 1, 1)), overflow);
+    assert_eq!(message(forward.reserve(3, rows, BlockSize::B64, 1, 1)), overflow);
+    assert_eq!(message(backward.reserve(rows, 64, 0, 1)), overflow);
+    assert_eq!(message(backward.reserve(64, rows, 0, 1)), overflow);
     // What a layer of the same number of inputs needs was taken; it can be used for one that fits.
-    assert!(forward.try_reserve(3, 64, BlockSize::B64, 1, 1).is_ok());
-    assert!(backward.try_reserve(3, 64, 1, 1).is_ok());
+    assert!(forward.reserve(3, 64, BlockSize::B64, 1, 1).is_ok());
+    assert!(backward.reserve(3, 64, 1, 1).is_ok());
     let layer = layer(3, 64, 1, BlockSize::B64, false);
     layer.forward_into(&[0.0; 64], &mut forward, &mut [0.0; 3]).unwrap();
 }
@@ -135,7 +135,7 @@ fn of_memory() {
 #[test]
 #[should_panic(expected = "out of memory: there is no room for a buffer of")]
 fn of_memory_by_a_panic() {
-    Scratch::new().reserve(usize::MAX / 4, 64, BlockSize::B64, 1, 1);
+    let _ = layer(3, 64, 1, BlockSize::B64, false).scratch(usize::MAX / 512);
 }
 
 #[test]
@@ -178,7 +178,7 @@ fn of_batches() {
         "scratch for inputs: expected length 128, got 64"
     );
     let mut small = Scratch::new();
-    small.reserve(3, 64, BlockSize::B64, 1, 2);
+    small.reserve(3, 64, BlockSize::B64, 1, 2).unwrap();
     assert_eq!(
         message(layer.forward_into(&[f16::ONE; 128], &mut small, &mut [0.0_f32; 6])),
         "scratch for the low-rank product: expected length 4, got 2"

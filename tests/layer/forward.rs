@@ -84,7 +84,7 @@ fn one_scratch_serves_layers_of_every_shape() {
     for (d_out, d_in, rank) in SHAPES {
         let layer = layer(d_out, d_in, rank, BlockSize::B64, true);
         let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
-        scratch.reserve(d_out, d_in, BlockSize::B64, rank, 1);
+        scratch.reserve(d_out, d_in, BlockSize::B64, rank, 1).unwrap();
         let mut y = vec![f32::NAN; d_out];
         layer.forward_into(x.data(), &mut scratch, &mut y).unwrap();
         assert_eq!(bits(&y), bits(layer.forward(&x).data()), "{d_out}x{d_in}, rank {rank}");

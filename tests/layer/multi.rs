@@ -62,7 +62,6 @@ fn a_vector_has_the_bits_of_a_layer_with_its_adapter_alone() {
             let ids = choice.map(|name| layer.id(name?));
             for k in &kernels {
                 layer = layer.with_kernels(*k);
-                assert_eq!((layer.kernels(), layer.arithmetic()), (*k, arithmetic));
                 let name = format!("{d_out}x{d_in}, {arithmetic:?}, {}", k.isa());
                 // What is active does not matter.
                 for active in [&[][..], &["zz", "code"]] {
@@ -177,7 +176,7 @@ fn errors_name_the_adapter() {
 
     let (x, mut y) = ([0.0; 64], [0.0; 4]);
     let mut small = Scratch::new();
-    small.reserve(4, 64, BlockSize::B64, 0, 1);
+    small.reserve(4, 64, BlockSize::B64, 0, 1).unwrap();
     let got = layer.forward_into(&x, Adapters::Active, &mut small, &mut y);
     assert_eq!(message(got), "scratch for the low-rank product: expected length 1, got 0");
     let got = layer.try_forward(&Tensor::zeros(65, false), Adapters::Active);

@@ -188,10 +188,10 @@ fn shared_inputs_give_the_bits_of_a_forward() {
                 .map(|layer| layer.with_kernels(k).with_arithmetic(arithmetic))
                 .into();
             let mut buffers = InputsBuf::new();
-            buffers.reserve(d_in, BlockSize::B64, 5);
+            buffers.reserve(d_in, BlockSize::B64, 5).unwrap();
             assert_eq!(buffers.memory_bytes(), InputsBuf::bytes(d_in, BlockSize::B64, 5));
             let mut scratch = Scratch::new();
-            layers.iter().for_each(|l| scratch.reserve(l.d_out(), 0, BlockSize::B64, l.rank(), 5));
+            layers.iter().for_each(|l| scratch.reserve(l.d_out(), 0, BlockSize::B64, l.rank(), 5).unwrap());
             for batch in [5, 1, 0] {
                 let x: Vec<bf16> = normal(batch * d_in, 1.0, 4).iter().map(|x| bf16::from_f32(*x)).collect();
                 let inputs = layers[0].quantize_inputs(&x, &mut buffers).unwrap();
@@ -227,7 +227,7 @@ fn inputs_of_another_layer_that_do_not_fit_are_errors() {
     let mut buffers = InputsBuf::new();
     let small = prepared.quantize_inputs(&[0.0; 64], &mut buffers).map(drop).unwrap_err();
     assert_eq!(small.to_string(), "scratch for inputs: expected length 64, got 0");
-    buffers.reserve(64, BlockSize::B64, 2);
+    buffers.reserve(64, BlockSize::B64, 2).unwrap();
     let ragged = prepared.quantize_inputs(&[0.0; 65], &mut buffers).map(drop).unwrap_err();
     assert_eq!(ragged.to_string(), "a batch of vectors of 64 values cannot have 65");
 
@@ -244,7 +244,7 @@ fn inputs_of_another_layer_that_do_not_fit_are_errors() {
     floats.forward_shared(&inputs, &mut floats.scratch(1), &mut y).unwrap();
 
     let mut buffers = InputsBuf::new();
-    buffers.reserve(64, BlockSize::B64, 1);
+    buffers.reserve(64, BlockSize::B64, 1).unwrap();
     let unquantized = floats.quantize_inputs(&[0.5; 64], &mut buffers).unwrap();
     let arithmetic = "the inputs were quantized for the f32 arithmetic, but the layer uses 16x4";
     assert_eq!(message(prepared.clone(), &unquantized), arithmetic);

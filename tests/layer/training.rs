@@ -223,7 +223,7 @@ fn a_batch_gives_the_input_gradients_of_its_vectors() {
     let mut layer = layer(d_out, d_in, rank, BlockSize::B64, true);
     let (x, dy) = (normal(batch * d_in, 1.0, 4), normal(batch * d_out, 1.0, 5));
     let (mut scratch, mut dx) = (BackwardScratch::new(), vec![f32::NAN; x.len()]);
-    scratch.reserve(d_out, d_in, rank, batch);
+    scratch.reserve(d_out, d_in, rank, batch).unwrap();
     assert_eq!(scratch.memory_bytes(), (2 * batch * rank + d_in) * 4);
     layer.backward_into(&x, &dy, &mut scratch, Some(&mut dx)).unwrap();
     let with_dx = bits(layer.lora_a().grad().unwrap());

@@ -239,8 +239,8 @@ impl LinearScratch {
                 let block_size = layer.base_weight_quantized().block_size();
                 let ranks = layer.names().filter_map(|name| layer.adapter(name)).map(LoRAAdapter::rank);
                 let largest = ranks.max().unwrap_or(0);
-                self.inputs.try_reserve(d_in, block_size, rows).map_err(&fail)?;
-                self.scratch.try_reserve(d_out, d_in, block_size, largest, rows).map_err(&fail)?;
+                self.inputs.reserve(d_in, block_size, rows).map_err(&fail)?;
+                self.scratch.reserve(d_out, d_in, block_size, largest, rows).map_err(&fail)?;
             }
             Base::Dense { matrix, pool, .. } => {
                 self.reserve_tile(matrix, pool.count())?;

@@ -5,10 +5,8 @@ use nf4_kernels::Float;
 use super::LoRALayer;
 use crate::error::{Error, or_panic};
 use crate::layer::forward::{Forward, Term};
-use crate::layer::linear::{batch_of, batch_of_tensor};
 use crate::layer::scratch::Scratch;
 use crate::tensor::Tensor;
-use crate::weight::base::Base;
 
 /// Forward.
 impl LoRALayer {
@@ -33,10 +31,7 @@ impl LoRALayer {
     /// [`Error::MatrixLength`], [`Error::Mismatch`] or [`Error::Shape`] if the adapter or a tensor of it was replaced by
     /// one that does not fit, and [`Error::StaleNorms`] with `DoRA`, see [`Self::refresh_dora`].
     pub fn try_forward(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let batch = batch_of_tensor(x.len(), self.d_in())?;
-        let mut y = Tensor::try_zeros(batch, self.d_out())?;
-        self.forward_into(x.data(), &mut self.try_scratch(batch)?, y.data_mut())?;
-        Ok(y)
+        self.plan().of_tensor(x, self.rank(), &|_| self.terms())
     }
 
     /// As [`Self::forward`], in buffers of the caller, without allocation, with inputs and outputs in f32, f16 or bf16.
@@ -51,11 +46,7 @@ impl LoRALayer {
     /// or [`Error::Shape`] if the adapter or a tensor of it was replaced by one that does not fit, and
     /// [`Error::StaleNorms`] with `DoRA`, see [`Self::refresh_dora`]. `y` may have been written to.
     pub fn forward_into<X: Float, Y: Float>(&self, x: &[X], scratch: &mut Scratch, y: &mut [Y]) -> Result<(), Error> {
-        let batch = batch_of(x.len(), y.len(), self.d_out(), self.d_in())?;
-        let inputs = scratch.inputs.convert(x, [batch, self.d_in()])?;
-        let base = Base::dense(self.base_weight().data(), self.d_out(), self.d_in(), &self.executor);
-        let adapter = (!self.is_merged()).then_some(Term { adapter: &self.adapter, weight: 1.0 });
-        Forward { base, bias: self.bias() }.run(&inputs, &|_| adapter.into_iter(), &mut scratch.work, y)
+        self.plan().of_slice(x, &|_| self.terms(), scratch, y)
     }
 
     /// Working memory for forwards of up to `batch` vectors: for each of them its inputs, the rank, and its outputs, all
@@ -66,12 +57,15 @@ impl LoRALayer {
     #[must_use]
     #[track_caller]
     pub fn scratch(&self, batch: usize) -> Scratch {
-        or_panic(self.try_scratch(batch))
+        or_panic(self.plan().scratch(self.rank(), batch))
     }
 
-    fn try_scratch(&self, batch: usize) -> Result<Scratch, Error> {
-        let mut scratch = Scratch::new();
-        scratch.try_reserve_dense(self.d_out(), self.d_in(), self.rank(), batch)?;
-        Ok(scratch)
+    fn plan(&self) -> Forward<'_> {
+        Forward { base: self.frozen.with(self.base_weight()), bias: self.bias() }
+    }
+
+    /// What the adapter adds to a product: nothing while it is merged.
+    fn terms(&self) -> impl Iterator<Item = Term<'_>> + Clone {
+        (!self.is_merged()).then_some(Term { adapter: &self.adapter, weight: 1.0 }).into_iter()
     }
 }

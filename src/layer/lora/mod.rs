@@ -28,15 +28,32 @@ use crate::weight::base::Base;
 /// All arithmetic is f32 (merges and norms: f64, rounded once), with the same bits on each machine.
 #[derive(Debug, Clone)]
 pub struct LoRALayer {
-    base: Tensor,
-    d_out: usize,
-    d_in: usize,
-    /// `W + scale * B A` while merged. `base` stays as it was, so that it can come back bit for bit: subtracting
+    frozen: Frozen,
+    /// `W + scale * B A` while merged. `frozen` stays as it was, so that it can come back bit for bit: subtracting
     /// would round.
     merged: Option<Tensor>,
     bias: Option<Box<[f32]>>,
     adapter: Joined,
+}
+
+/// The weight, never merged, its shape, and what computes with it.
+#[derive(Debug, Clone)]
+struct Frozen {
+    weight: Tensor,
+    d_out: usize,
+    d_in: usize,
     executor: Executor,
+}
+
+impl Frozen {
+    fn base(&self) -> Base<'_> {
+        self.with(&self.weight)
+    }
+
+    /// Another weight of this shape.
+    fn with<'a>(&'a self, weight: &'a Tensor) -> Base<'a> {
+        Base::dense(weight.data(), self.d_out, self.d_in, &self.executor)
+    }
 }
 
 /// Construction.
@@ -59,13 +76,13 @@ impl LoRALayer {
     /// infinite; [`Error::RankZero`]; [`Error::Alpha`] if alpha or the scale is NaN or infinite; [`Error::Shape`] if a
     /// shape does not fit in `usize`; [`Error::OutOfMemory`].
     pub fn try_new(base_weight: Tensor, d_out: usize, d_in: usize, rank: usize, alpha: f32) -> Result<Self, Error> {
-        Self::try_new_with_scaling(base_weight, d_out, d_in, rank, alpha, LoRAScaling::Standard)
+        Self::fresh(base_weight, d_out, d_in, rank, alpha, LoRAScaling::Standard)
     }
 
     /// As [`Self::new`], with a choice of how alpha and rank give the scale.
     ///
     /// # Panics
-    /// Where [`Self::try_new_with_scaling`] returns an error.
+    /// Where [`Self::try_new`] returns an error.
     #[must_use]
     #[track_caller]
     pub fn new_with_scaling(
@@ -76,14 +93,10 @@ impl LoRALayer {
         alpha: f32,
         scaling: LoRAScaling,
     ) -> Self {
-        or_panic(Self::try_new_with_scaling(base_weight, d_out, d_in, rank, alpha, scaling))
+        or_panic(Self::fresh(base_weight, d_out, d_in, rank, alpha, scaling))
     }
 
-    /// As [`Self::new_with_scaling`].
-    ///
-    /// # Errors
-    /// Those that [`Self::try_new`] lists.
-    pub fn try_new_with_scaling(
+    fn fresh(
         base_weight: Tensor,
         d_out: usize,
         d_in: usize,
@@ -104,11 +117,12 @@ impl LoRALayer {
     /// NaN or infinite; [`Error::MatrixLength`] or [`Error::Shape`] if a tensor of the adapter was replaced by one of
     /// another length; [`Error::OutOfMemory`] for the norms of `DoRA`.
     pub fn from_parts(base_weight: Tensor, adapter: LoRAAdapter) -> Result<Self, Error> {
-        let (d_out, d_in, executor) = (adapter.d_out(), adapter.d_in(), Executor::detect());
+        let (d_out, d_in) = (adapter.d_out(), adapter.d_in());
         check_matrix("base weight", base_weight.data(), d_out, d_in)?;
         check_finite("base weight", base_weight.data())?;
-        let adapter = Joined::new(adapter, &Base::dense(base_weight.data(), d_out, d_in, &executor))?;
-        Ok(Self { base: base_weight, d_out, d_in, merged: None, bias: None, adapter, executor })
+        let frozen = Frozen { weight: base_weight, d_out, d_in, executor: Executor::detect() };
+        let adapter = Joined::new(adapter, &frozen.base())?;
+        Ok(Self { frozen, merged: None, bias: None, adapter })
     }
 
     /// The same layer with a bias, `[d_out]`, instead of the one that it had, if any.
@@ -116,13 +130,13 @@ impl LoRALayer {
     /// # Errors
     /// [`Error::Shape`] if `bias` does not have `d_out` values; [`Error::NotFinite`] if one is NaN or infinite.
     pub fn with_bias(self, bias: Vec<f32>) -> Result<Self, Error> {
-        Ok(Self { bias: Some(checked_bias(bias, self.d_out)?), ..self })
+        Ok(Self { bias: Some(checked_bias(bias, self.frozen.d_out)?), ..self })
     }
 
     /// The same layer on other kernels than those of [`Kernels::detect`]. That changes the speed, never a bit.
     #[must_use]
     pub fn with_kernels(mut self, kernels: Kernels) -> Self {
-        self.executor.kernels = kernels;
+        self.frozen.executor.kernels = kernels;
         self
     }
 
@@ -130,14 +144,14 @@ impl LoRALayer {
     #[cfg(target_has_atomic = "ptr")]
     #[must_use]
     pub fn with_threads(mut self, threads: Arc<dyn Threads>) -> Self {
-        self.executor.set_threads(threads);
+        self.frozen.executor.set_threads(threads);
         self
     }
 
     /// The frozen weight, row-major and never merged, the bias, and the adapter.
     #[must_use]
     pub fn into_parts(self) -> (Tensor, Option<Vec<f32>>, LoRAAdapter) {
-        (self.base, self.bias.map(<[f32]>::into_vec), self.adapter.into_adapter())
+        (self.frozen.weight, self.bias.map(<[f32]>::into_vec), self.adapter.into_adapter())
     }
 }
 
@@ -160,9 +174,9 @@ impl LoRALayer {
     }
 
     fn merge_weight(&self) -> Result<Tensor, Error> {
-        let pair = self.adapter.pair(&self.frozen())?;
-        let mut merged = copy(self.base.data())?;
-        let rows = merged.chunks_exact_mut(self.d_in.max(1));
+        let pair = self.adapter.pair(&self.frozen.base())?;
+        let mut merged = copy(self.frozen.weight.data())?;
+        let rows = merged.chunks_exact_mut(self.frozen.d_in.max(1));
         rows.enumerate().for_each(|(row, weights)| pair.merge_row(row, weights));
         Ok(Tensor::from_vec(merged, false))
     }
@@ -239,7 +253,7 @@ impl LoRALayer {
     /// B A`.
     #[must_use]
     pub fn base_weight(&self) -> &Tensor {
-        self.merged.as_ref().unwrap_or(&self.base)
+        self.merged.as_ref().unwrap_or(&self.frozen.weight)
     }
 
     /// The bias, `[d_out]`, if there is one.
@@ -248,26 +262,15 @@ impl LoRALayer {
         self.bias.as_deref()
     }
 
-    /// The kernels in use.
-    #[must_use]
-    pub fn kernels(&self) -> Kernels {
-        self.executor.kernels
-    }
-
     /// Number of outputs.
     #[must_use]
     pub fn d_out(&self) -> usize {
-        self.d_out
+        self.frozen.d_out
     }
 
     /// Number of inputs.
     #[must_use]
     pub fn d_in(&self) -> usize {
-        self.d_in
-    }
-
-    /// The frozen weight, never merged.
-    fn frozen(&self) -> Base<'_> {
-        Base::dense(self.base.data(), self.d_out, self.d_in, &self.executor)
+        self.frozen.d_in
     }
 }

@@ -3,7 +3,6 @@
 use super::LoRALayer;
 use crate::error::{Error, or_panic};
 use crate::tensor::Tensor;
-use crate::weight::base::Base;
 
 /// Training. Whether the layer is merged does not matter.
 impl LoRALayer {
@@ -25,8 +24,7 @@ impl LoRALayer {
     /// or a tensor of it was replaced by one that does not fit; [`Error::OutOfMemory`]. No value of a gradient has
     /// changed then.
     pub fn try_backward(&mut self, x: &Tensor, dy: &Tensor) -> Result<Tensor, Error> {
-        let base = Base::dense(self.base.data(), self.d_out, self.d_in, &self.executor);
-        self.adapter.try_backward(&base, x.data(), dy.data())
+        self.adapter.try_backward(&self.frozen.base(), x.data(), dy.data())
     }
 
     /// Sets the gradients of the adapter to zero, keeping their memory for the next step.
@@ -41,7 +39,6 @@ impl LoRALayer {
     /// [`Error::MatrixLength`], [`Error::Mismatch`] or [`Error::Shape`] if the adapter or a tensor of it was replaced by
     /// one that does not fit; [`Error::OutOfMemory`].
     pub fn refresh_dora(&mut self) -> Result<(), Error> {
-        let base = Base::dense(self.base.data(), self.d_out, self.d_in, &self.executor);
-        self.adapter.refresh(&base)
+        self.adapter.refresh(&self.frozen.base())
     }
 }

@@ -6,7 +6,6 @@ use super::MultiAdapterLayer;
 use super::set::AdapterId;
 use crate::error::{Error, check_len, or_panic};
 use crate::layer::forward::Term;
-use crate::layer::linear::{batch_of, batch_of_tensor};
 use crate::layer::scratch::Scratch;
 use crate::tensor::Tensor;
 use crate::weight::inputs::{Inputs, InputsBuf};
@@ -43,10 +42,9 @@ impl MultiAdapterLayer {
     /// [`Adapters::PerVector`] also [`Error::Shape`] if there is not one entry for each vector, and
     /// [`Error::RemovedAdapter`] if the adapter of one was removed.
     pub fn try_forward(&self, x: &Tensor, adapters: Adapters<'_>) -> Result<Tensor, Error> {
-        let batch = batch_of_tensor(x.len(), self.d_in())?;
-        let mut y = Tensor::try_zeros(batch, self.d_out())?;
-        self.forward_into(x.data(), adapters, &mut self.linear.scratch(self.sum_of_ranks(), batch)?, y.data_mut())?;
-        Ok(y)
+        let forward = self.linear.forward()?;
+        self.check_choice(adapters, forward.batch_of_tensor(x.len())?)?;
+        forward.of_tensor(x, self.sum_of_ranks(), &|n| self.terms(adapters, n))
     }
 
     /// As [`Self::forward`], in buffers of the caller, without allocation, with inputs and outputs in f32, f16 or bf16.
@@ -67,8 +65,9 @@ impl MultiAdapterLayer {
         scratch: &mut Scratch,
         y: &mut [Y],
     ) -> Result<(), Error> {
-        self.check_choice(adapters, batch_of(x.len(), y.len(), self.d_out(), self.d_in())?)?;
-        self.linear.forward(x, &|n| self.terms(adapters, n), scratch, y)
+        let forward = self.linear.forward()?;
+        self.check_choice(adapters, forward.batch_of(x.len(), y.len())?)?;
+        forward.of_slice(x, &|n| self.terms(adapters, n), scratch, y)
     }
 
     /// As [`Self::forward_into`], with inputs that [`Self::quantize_inputs`] of this layer, or of another one, prepared.
@@ -87,7 +86,7 @@ impl MultiAdapterLayer {
         y: &mut [Y],
     ) -> Result<(), Error> {
         self.check_choice(adapters, inputs.batch())?;
-        self.linear.forward_shared(inputs, &|n| self.terms(adapters, n), scratch, y)
+        self.linear.forward()?.run(inputs, &|n| self.terms(adapters, n), &mut scratch.work, y)
     }
 
     /// Converts and quantizes inputs `[batch, d_in]` for [`Self::forward_shared`], of this layer and of others with the
@@ -104,11 +103,11 @@ impl MultiAdapterLayer {
     /// [`Scratch`] says, where the rank is the sum of all.
     ///
     /// # Panics
-    /// If there is no memory for it; see [`Scratch::try_reserve`].
+    /// If there is no memory for it; [`Scratch::reserve`] returns an error instead.
     #[must_use]
     #[track_caller]
     pub fn scratch(&self, batch: usize) -> Scratch {
-        or_panic(self.linear.scratch(self.sum_of_ranks(), batch))
+        or_panic(self.linear.forward().and_then(|forward| forward.scratch(self.sum_of_ranks(), batch)))
     }
 
     fn sum_of_ranks(&self) -> usize {

@@ -191,18 +191,6 @@ impl MultiAdapterLayer {
         self.linear.bias.as_deref()
     }
 
-    /// How the base product is computed.
-    #[must_use]
-    pub fn arithmetic(&self) -> Arithmetic {
-        self.linear.arithmetic
-    }
-
-    /// The kernels in use.
-    #[must_use]
-    pub fn kernels(&self) -> Kernels {
-        self.linear.kernels()
-    }
-
     /// Number of outputs.
     #[must_use]
     pub fn d_out(&self) -> usize {

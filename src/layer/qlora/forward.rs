@@ -5,7 +5,6 @@ use nf4_kernels::Float;
 use super::QLoRALayer;
 use crate::error::{Error, or_panic};
 use crate::layer::forward::Term;
-use crate::layer::linear::batch_of_tensor;
 use crate::layer::scratch::Scratch;
 use crate::tensor::Tensor;
 use crate::weight::inputs::{Inputs, InputsBuf};
@@ -34,10 +33,7 @@ impl QLoRALayer {
     /// [`Error::MatrixLength`], [`Error::Mismatch`] or [`Error::Shape`] if the adapter or a tensor of it was replaced by
     /// one that does not fit; [`Error::StaleNorms`] with `DoRA`, see [`Self::refresh_dora`].
     pub fn try_forward(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let batch = batch_of_tensor(x.len(), self.d_in())?;
-        let mut y = Tensor::try_zeros(batch, self.d_out())?;
-        self.forward_into(x.data(), &mut self.linear.scratch(self.rank(), batch)?, y.data_mut())?;
-        Ok(y)
+        self.linear.forward()?.of_tensor(x, self.rank(), &|_| self.terms())
     }
 
     /// As [`Self::forward`], in buffers of the caller, without allocation, with inputs and outputs in f32, f16 or bf16.
@@ -52,7 +48,7 @@ impl QLoRALayer {
     /// [`Error::Shape`] if the adapter or a tensor of it was replaced by one that does not fit; [`Error::StaleNorms`]
     /// with `DoRA`, see [`Self::refresh_dora`]. `y` may have been written to.
     pub fn forward_into<X: Float, Y: Float>(&self, x: &[X], scratch: &mut Scratch, y: &mut [Y]) -> Result<(), Error> {
-        self.linear.forward(x, &|_| self.terms(), scratch, y)
+        self.linear.forward()?.of_slice(x, &|_| self.terms(), scratch, y)
     }
 
     /// As [`Self::forward_into`], with inputs that [`Self::quantize_inputs`] of this layer, or of another one, prepared.
@@ -70,7 +66,7 @@ impl QLoRALayer {
         scratch: &mut Scratch,
         y: &mut [Y],
     ) -> Result<(), Error> {
-        self.linear.forward_shared(inputs, &|_| self.terms(), scratch, y)
+        self.linear.forward()?.run(inputs, &|_| self.terms(), &mut scratch.work, y)
     }
 
     /// Converts and quantizes inputs `[batch, d_in]` for [`Self::forward_shared`], of this layer and of others with the
@@ -86,11 +82,11 @@ impl QLoRALayer {
     /// Working memory for forwards of up to `batch` vectors.
     ///
     /// # Panics
-    /// If there is no memory for it; see [`Scratch::try_reserve`].
+    /// If there is no memory for it; [`Scratch::reserve`] returns an error instead.
     #[must_use]
     #[track_caller]
     pub fn scratch(&self, batch: usize) -> Scratch {
-        or_panic(self.linear.scratch(self.rank(), batch))
+        or_panic(self.linear.forward().and_then(|forward| forward.scratch(self.rank(), batch)))
     }
 
     /// What the adapter adds to a product.

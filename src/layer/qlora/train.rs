@@ -70,12 +70,12 @@ impl QLoRALayer {
     /// Working memory for [`Self::backward_into`] of up to `batch` vectors.
     ///
     /// # Panics
-    /// If there is no memory for it; see [`BackwardScratch::try_reserve`].
+    /// If there is no memory for it; [`BackwardScratch::reserve`] returns an error instead.
     #[must_use]
     #[track_caller]
     pub fn backward_scratch(&self, batch: usize) -> BackwardScratch {
         let mut scratch = BackwardScratch::new();
-        scratch.reserve(self.d_out(), self.d_in(), self.rank(), batch);
+        or_panic(scratch.reserve(self.d_out(), self.d_in(), self.rank(), batch));
         scratch
     }
 
