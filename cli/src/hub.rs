@@ -2,13 +2,19 @@
 
 use std::borrow::Cow;
 use std::fs;
+use std::io::Read;
 use std::path::{Component, Path};
 
 use anyhow::{Context, Result, bail};
 
+use crate::inputs::Inputs;
+
 /// What to do with a pickle.
 pub(crate) const PICKLE: &str = "a pickle, which is a program and is never run here; load it in Python, with \
      torch.load(..., weights_only=True), and save it as safetensors: save_pretrained does, or safetensors.torch.save_file";
+
+/// Bytes that are read of a branch: it is the name of a directory.
+const MAX_REVISION: u64 = 256;
 
 /// The directory that a path means: of a cache entry (`models--owner--name`) the snapshot of its branch `main`, or the only
 /// one that it has; else the path itself.
@@ -20,7 +26,9 @@ pub(crate) fn resolve(path: &Path) -> Result<Cow<'_, Path>> {
     let at = || path.display().to_string();
     let main = path.join("refs").join("main");
     if main.is_file() {
-        let text = fs::read_to_string(&main).with_context(|| main.display().to_string())?;
+        let mut text = String::new();
+        let file = Inputs::default().open(&main)?;
+        file.take(MAX_REVISION).read_to_string(&mut text).with_context(|| main.display().to_string())?;
         let mut parts = Path::new(text.trim()).components();
         if let (Some(Component::Normal(revision)), None) = (parts.next(), parts.next())
             && snapshots.join(revision).is_dir()

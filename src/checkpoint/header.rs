@@ -25,6 +25,11 @@ pub(super) const LIMIT: u64 = 100_000_000;
 /// The entry that is not a tensor.
 pub(super) const METADATA: &str = "__metadata__";
 
+/// Bytes and parts of a tensor's name: models have names of some 100 bytes and 15 parts, and work with names takes time
+/// that may grow with the square of these.
+const NAME_LIMIT: usize = 1024;
+const PARTS_LIMIT: usize = 64;
+
 /// Bytes before the JSON.
 const LENGTH_BYTES: u64 = 8;
 
@@ -62,7 +67,8 @@ impl Header {
     ///
     /// # Errors
     /// Those of [`Self::len_from`]; [`CheckpointError::Json`]; [`CheckpointError::Overflow`] for a shape too large for
-    /// the address space; [`CheckpointError::Bytes`] for a tensor whose place has another length than its shape and
+    /// the address space; [`CheckpointError::Unexpected`] for a name of more than 1024 bytes or 64 parts, and for elements
+    /// of less than a byte that are not whole bytes together; [`CheckpointError::Bytes`] for a tensor whose place has another length than its shape and
     /// type need, and for a file of another length than its tensors have; [`CheckpointError::Offset`] for tensors that
     /// overlap or leave a gap.
     pub fn parse(start: &[u8], file_len: u64) -> Result<Self, CheckpointError> {
@@ -122,6 +128,17 @@ pub(super) fn tensor_bytes(tensor: &str, dtype: Dtype, shape: &[usize]) -> Resul
     Ok(bits / 8)
 }
 
+/// `Ok` for a name that a tensor in a file can have.
+pub(super) fn check_name(name: &str) -> Result<(), CheckpointError> {
+    let parts = name.split('.').count();
+    if name.len() <= NAME_LIMIT && parts <= PARTS_LIMIT {
+        return Ok(());
+    }
+    let reason =
+        format!("a name of {} bytes and {parts} parts; {NAME_LIMIT} and {PARTS_LIMIT} are allowed", name.len());
+    Err(CheckpointError::Unexpected { tensor: name.to_string(), reason })
+}
+
 /// The number of elements, if it fits.
 pub(super) fn product(shape: &[usize]) -> Option<usize> {
     shape.iter().try_fold(1_usize, |product, dim| product.checked_mul(*dim))
@@ -134,6 +151,7 @@ fn check_places(tensors: &BTreeMap<String, TensorInfo>) -> Result<usize, Checkpo
     in_order.sort_by_key(|(_, info)| info.data_offsets);
     let mut data_end = 0;
     for (name, info) in in_order {
+        check_name(name)?;
         let (start, end) = info.data_offsets;
         let expected = tensor_bytes(name, info.dtype, &info.shape)?;
         if end.checked_sub(start) != Some(expected) {

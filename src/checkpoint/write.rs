@@ -10,7 +10,7 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::error::CheckpointError;
-use super::header::{LIMIT, METADATA, tensor_bytes};
+use super::header::{LIMIT, METADATA, check_name, tensor_bytes};
 use super::read::{bytes_of, info_of};
 use super::source::TensorSource;
 
@@ -54,8 +54,8 @@ impl Layout {
     /// gets `pt`.
     ///
     /// # Errors
-    /// [`CheckpointError::Unexpected`] for a name that stands twice, for one that the format reserves, and for a type of
-    /// less than a byte; [`CheckpointError::Overflow`] for tensors too large for the address space;
+    /// [`CheckpointError::Unexpected`] for a name that stands twice, for one that the format reserves, for one that
+    /// [`super::Header::parse`] refuses, and for a type of less than a byte; [`CheckpointError::Overflow`] for tensors too large for the address space;
     /// [`CheckpointError::HeaderTooLong`] above the limit of the format.
     pub fn new(mut entries: Vec<Entry>, metadata: BTreeMap<String, String>) -> Result<Self, CheckpointError> {
         entries.sort_by(|a, b| {
@@ -73,6 +73,7 @@ impl Layout {
             if dtype.bitsize() < 8 {
                 return Err(unexpected(&alloc::format!("tensors of type {dtype} are not written")));
             }
+            check_name(name)?;
             let start = end;
             let overflow = || CheckpointError::Overflow { tensor: name.clone(), shape: shape.clone() };
             end = start.checked_add(tensor_bytes(name, *dtype, shape)?).ok_or_else(overflow)?;

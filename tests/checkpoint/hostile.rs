@@ -56,6 +56,25 @@ fn headers_that_lie_about_lengths() {
     check(&error_of(|| Header::parse(&whole[..20], whole.len() as u64)), &["header", "20 bytes", "65"]);
 }
 
+/// Names that no model has, and that work with names would take long for, are neither read nor written.
+#[test]
+fn names_without_an_end() {
+    let [short, long] = [1024, 1025].map(|len| "n".repeat(len));
+    let [shallow, deep] = [64, 65].map(|parts| vec!["a"; parts].join("."));
+    for (name, is_read) in [(short, true), (long, false), (shallow, true), (deep, false)] {
+        let file = file(&format!(r#"{{"{name}":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}}}"#), 1);
+        let tensor = TensorData::new("one", Dtype::U8, vec![1], vec![0]).unwrap();
+        let written = to_safetensors(&TensorMap::from([(name.clone(), tensor)]));
+        if is_read {
+            assert_eq!(TensorFile::parse(&file).unwrap().names().collect::<Vec<_>>(), [name]);
+            written.unwrap();
+        } else {
+            check(&error_of(|| TensorFile::parse(&file)), &["1024 and 64 are allowed"]);
+            check(&written.unwrap_err(), &["1024 and 64 are allowed"]);
+        }
+    }
+}
+
 #[test]
 fn headers_that_are_not_what_they_should_be() {
     let parse = |json: &str, data| {

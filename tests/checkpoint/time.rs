@@ -63,3 +63,98 @@ fn many_broken_layers() {
     assert_eq!(in_time(|| packed_tensors(&tensors)).len(), 40_000);
     in_time(|| MergedModel::new(&tensors, None, &MergeOptions::new())).unwrap_err();
 }
+
+/// An adapter for these modules.
+fn pairs(modules: impl Iterator<Item = String>) -> TensorMap<'static> {
+    modules
+        .flat_map(|module| {
+            [("A", [4, 2]), ("B", [2, 4])].map(|(part, shape)| {
+                tensor(&format!("base_model.model.{module}.lora_{part}.weight"), FloatType::F32, &shape, 1.0)
+            })
+        })
+        .collect()
+}
+
+/// A JSON list of names.
+fn list(names: impl Iterator<Item = String>) -> String {
+    let names: Vec<String> = names.map(|name| format!("\"{name}\"")).collect();
+    format!("[{}]", names.join(","))
+}
+
+/// Many modules, each of which is none of many parameters of many modules.
+#[test]
+fn parameters_times_modules() {
+    let tensors = pairs((0..500).map(|i| format!("layers.{i}.q_proj")));
+    let [parameters, modules] = ["p", "m"].map(|kind| list((0..10_000).map(|i| format!("{kind}{i}"))));
+    let config = format!(r#"{{"r": 4, "target_parameters": {parameters}, "target_modules": {modules}}}"#);
+    // What no list names is a parameter of some module.
+    let adapter = in_time(|| PeftAdapter::load(config.as_bytes(), &tensors)).unwrap();
+    assert_eq!((adapter.modules().count(), adapter.parameters().count()), (0, 500));
+    in_time(|| MergedModel::new(&tensors, Some(&adapter), &MergeOptions::new())).unwrap_err();
+}
+
+/// Names with ranks of their own, none of which is that of a module.
+#[test]
+fn names_times_modules() {
+    let tensors = pairs((0..20_000).map(|i| format!("layers.{i}.q_proj")));
+    let names = |count| -> String {
+        let names: Vec<String> = (0..count).map(|i| format!("\"{i}j\":2")).collect();
+        format!(r#"{{"r": 4, "rank_pattern": {{{}}}}}"#, names.join(","))
+    };
+    assert_eq!(in_time(|| PeftAdapter::load(names(2000).as_bytes(), &tensors)).unwrap().modules().count(), 20_000);
+    let error = in_time(|| PeftAdapter::load(names(400_000).as_bytes(), &tensors)).unwrap_err().to_string();
+    assert!(error.contains("rank_pattern and alpha_pattern"), "{error}");
+}
+
+/// Tokens of many embeddings.
+#[test]
+fn tokens_times_modules() {
+    let tensors: TensorMap<'static> = (0..20_000)
+        .map(|i| {
+            let name = format!("base_model.model.e{i}.token_adapter.trainable_tokens_delta");
+            tensor(&name, FloatType::F32, &[1, 2], 1.0)
+        })
+        .collect();
+    let tokens: Vec<String> = (0..40_000).map(|i| format!("\"e{}\":[1]", 39_999 - i)).collect();
+    let config = format!(r#"{{"r": 4, "trainable_token_indices": {{{}}}}}"#, tokens.join(","));
+    assert_eq!(in_time(|| PeftAdapter::load(config.as_bytes(), &tensors)).unwrap().tokens().len(), 20_000);
+}
+
+/// The experts of an adapter, each of which is a part of one tensor of the model.
+#[test]
+fn experts_of_fused_parameters() {
+    let (layers, experts) = (40, 100);
+    let base: TensorMap<'static> = (0..layers)
+        .flat_map(|layer| {
+            let fused = tensor(&format!("layers.{layer}.experts.down_proj"), FloatType::F32, &[experts, 2, 2], 1.0);
+            let others =
+                (0..400).map(move |i| tensor(&format!("layers.{layer}.m{i}.weight"), FloatType::F32, &[1], 1.0));
+            std::iter::once(fused).chain(others)
+        })
+        .collect();
+    let modules = (0..layers).flat_map(|l| (0..experts).map(move |e| format!("layers.{l}.experts.{e}.down_proj")));
+    let adapter = PeftAdapter::load(br#"{"r": 4}"#, &pairs(modules)).unwrap();
+    let merged = in_time(|| MergedModel::new(&base, Some(&adapter), &MergeOptions::new())).unwrap();
+    assert_eq!(merged.merged().len(), layers * experts);
+}
+
+/// Modules of a model that names many as not quantized, by names and by expressions.
+#[test]
+fn names_that_are_not_quantized() {
+    let modules = || (0..20_000).map(|i| format!("layers.{i}.q_proj"));
+    let mut base: TensorMap<'static> =
+        modules().map(|module| tensor(&format!("{module}.weight"), FloatType::F32, &[2, 2], 1.0)).collect();
+    base.extend([tensor("layers.0.k_proj.weight_scale_inv", FloatType::F32, &[1], 1.0)]);
+    let adapter = PeftAdapter::load(br#"{"r": 4}"#, &pairs(modules())).unwrap();
+    let merged = |skipped: &str| {
+        let config =
+            format!(r#"{{"quantization_config": {{"quant_method": "fp8", "modules_to_not_convert": {skipped}}}}}"#);
+        let options = MergeOptions::new().with_config(config.as_bytes());
+        in_time(|| MergedModel::new(&base, Some(&adapter), &options).map(|merged| merged.merged().len()))
+    };
+    let names = list((0..200_000).map(|i| format!("x{i}")).chain(std::iter::once("q_proj".to_owned())));
+    assert_eq!(merged(&names), Ok(20_000));
+    let error = merged(&list((0..60).map(|i| format!("{}{i}", "[a-z.]{0,9}".repeat(30))))).unwrap_err().to_string();
+    assert!(error.contains("modules_to_not_convert"), "{error}");
+    assert_eq!(merged(r#"["layers\\.[0-9]+\\.q_proj"]"#), Ok(20_000));
+}

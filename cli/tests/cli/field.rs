@@ -301,6 +301,9 @@ fn cache_of_the_hub() {
     fails(&["inspect", path], &["several snapshots"]);
     fs::remove_dir(entry.join("snapshots/old")).unwrap();
     json(&["inspect", path]);
+    // Only the length of a name is read.
+    fs::File::create(entry.join("refs/main")).unwrap().set_len(1 << 40).unwrap();
+    json(&["inspect", path]);
 }
 
 /// Values that f16 cannot hold.

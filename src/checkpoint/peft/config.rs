@@ -302,16 +302,15 @@ impl PeftConfig {
 
     /// `Ok` if the patterns can be matched with these modules in bounded time.
     pub(super) fn check_work<'m>(&self, modules: impl Iterator<Item = &'m str>) -> Result<(), CheckpointError> {
-        let letters = modules.fold(0_usize, |sum, name| sum.saturating_add(name.len()));
-        let size = self.ranks.size().saturating_add(self.alphas.size());
-        if size.saturating_mul(letters) <= WORK_LIMIT {
+        let (count, letters) = modules.fold((0, 0), |(count, letters), name| (count + 1, letters + name.len()));
+        if self.ranks.work(count, letters).saturating_add(self.alphas.work(count, letters)) <= WORK_LIMIT {
             return Ok(());
         }
         Err(CheckpointError::Field {
             what: CONFIG.to_owned(),
             field: "rank_pattern and alpha_pattern".to_owned(),
             expected: "expressions that can be matched with all modules in a few seconds",
-            got: format!("expressions of {size} bytes in all, for module names of {letters}"),
+            got: format!("too many, or too large ones, for {count} modules"),
         })
     }
 

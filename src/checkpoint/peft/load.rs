@@ -7,12 +7,13 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use super::super::error::CheckpointError;
-use super::super::names::{ends_with, last};
+use super::super::names::last;
 use super::super::read::{check_shape, info_of, owned_bytes, read_floats};
 use super::super::source::{TensorData, TensorMap, TensorSource};
 use super::adapter::{AdaptedTokens, Factors, OwnedBytes, PeftAdapter, PeftModule, PeftModuleKind, tensor_name};
-use super::config::{BiasTraining, PeftConfig, TargetModules};
+use super::config::{BiasTraining, PeftConfig};
 use super::key::Key;
+use super::targets::Targets;
 use crate::LoRAAdapter;
 
 /// The parts of a pair, by their names without that of the module, and the names of the tensors.
@@ -43,8 +44,7 @@ impl PeftAdapter {
     pub fn load(config: &[u8], source: &dyn TensorSource) -> Result<Self, CheckpointError> {
         let config = PeftConfig::parse(config)?;
         let sorted = Sorted::new(source, &config)?;
-        let names = sorted.lora.keys().map(|(module, _)| module.as_str());
-        config.check_work(names)?;
+        config.check_work(sorted.lora.keys().map(|(module, _)| module.as_str()))?;
         let mut adapter = Self {
             modules: BTreeMap::new(),
             parameters: BTreeMap::new(),
@@ -55,9 +55,9 @@ impl PeftAdapter {
             config,
         };
         adapter.load_pairs(source, &sorted.lora)?;
+        let targets = Targets::new(&adapter.config);
         for (module, name) in &sorted.tokens {
-            let tokens = load_tokens(&adapter.config, source, module, name)?;
-            adapter.tokens.insert(module.clone(), tokens);
+            adapter.tokens.insert(module.clone(), load_tokens(&targets, source, module, name)?);
         }
         for (tensor, name) in &sorted.bases {
             adapter.bases.insert(tensor.clone(), owned(source, name)?);
@@ -88,8 +88,9 @@ impl PeftAdapter {
     ) -> Result<(), CheckpointError> {
         let nested: BTreeSet<&str> =
             pairs.keys().filter(|(_, depth)| *depth > 0).map(|(module, _)| module.as_str()).collect();
+        let targets = Targets::new(&self.config);
         for ((module, depth), parts) in pairs {
-            if nested.contains(module.as_str()) || self.config.is_parameter_of(module) {
+            if nested.contains(module.as_str()) || targets.has_parameter_of(module) {
                 let factors = self.parameters.entry(module.clone()).or_default();
                 if factors.len() != *depth {
                     let part = format!("{}lora_A.weight", "base_layer.".repeat(factors.len()));
@@ -283,19 +284,19 @@ fn load_factors(source: &dyn TensorSource, module: &str, parts: &Parts) -> Resul
 }
 
 fn load_tokens(
-    config: &PeftConfig,
+    targets: &Targets<'_>,
     source: &dyn TensorSource,
     module: &str,
     name: &str,
 ) -> Result<AdaptedTokens, CheckpointError> {
-    let indices = config.token_indices(module)?;
+    let indices = targets.tokens(module)?;
     let (shape, _) = matrix(source, name)?;
     if shape[0] != indices.len() {
         let (expected, got) = (alloc::vec![indices.len(), shape[1]], shape.to_vec());
         return Err(CheckpointError::Shape { tensor: name.to_owned(), expected, got });
     }
     let values = read_matrix(source, name, shape, shape)?;
-    Ok(AdaptedTokens { indices, values, width: shape[1] })
+    Ok(AdaptedTokens { indices: indices.to_vec(), values, width: shape[1] })
 }
 
 /// A vector of this length; that of a convolution has dimensions of 1 besides.
@@ -340,33 +341,4 @@ fn read_matrix(
     }
     let got = info_of(source, name)?.shape.clone();
     Err(CheckpointError::Shape { tensor: name.to_owned(), expected: expected.to_vec(), got })
-}
-
-/// What the configuration says of parameters and tokens.
-impl PeftConfig {
-    /// Whether the pair of this module is that of one of its parameters and not of its weight.
-    fn is_parameter_of(&self, module: &str) -> bool {
-        self.target_parameters().iter().any(|target| match target.rsplit_once('.') {
-            // The weight of a layer as a parameter has the pair of the layer.
-            Some((_, "weight")) => false,
-            Some((owner, _)) => ends_with(module, owner),
-            None => match self.target_modules() {
-                Some(TargetModules::List(names)) => !names.iter().any(|name| ends_with(module, name)),
-                _ => false,
-            },
-        })
-    }
-
-    /// The tokens that were trained in a module.
-    fn token_indices(&self, module: &str) -> Result<Vec<usize>, CheckpointError> {
-        let mut found = self.trainable_tokens().iter().filter(|(name, _)| name.is_empty() || ends_with(module, name));
-        match found.next() {
-            Some((_, indices)) => Ok(indices.clone()),
-            None => {
-                let tensor = tensor_name(module, "token_adapter.trainable_tokens_delta");
-                let reason = "rows of tokens, but trainable_token_indices names none for this module".to_owned();
-                Err(CheckpointError::Unexpected { tensor, reason })
-            }
-        }
-    }
 }

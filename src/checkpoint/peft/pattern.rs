@@ -24,9 +24,12 @@ const COUNT_LIMIT: usize = TOTAL_LIMIT >> 14;
 /// hundreds of ranges.
 const TEXT_LIMIT: usize = 1 << 12;
 
-/// The product of the sizes of all compiled expressions and of the letters of all module names: without a limit each is
-/// small enough, and a match takes time in proportion to both. The largest takes seconds.
-pub(super) const WORK_LIMIT: usize = if usize::BITS > 32 { 1 << 33 } else { usize::MAX };
+/// The product of the sizes of all compiled expressions and of the letters of all names that they are matched with: without
+/// a limit each is small enough, and a match takes time in proportion to both. The largest takes seconds.
+pub(in super::super) const WORK_LIMIT: usize = if usize::BITS > 32 { 1 << 33 } else { usize::MAX };
+
+/// The work of comparing two names, most of which differ in the first letters.
+const NAME_WORK: usize = 2;
 
 /// A JSON object whose order is kept: the first expression that matches counts.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -166,8 +169,8 @@ impl<T: Copy> Patterns<T> {
                 let expected = "a name or a regular expression of at most 4096 bytes";
                 return Err(error(at(), expected, format!("{} bytes long", key.len())));
             }
-            let (regex, bytes) =
-                compile(key, limit).map_err(|e| error(at(), "a regular expression", format!("not one: {e}")))?;
+            let (regex, bytes) = compile(&format!(r"^(?:.*\.)?(?:{key})$"), limit)
+                .map_err(|e| error(at(), "a regular expression", format!("not one: {e}")))?;
             size = size.saturating_add(bytes);
             Ok((Pattern::Expression(regex), value))
         });
@@ -175,9 +178,10 @@ impl<T: Copy> Patterns<T> {
         Ok(Self { entries, size })
     }
 
-    /// Bytes that the expressions take; names take none.
-    pub(super) fn size(&self) -> usize {
-        self.size
+    /// What it takes to look for so many modules, whose names have so many letters together, in units of [`WORK_LIMIT`].
+    pub(super) fn work(&self, modules: usize, letters: usize) -> usize {
+        let names = self.entries.len().saturating_mul(modules).saturating_mul(NAME_WORK);
+        self.size.saturating_mul(letters).saturating_add(names)
     }
 
     /// The value of the first expression that matches the name of the module.
@@ -187,11 +191,10 @@ impl<T: Copy> Patterns<T> {
 }
 
 /// Compiles an expression, and returns a limit that its size keeps: the first of 1 KiB, 4 KiB and so on that does.
-fn compile(key: &str, limit: usize) -> Result<(Regex, usize), regex::Error> {
-    let text = format!(r"^(?:.*\.)?(?:{key})$");
+pub(in super::super) fn compile(text: &str, limit: usize) -> Result<(Regex, usize), regex::Error> {
     let mut size = 1 << 10;
     loop {
-        match RegexBuilder::new(&text).size_limit(size.min(limit)).build() {
+        match RegexBuilder::new(text).size_limit(size.min(limit)).build() {
             Ok(regex) => return Ok((regex, size.min(limit))),
             Err(regex::Error::CompiledTooBig(_)) if size < limit => size *= 4,
             Err(error) => return Err(error),

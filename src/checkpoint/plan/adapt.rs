@@ -10,13 +10,13 @@ use core::ops::Range;
 use safetensors::Dtype;
 
 use super::super::error::CheckpointError;
-use super::super::names::{join, last};
+use super::super::names::{Ends, join, last};
 use super::super::peft::{Factors, PeftAdapter, PeftModule, PeftModuleKind};
 use super::super::read::float_type;
 use super::super::source::TensorMap;
 use super::embeddings::{Embedding, is_head};
 use super::matching::ModelNames;
-use super::{Builder, Change, NOT_GATHERED, Note, Origin, Pair, Planned, is_conv1d, planned};
+use super::{Builder, Change, NOT_GATHERED, Note, Origin, Pair, Planned, planned};
 
 /// The parts of a fused parameter of experts, in its order, as files have them for each expert.
 const FUSED: [(&str, &[&[&str]]); 2] =
@@ -38,8 +38,10 @@ impl Builder<'_> {
             self.add_pair(adapter, module, pair, name, &tensor)?;
             self.merged.push(name.clone());
         }
+        let targets = adapter.config().target_parameters().iter();
+        let targets = Ends::new(targets.map(|target| (target.as_str(), ())));
         for (module, _) in adapter.parameters() {
-            self.add_parameters(adapter, module, &names[module])?;
+            self.add_parameters(adapter, &targets, module, &names[module])?;
             self.merged.push(names[module].clone());
         }
         for (module, tokens) in adapter.tokens() {
@@ -197,7 +199,7 @@ impl Builder<'_> {
             return self.add_to_fused(module, pair, name);
         }
         self.check_is_float(tensor)?;
-        let conv1d = self.config.as_ref().map(|config| is_conv1d(config, tensor));
+        let conv1d = self.config.as_ref().map(|_| self.is_conv1d(tensor));
         let planned = self.planned_mut(tensor)?;
         let shape = &planned.info.shape;
         let mut matrix = planned.matrix;
@@ -250,11 +252,12 @@ impl Builder<'_> {
 
     /// The pair of a layer of one expert, in a file that has all experts in one tensor.
     fn add_to_fused(&mut self, module: &str, pair: &PeftModule, name: &str) -> Result<(), CheckpointError> {
-        let missing = self.missing(&join(name, "weight"));
-        let Some((owner, expert, parameter, part, parts)) = fused_expert(name) else { return Err(missing) };
+        let Some((owner, expert, parameter, part, parts)) = fused_expert(name) else {
+            return Err(self.missing(&join(name, "weight")));
+        };
         let tensor = join(&owner, parameter);
         self.check_is_float(&tensor)?;
-        let Some(planned) = self.plan.get_mut(&tensor) else { return Err(missing) };
+        let planned = self.planned_mut(&tensor)?;
         let [d_out, d_in] = [pair.adapter().d_out(), pair.adapter().d_in()];
         let shape = &planned.info.shape;
         let expected = [*shape.first().unwrap_or(&0), d_out.saturating_mul(parts), d_in];
@@ -274,8 +277,14 @@ impl Builder<'_> {
     }
 
     /// The pairs of the parameters of a module.
-    fn add_parameters(&mut self, adapter: &PeftAdapter, module: &str, name: &str) -> Result<(), CheckpointError> {
-        let mut free: Vec<String> = self.candidates(adapter, module, name);
+    fn add_parameters(
+        &mut self,
+        adapter: &PeftAdapter,
+        targets: &Ends<'_, ()>,
+        module: &str,
+        name: &str,
+    ) -> Result<(), CheckpointError> {
+        let mut free: Vec<String> = self.candidates(targets, module, name);
         for (depth, factors) in adapter.factors(module).iter().enumerate() {
             let place = |parameter: &String| self.parameter(adapter, module, name, parameter, depth, factors);
             let found: Vec<(String, Vec<(String, Change)>)> =
@@ -298,16 +307,13 @@ impl Builder<'_> {
     }
 
     /// The parameters of a module that the configuration targets.
-    fn candidates(&self, adapter: &PeftAdapter, module: &str, name: &str) -> Vec<String> {
+    fn candidates(&self, targets: &Ends<'_, ()>, module: &str, name: &str) -> Vec<String> {
         let prefix = format!("{name}.");
         let in_file = self.plan.range(prefix.clone()..).map_while(|(tensor, _)| tensor.strip_prefix(&prefix));
         let own = in_file.filter(|rest| !rest.contains('.')).map(str::to_owned);
         let fused = FUSED.iter().map(|(parameter, _)| (*parameter).to_owned());
         let all: BTreeSet<String> = own.chain(fused).collect();
-        let targeted = |parameter: &String| {
-            let key = format!(".{module}.{parameter}");
-            adapter.config().target_parameters().iter().any(|target| key.ends_with(&format!(".{target}")))
-        };
+        let targeted = |parameter: &String| targets.of(&join(module, parameter)).next().is_some();
         all.into_iter().filter(targeted).collect()
     }
 
@@ -341,7 +347,7 @@ impl Builder<'_> {
             };
             let plain = [rows, cols] == [d_out, d_in];
             // Where both fit, the class of the model decides.
-            let transposed = [cols, rows] == [d_out, d_in] && (!plain || self.has_transposed_experts());
+            let transposed = [cols, rows] == [d_out, d_in] && (!plain || self.has_transposed_experts);
             if count != experts || !(plain || transposed) {
                 return None;
             }
@@ -371,12 +377,6 @@ impl Builder<'_> {
         }
         let next = format!("{name}.{experts}.{}.weight", parts[0][0]);
         (!self.plan.contains_key(&next)).then_some(changes)
-    }
-
-    /// Whether parameters of experts are `[experts, in, out]` (`is_transposed` in transformers).
-    fn has_transposed_experts(&self) -> bool {
-        const TYPES: [&str; 5] = ["gpt_oss", "aria", "aria_text", "openai_privacy_filter", "qwen3_vl_moe"];
-        self.config.as_ref().is_some_and(|config| config.model_types().any(|model_type| TYPES.contains(&model_type)))
     }
 
     /// `Ok` if a tensor has values that something can be added to.

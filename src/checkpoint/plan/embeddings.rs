@@ -5,6 +5,7 @@
 //! weight of the base as one of its own.
 
 use alloc::borrow::ToOwned;
+use alloc::collections::BTreeSet;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -60,8 +61,9 @@ impl Builder<'_> {
     /// The input embedding, if there is one that can be told.
     pub(super) fn embedding(&self, adapter: &PeftAdapter) -> Option<Embedding> {
         let rows = self.config.as_ref().and_then(|config| config.vocabulary());
+        let with_tokens: BTreeSet<&str> = adapter.tokens().keys().map(|name| last(name)).collect();
         let touched = |module: &str| {
-            adapter.tokens().keys().any(|name| last(name) == last(module))
+            with_tokens.contains(last(module))
                 || adapter.module(module).is_some()
                 || adapter.replaced().contains_key(&join(module, "weight"))
         };

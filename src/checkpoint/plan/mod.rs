@@ -161,6 +161,10 @@ impl Plan {
 struct Builder<'a> {
     source: &'a dyn TensorSource,
     config: Option<ModelConfig>,
+    /// Whether the model has layers of the class `Conv1D`.
+    has_conv1d: bool,
+    /// Whether parameters of experts are `[experts, in, out]` (`is_transposed` in transformers).
+    has_transposed_experts: bool,
     foreign: Vec<ForeignTensor>,
     plan: BTreeMap<String, Planned>,
     /// The type of most weights.
@@ -178,9 +182,14 @@ struct Builder<'a> {
 impl<'a> Builder<'a> {
     /// The base alone.
     fn new(source: &'a dyn TensorSource, config: Option<ModelConfig>) -> Result<Self, CheckpointError> {
+        let has_type =
+            |types: &[&str]| config.iter().any(|config| config.model_types().any(|model| types.contains(&model)));
+        let (has_conv1d, has_transposed_experts) = (has_type(&CONV1D), has_type(&TRANSPOSED_EXPERTS));
         let mut builder = Self {
             source,
             config,
+            has_conv1d,
+            has_transposed_experts,
             foreign: foreign_tensors(source),
             plan: BTreeMap::new(),
             main: FloatType::F32,
@@ -225,7 +234,7 @@ impl<'a> Builder<'a> {
     fn restored_tensor(&self, tensor: &str, state: &QuantState) -> Result<Planned, CheckpointError> {
         let mut info = TensorInfo { dtype: state.dtype.dtype(), shape: state.shape.clone(), data_offsets: (0, 0) };
         let is_conv1d = match &self.config {
-            Some(config) => is_conv1d(config, tensor),
+            Some(_) => self.is_conv1d(tensor),
             // Whether such layers are transposed, the type of the model tells.
             None if may_be_conv1d(tensor) && info.shape.len() == 2 => {
                 let variant =
@@ -241,6 +250,12 @@ impl<'a> Builder<'a> {
             planned.transposed = true;
         }
         Ok(planned)
+    }
+
+    /// Whether a weight is that of a `Conv1D`, which transformers keeps as `[in, out]`, and transposes before it is
+    /// quantized.
+    fn is_conv1d(&self, tensor: &str) -> bool {
+        self.has_conv1d && has_name_of_conv1d(tensor)
     }
 
     fn finish(mut self, options: &MergeOptions<'_>) -> Result<Plan, CheckpointError> {
@@ -311,9 +326,9 @@ impl<'a> Builder<'a> {
                 "the weights keep their types, so that what is packed can still be loaded",
             );
         }
-        let skipped = Skipped::new(&skipped);
-        if let Some(module) = self.touched.iter().find(|module| !self.is_embedding_name(module) && !skipped.has(module))
-        {
+        let mut touched = core::mem::take(&mut self.touched);
+        touched.retain(|module| !self.is_embedding_name(module));
+        if let Some(module) = Skipped::new(&skipped).first_other(&touched)? {
             return refused(
                 module,
                 "the model is quantized so, and config.json does not name this module as one that is not",
@@ -369,12 +384,11 @@ fn float_of(dtype: Dtype) -> Option<FloatType> {
     FloatType::from_dtype(dtype).or((dtype == Dtype::F64).then_some(FloatType::F32))
 }
 
-/// Whether a weight is that of a `Conv1D`, which transformers keeps as `[in, out]`, and transposes before it is quantized.
-fn is_conv1d(config: &ModelConfig, tensor: &str) -> bool {
-    /// The model types with such layers in transformers 5.
-    const TYPES: [&str; 6] = ["gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"];
-    has_name_of_conv1d(tensor) && config.model_types().any(|model_type| TYPES.contains(&model_type))
-}
+/// The model types with layers of the class `Conv1D` in transformers 5.
+const CONV1D: [&str; 6] = ["gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"];
+
+/// The model types whose parameters of experts are `[experts, in, out]`.
+const TRANSPOSED_EXPERTS: [&str; 5] = ["gpt_oss", "aria", "aria_text", "openai_privacy_filter", "qwen3_vl_moe"];
 
 fn has_name_of_conv1d(tensor: &str) -> bool {
     const NAMES: [&str; 4] = ["c_attn", "c_proj", "c_fc", "q_attn"];
