@@ -386,7 +386,6 @@ impl State<'_> {
     fn refused(&mut self) {
         let (d_in, d_out, before) = (self.layer.d_in(), self.layer.d_out(), self.bits());
         let long = Tensor::zeros(d_in + 1, false);
-        assert!(self.layer.try_forward(&long).is_err());
         assert!(d_in == 1 || self.layer.try_forward(&long).is_err());
         assert!(self.layer.try_backward(&long, &Tensor::zeros(d_out, false)).is_err() || d_in == 1 && d_out == 0);
         assert!(self.layer.merge_rows_into(0..d_out + 1, &mut vec![0.0_f32; (d_out + 1) * d_in]).is_err());

@@ -68,7 +68,7 @@ mod tests {
         assert_eq!(of("attn.q"), [0, 1]);
         assert_eq!(of("é.q"), [0, 2]);
         assert_eq!(of("xé.q"), [0]);
-        assert_eq!(of("xq"), []);
+        assert!(of("xq").is_empty());
         assert_eq!(of("x."), [4]);
         assert_eq!(of(""), [4]);
         assert_eq!(ends.anywhere("xq").collect::<Vec<_>>(), [(2, &4), (1, &0)]);

@@ -129,7 +129,7 @@ fn experts_of_fused_parameters() {
             let fused = tensor(&format!("layers.{layer}.experts.down_proj"), FloatType::F32, &[experts, 2, 2], 1.0);
             let others =
                 (0..400).map(move |i| tensor(&format!("layers.{layer}.m{i}.weight"), FloatType::F32, &[1], 1.0));
-            std::iter::once(fused).chain(others)
+            core::iter::once(fused).chain(others)
         })
         .collect();
     let modules = (0..layers).flat_map(|l| (0..experts).map(move |e| format!("layers.{l}.experts.{e}.down_proj")));
@@ -152,7 +152,7 @@ fn names_that_are_not_quantized() {
         let options = MergeOptions::new().with_config(config.as_bytes());
         in_time(|| MergedModel::new(&base, Some(&adapter), &options).map(|merged| merged.merged().len()))
     };
-    let names = list((0..200_000).map(|i| format!("x{i}")).chain(std::iter::once("q_proj".to_owned())));
+    let names = list((0..200_000).map(|i| format!("x{i}")).chain(core::iter::once("q_proj".to_owned())));
     assert_eq!(merged(&names), Ok(20_000));
     let error = merged(&list((0..60).map(|i| format!("{}{i}", "[a-z.]{0,9}".repeat(30))))).unwrap_err().to_string();
     assert!(error.contains("modules_to_not_convert"), "{error}");
