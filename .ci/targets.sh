@@ -85,7 +85,7 @@ check_systems() {
     local target clippy
     use_debian_rust
     export CARGO_TARGET_DIR=target/systems
-    for target in aarch64-apple-darwin x86_64-pc-windows-gnu; do
+    for target in aarch64-apple-darwin x86_64-pc-windows-msvc; do
         cargo check -q --locked -Zbuild-std=std,panic_abort --target "$target" -p nf4 -p nf4-cli --all-features
         echo "$target: nf4 with every feature, nf4-cli"
     done

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use nf4::BlockSize;
 use nf4::checkpoint::{Dtype, TensorFile, TensorSource};
 use nf4_fuzz::files::{ADAPTERS, LAYERS, parts, tensors};
-use nf4_fuzz::folder::{Comer, WORDS};
+use nf4_fuzz::folder::{Comer, FILES, WORDS};
 
 /// Bytes of a seed at most: what the fuzzer makes inputs of.
 const MOST: usize = 8192;
@@ -48,6 +48,9 @@ fn files(seeds: &Seeds) -> std::io::Result<()> {
         seeds.write("bnb_file", &format!("state{base}"), &input(2, state.bytes()))?;
         seeds.write("bnb_file", &format!("changes{base}"), &input(3, b"\x90\x00\x01\x20\x01\x04"))?;
     }
+    for (name, bytes) in MANY {
+        seeds.write("bnb_file", name, &[&[5, 0], bytes].concat())?;
+    }
     let config = include_bytes!("../../tests/data/reference/linear4bit/tiny_llama/config.json");
     seeds.write("bnb_file", "config", &[&[4, 0], &config[..]].concat())?;
 
@@ -64,15 +67,22 @@ fn files(seeds: &Seeds) -> std::io::Result<()> {
         seeds.write("peft_file", &format!("both_headers{base}"), &input(3, config, header))?;
         seeds.write("peft_file", &format!("both_files{base}"), &input(4, config, file))?;
     }
+    for kind in 0..5 {
+        seeds.write("peft_file", &format!("many{kind}"), &[&[5, 0, 0, 0, kind], &[0, 3, 1, 4][..]].concat())?;
+    }
     Ok(())
 }
 
-/// Command lines, and no change of a file.
+/// Names of very many tensors: plain ones, and parts of 4-bit weights whose other parts are missing.
+const MANY: [(&str, &[u8]); 2] = [("many_plain", &[0, 8]), ("many_broken", &[1])];
+
+/// Command lines, with no change of a file, and some with very many tensors in one.
 fn commands(seeds: &Seeds) -> std::io::Result<()> {
     let lines = [
         &b"inspect dense"[..],
         b"inspect adapter --json",
         b"inspect link.safetensors",
+        b"inspect nf4.safetensors",
         b"quantize dense --out out",
         b"quantize link --out empty --force",
         b"quantize dense --out out --force",
@@ -100,6 +110,14 @@ fn commands(seeds: &Seeds) -> std::io::Result<()> {
         for comer in 0..Comer::ALL.len() {
             let change = u8::try_from(7 + 8 * comer).expect("few kinds");
             seeds.write("cli_paths", &format!("line{i}_{comer}"), &[&[0, change, length], &*command].concat())?;
+        }
+        let of_file = |name: &str| line.windows(name.len()).any(|part| part == name.as_bytes());
+        if let Some(file) = FILES.iter().position(|(name, _)| name.ends_with(".safetensors") && of_file(name)) {
+            let number = u8::try_from(file).expect("few files");
+            for (name, bytes) in MANY {
+                let seed = [&[number, 5, length], &*command, bytes].concat();
+                seeds.write("cli_paths", &format!("line{i}_{name}"), &seed)?;
+            }
         }
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! The command line tool with any arguments, on a folder of models, adapters, links and other files, one of which may be
-//! damaged: it never panics, and its status is one of those that it documents. Whatever fails changes nothing at all;
-//! what succeeds changes what is named by `--out` alone, that only if it was not there or with `--force`, and never an
-//! input.
+//! damaged, or hold very many tensors: it never panics, takes no time that grows faster than its files, and its status is
+//! one of those that it documents. Whatever fails changes nothing at all; what succeeds changes what is named by `--out`
+//! alone, that only if it was not there or with `--force`, and never an input.
 //!
 //! Between the work and the moment in which the output gets its name, something may come to its place, or go: the promises
 //! are those of that moment.
@@ -20,6 +20,7 @@ use libfuzzer_sys::fuzz_target;
 use nf4_cli::{Cli, Report};
 use nf4_fuzz::files::{self, parts, with_header};
 use nf4_fuzz::folder::{Comer, Contents, FILES, Folder, WORDS};
+use nf4_fuzz::many::{self, timed};
 
 #[derive(Debug, Arbitrary)]
 struct Input<'a> {
@@ -47,10 +48,11 @@ fuzz_target!(|input: Input<'_>| {
         2 if name.ends_with(".safetensors") => FOLDER.replace(name, Some(&with_header(change, parts(bytes).1))),
         3 => FOLDER.replace(name, Some(&bytes[..bytes.len() - change.len() % (bytes.len() + 1)])),
         4 => FOLDER.replace(name, None),
+        5 if name.ends_with(".safetensors") => FOLDER.replace(name, Some(&many::tensors(change))),
         _ => {}
     }
     let comer = Comer::ALL[usize::from(input.change / 8) % Comer::ALL.len()];
-    FOLDER.enter(|| check(&arguments, comer));
+    FOLDER.enter(|| timed("a command", || check(&arguments, comer)));
 });
 
 /// The words of a command line, which zeros end: a byte above 127 stands for one of [`WORDS`]. A slash comes from those

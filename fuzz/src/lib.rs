@@ -6,6 +6,7 @@
 pub mod files;
 pub mod folder;
 mod input;
+pub mod many;
 mod matrix;
 pub mod model;
 
