@@ -1,6 +1,9 @@
 //! What the checked boundary refuses, with which numbers, and what it documents of NaN and infinity.
 
-use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Isa, Kernels, NestedAbsmax, Nf4Matrix, ShapeError, bf16, f16};
+use nf4::{
+    Absmax, Activations, Activations8x8, BlockSize, DYNAMIC_MAP, Isa, Kernels, NestedAbsmax, Nf4Matrix, ShapeError,
+    bf16, f16,
+};
 
 fn plain<'a>(packed: &'a [u8], absmax: &'a [f32], rows: usize, cols: usize) -> Result<Nf4Matrix<'a>, ShapeError> {
     Nf4Matrix::new(packed, Absmax::Plain(absmax), rows, cols, BlockSize::B64)
@@ -182,6 +185,70 @@ fn buffers_of_unquantized_activations_are_empty() {
     }
 }
 
+/// The 8x8 product checks as the 16x4 product does; a group is 32 columns for every block size.
+#[test]
+fn operations_of_the_8x8_product_check_every_length() {
+    for (len, values, scales) in [(64, 64, 2), (96, 128, 3), (32, 64, 1), (33, 0, 0), (0, 0, 0)] {
+        assert_eq!((Activations8x8::values_len(len), Activations8x8::scales_len(len)), (values, scales), "{len}");
+    }
+    let cols = usize::MAX - 31;
+    assert_eq!(Activations8x8::values_len(cols), usize::MAX);
+    let length = |what, expected, got| Err(ShapeError::Length { what, expected, got });
+    for k in Kernels::available() {
+        let none = k.quantize_activations_8x8_batch(&[], cols, &mut [], &mut []).unwrap();
+        assert_eq!((none.cols(), none.batch()), (cols, 0));
+        let ragged = k.quantize_activations_8x8_batch(&[0.0; 191], 64, &mut [0; 192], &mut [0.0; 6]).map(drop);
+        assert_eq!(ragged, length("inputs", 128, 191));
+        let short = k.quantize_activations_8x8(&[0.0; 64], &mut [0; 63], &mut [0.0; 2]).map(drop);
+        assert_eq!(short, length("activation values", 64, 63));
+        let long = k.quantize_activations_8x8(&[0.0; 64], &mut [0; 64], &mut [0.0; 3]).map(drop);
+        assert_eq!(long, length("activation scales", 2, 3));
+
+        let (packed, absmax) = ([0; 64], [1.0; 2]);
+        let (m, wide) = (plain(&packed, &absmax, 2, 64).unwrap(), plain(&packed, &absmax, 1, 128).unwrap());
+        let (mut values, mut scales) = ([0; 192], [0.0; 6]);
+        let three = k.quantize_activations_8x8_batch(&[0.0; 192], 64, &mut values, &mut scales).unwrap();
+        let one = three.vector(2);
+        assert_eq!((three.batch(), three.cols(), one.batch(), one.cols()), (3, 64, 1, 64));
+        assert_eq!(k.gemv_8x8(&m, &one, &mut [0.0; 3]), length("outputs", 2, 3));
+        assert_eq!(k.gemv_8x8(&wide, &one, &mut [0.0; 1]), length("activations", 128, 64));
+        assert_eq!(k.gemv_8x8(&m, &three, &mut [0.0; 2]), length("vectors of the batch", 1, 3));
+        assert_eq!(k.gemm_8x8(&m, &three, &mut [0.0; 5]), length("outputs", 6, 5));
+        assert_eq!(k.gemm_8x8(&wide, &three, &mut [0.0; 3]), length("activations", 128, 64));
+        assert_eq!(k.gemm_8x8(&m, &three, &mut [0.0; 6]), Ok(()));
+        let empty = plain(&[], &[], 3, 0).unwrap();
+        let none = k.quantize_activations_8x8(&[], &mut [], &mut []).unwrap();
+        let mut y = [9.0; 3];
+        assert_eq!((k.gemv_8x8(&empty, &none, &mut y), y), (Ok(()), [0.0; 3]));
+        println!("lengths of 8x8 on {}", k.isa());
+    }
+}
+
+/// Each vector of a batch has its own inputs, scales and values, and is what is made of it alone.
+#[test]
+fn vectors_of_an_8x8_batch_are_cut_out() {
+    let (cols, batch) = (96, 3);
+    let x: Vec<f32> = (0..batch * cols).map(|i| (i as f32 * 0.37).sin() * (1 + i / 32) as f32).collect();
+    for k in Kernels::available() {
+        let (mut values, mut scales) = ([0; 3 * 128], [0.0; 9]);
+        let all = k.quantize_activations_8x8_batch(&x, cols, &mut values, &mut scales).unwrap();
+        assert_eq!((all.inputs(), all.scales().len()), (&*x, 9));
+        for (n, x) in x.chunks(cols).enumerate() {
+            let (mut values, mut scales) = ([0; 128], [0.0; 3]);
+            let one = k.quantize_activations_8x8(x, &mut values, &mut scales).unwrap();
+            let cut = all.vector(n);
+            assert_eq!((cut.inputs(), cut.scales()), (x, one.scales()), "vector {n}");
+            let same = |c| all.get(n, c) == one.get(0, c) && cut.get(0, c) == one.get(0, c) && one.get(0, c).is_some();
+            assert!((0..cols).all(same), "vector {n}");
+            let outside = (cut.get(0, cols), cut.get(1, 0), all.get(n, cols), all.get(batch, 0));
+            assert_eq!(outside, (None, None, None, None));
+            // Half a step, and a rounding.
+            let off = |c: usize| (f32::from(cut.get(0, c).unwrap()) * cut.scales()[c / 32] - x[c]).abs();
+            assert!((0..cols).all(|c| off(c) <= 0.501 * cut.scales()[c / 32]), "vector {n}");
+        }
+    }
+}
+
 /// The last multiple of a group has no multiple of a span above it.
 #[test]
 fn lengths_of_activations_do_not_overflow() {
@@ -296,5 +363,37 @@ fn products_document_nan_and_infinity() {
         assert_eq!(product(&[0.0; 128], &[1.0; 4], 15), [0.0; 2]);
         // 8191 / m overflows: the group counts as zeros.
         assert_eq!(product(&[1e-36; 128], &[1.0; 4], 15), [0.0; 2]);
+    }
+}
+
+#[test]
+fn products_of_8x8_document_nan_and_infinity() {
+    for k in Kernels::available() {
+        let product = |x: &[f32; 128], absmax: &[f32; 4], code: u8| {
+            let packed = [code << 4 | code; 128];
+            let m = plain(&packed, absmax, 2, 128).unwrap();
+            let (mut values, mut scales) = ([0; 3 * 128], [0.0; 3 * 4]);
+            let x = x.repeat(3);
+            let activations = k.quantize_activations_8x8_batch(&x, 128, &mut values, &mut scales).unwrap();
+            let (mut y, mut batch) = ([0.0; 2], [0.0; 6]);
+            k.gemv_8x8(&m, &activations.vector(1), &mut y).unwrap();
+            k.gemm_8x8(&m, &activations, &mut batch).unwrap();
+            assert_eq!(batch.map(f32::to_bits), [0, 0, 0, 1, 1, 1].map(|r: usize| y[r].to_bits()), "{}", k.isa());
+            y
+        };
+        let nan = f32::NAN.to_bits();
+        for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = [1.0; 128];
+            x[70] = bad;
+            assert_eq!(product(&x, &[1.0; 4], 15).map(f32::to_bits), [nan; 2], "{bad} on {}", k.isa());
+        }
+        let [first, second] = product(&[1.0; 128], &[1.0, f32::NAN, 1.0, 1.0], 15);
+        assert_eq!(first.to_bits(), nan);
+        assert!((second - 128.0).abs() < 0.2, "{second}");
+        assert_eq!(product(&[1.0; 128], &[1.0, f32::INFINITY, 1.0, 1.0], 15)[0], f32::INFINITY);
+        assert_eq!(product(&[0.0; 128], &[1.0; 4], 15), [0.0; 2]);
+        // 127 / m overflows: the group counts as zeros.
+        assert_eq!(product(&[3.7e-37; 128], &[1.0; 4], 15), [0.0; 2]);
+        assert!(product(&[3.8e-37; 128], &[1.0; 4], 15)[0] > 0.0);
     }
 }

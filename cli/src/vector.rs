@@ -6,7 +6,8 @@
 
 use super::generator::Generator;
 use nf4::{
-    Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, ShapeError, bf16, f16,
+    Absmax, Activations, Activations8x8, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, ShapeError,
+    bf16, f16,
 };
 
 /// One shape. Inputs come from [`Generator`] seeded with `seed`: first the weights, row by row, then the inputs, then a dense
@@ -41,6 +42,9 @@ pub(crate) struct Hashes {
     pub gemm: u64,
     /// The transposed product, with plain and with nested absmax.
     pub transposed: u64,
+    /// The 8x8 product: `i8` values in column order and scales, the products of a vector with plain and with nested
+    /// absmax, and those of [`BATCH`] vectors with both.
+    pub eight_by_eight: u64,
 }
 
 /// Vectors of a batch.
@@ -68,12 +72,22 @@ pub(crate) const VECTORS: [Vector; 6] = [
 const fn vector(name: &'static str, rows: usize, cols: usize, block_size: BlockSize, number: usize) -> Vector {
     let [quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed] =
         EXPECTED[number - 1];
-    let expected =
-        Hashes { quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed };
+    let expected = Hashes {
+        quantize,
+        dequantize,
+        double_quant,
+        activations,
+        gemv,
+        gemv_f32,
+        gemv_dense,
+        gemm,
+        transposed,
+        eight_by_eight: EXPECTED_8X8[number - 1],
+    };
     Vector { name, rows, cols, block_size, seed: number as u64, expected }
 }
 
-/// A row a vector, in the order of the fields of [`Hashes`].
+/// A row per vector, in the order of the fields of [`Hashes`], without the last one.
 #[rustfmt::skip]
 const EXPECTED: [[u64; 9]; 6] = [
     [0x4e82e927f03cdd6, 0x391d367b7d0c7d91, 0xf163faccb486d452, 0x1237225a5ded3956, 0x86385b1615aeff2, 0x7f6cdd5aad175711, 0xe0ae902470afba8d, 0x265a801cc6a71ea3, 0xc8d01fea11a64650],
@@ -83,6 +97,10 @@ const EXPECTED: [[u64; 9]; 6] = [
     [0xbfdf1e198ee99977, 0x28a622e59633bc5a, 0xf5f320d4e3a36b9a, 0xcbf29ce484222325, 0x4c402b7741a8a673, 0x4c402b7741a8a673, 0xe654157a576c0fca, 0x3cc334df78eed178, 0xcc8206fbafba2345],
     [0x906647254ebe7e78, 0x8abf0baf41e92379, 0x96d45d8770777c09, 0xcbf29ce484222325, 0x69d19d77c118d125, 0x69d19d77c118d125, 0xc1f1a17487be18, 0x4d2b27e8a32e260d, 0xb3ad115f1fe05b39],
 ];
+
+/// The last field of [`Hashes`] of each vector.
+#[rustfmt::skip]
+const EXPECTED_8X8: [u64; 6] = [0xcb35baa7a5991366, 0x6cd494e7cb998187, 0x6c008a74350f220e, 0x5ed8477ad35ea71d, 0xcb0d6dbe68107bba, 0x4d4f2f0f95b2140d];
 
 struct Hash(u64);
 
@@ -103,21 +121,43 @@ impl Hash {
     }
 }
 
-/// What a machine reports in one line: the hash of all hashes of all vectors, and how many vectors have a changed bit.
-pub(crate) fn run_all(kernels: Kernels, buffers: &mut Buffers) -> Result<(u64, usize), ShapeError> {
-    let (mut hash, mut changed) = (Hash::new(), 0);
-    for vector in &VECTORS {
-        let hashes = vector.run(kernels, buffers)?;
-        let Hashes { quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed } =
-            hashes;
-        let all = [quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed];
-        hash = all.iter().fold(hash, |hash, part| hash.bytes(&part.to_le_bytes()));
-        changed += usize::from(hashes != vector.expected);
-    }
-    Ok((hash.0, changed))
+/// What a machine reports in one line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Summary {
+    /// The hash of all hashes of all vectors, but those of the 8x8 product.
+    pub hash: u64,
+    /// The hash of those of the 8x8 product.
+    pub hash_8x8: u64,
+    /// How many vectors have a changed bit.
+    pub changed: usize,
 }
 
-/// The buffers that [`Vector::run`] works in, about 290 KB.
+/// Computes all vectors.
+pub(crate) fn run_all(kernels: Kernels, buffers: &mut Buffers) -> Result<Summary, ShapeError> {
+    let (mut hash, mut hash_8x8, mut changed) = (Hash::new(), Hash::new(), 0);
+    for vector in &VECTORS {
+        let hashes = vector.run(kernels, buffers)?;
+        let Hashes {
+            quantize,
+            dequantize,
+            double_quant,
+            activations,
+            gemv,
+            gemv_f32,
+            gemv_dense,
+            gemm,
+            transposed,
+            ..
+        } = hashes;
+        let all = [quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed];
+        hash = all.iter().fold(hash, |hash, part| hash.bytes(&part.to_le_bytes()));
+        hash_8x8 = hash_8x8.bytes(&hashes.eight_by_eight.to_le_bytes());
+        changed += usize::from(hashes != vector.expected);
+    }
+    Ok(Summary { hash: hash.0, hash_8x8: hash_8x8.0, changed })
+}
+
+/// The buffers that [`Vector::run`] works in, about 310 KB.
 pub(crate) struct Buffers {
     weights: [f32; MAX],
     packed: [u8; MAX / 2],
@@ -132,6 +172,7 @@ pub(crate) struct Buffers {
     batch_inputs: [f32; BATCH * MAX_COLS],
     batch_values: [i16; BATCH * (MAX_COLS + 64)],
     batch_scales: [f32; BATCH * (MAX_COLS / 32)],
+    bytes: [i8; BATCH * (MAX_COLS + 64)],
 }
 
 impl Buffers {
@@ -150,6 +191,7 @@ impl Buffers {
             batch_inputs: [0.0; BATCH * MAX_COLS],
             batch_values: [0; BATCH * (MAX_COLS + 64)],
             batch_scales: [0.0; BATCH * (MAX_COLS / 32)],
+            bytes: [0; BATCH * (MAX_COLS + 64)],
         }
     }
 }
@@ -213,11 +255,37 @@ impl Vector {
         kernels.gemm_f32(&nested, inputs, exact)?;
         let gemm = Hash::new().floats(fast).floats(exact).0;
 
+        let values = &mut buffers.bytes[..Activations8x8::values_len(cols)];
+        let scales = &mut buffers.scales[..Activations8x8::scales_len(cols)];
+        let vector = kernels.quantize_activations_8x8(&buffers.inputs[..cols], values, scales)?;
+        let in_order = (0..cols).filter_map(|c| vector.get(0, c));
+        let eight_by_eight = in_order.fold(Hash::new(), |h, q| h.bytes(&q.to_le_bytes())).floats(vector.scales());
+        kernels.gemv_8x8(&plain, &vector, &mut fast[..rows])?;
+        kernels.gemv_8x8(&nested, &vector, &mut exact[..rows])?;
+        let eight_by_eight = eight_by_eight.floats(&fast[..rows]).floats(&exact[..rows]);
+        let values = &mut buffers.bytes[..BATCH * Activations8x8::values_len(cols)];
+        let scales = &mut buffers.batch_scales[..BATCH * Activations8x8::scales_len(cols)];
+        let batch = kernels.quantize_activations_8x8_batch(inputs, cols, values, scales)?;
+        kernels.gemm_8x8(&plain, &batch, fast)?;
+        kernels.gemm_8x8(&nested, &batch, exact)?;
+        let eight_by_eight = eight_by_eight.floats(fast).floats(exact).0;
+
         let columns = &mut buffers.inputs[..cols];
         kernels.gemv_transposed_f32(&plain, y, columns)?;
         let hash_plain = Hash::new().floats(columns);
         kernels.gemv_transposed_f32(&nested, y, columns)?;
         let (activations, transposed) = (hash.0, hash_plain.floats(columns).0);
-        Ok(Hashes { quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed })
+        Ok(Hashes {
+            quantize,
+            dequantize,
+            double_quant,
+            activations,
+            gemv,
+            gemv_f32,
+            gemv_dense,
+            gemm,
+            transposed,
+            eight_by_eight,
+        })
     }
 }

@@ -1,11 +1,15 @@
-//! A vector prepared for the 16x4 multiply.
+//! Vectors prepared for the products with integers: 16x4 and 8x8.
 
 use crate::error::{ShapeError, check_len};
 use crate::format::BlockSize;
-use crate::spec::SPAN;
+use crate::spec::{GROUP_8X8, SPAN};
 
-/// The largest quantized activation: 14 bits with sign, so that eight products with a 16-bit weight fit in an `i32`.
+/// The largest quantized activation of the 16x4 product: 14 bits with sign, so that eight products with a 16-bit weight
+/// fit in an `i32`.
 pub const ACTIVATION_MAX: i16 = 8191;
+
+/// The largest quantized activation of the 8x8 product. `-128` is never used: so the negative of a value is one too.
+pub const ACTIVATION_MAX_8X8: i8 = 127;
 
 const _: () = assert!(8 * 32767 * (ACTIVATION_MAX as i64) <= i32::MAX as i64, "a lane's sum of a span is exact");
 
@@ -21,13 +25,8 @@ const _: () = assert!(8 * 32767 * (ACTIVATION_MAX as i64) <= i32::MAX as i64, "a
 /// then nothing is quantized and both buffers have length 0.
 #[derive(Debug, Clone, Copy)]
 pub struct Activations<'a> {
-    inputs: &'a [f32],
-    cols: usize,
-    values: &'a [i16],
-    scales: &'a [f32],
+    vectors: Vectors<'a, i16>,
     group: usize,
-    /// Where each column of a span stands in its values.
-    slots: &'static [u8; SPAN],
 }
 
 impl<'a> Activations<'a> {
@@ -36,14 +35,14 @@ impl<'a> Activations<'a> {
     /// each vector.
     #[must_use]
     pub const fn values_len(cols: usize, block_size: BlockSize) -> usize {
-        if cols.is_multiple_of(block_size.group()) { cols.div_ceil(SPAN).saturating_mul(SPAN) } else { 0 }
+        values_len(cols, block_size.group())
     }
 
     /// f32 scales that a vector of `cols` inputs needs: one a group, or 0 if `cols` is not a multiple of the group. A
     /// batch needs so many for each vector.
     #[must_use]
     pub const fn scales_len(cols: usize, block_size: BlockSize) -> usize {
-        if cols.is_multiple_of(block_size.group()) { cols / block_size.group() } else { 0 }
+        scales_len(cols, block_size.group())
     }
 
     /// Joins the parts if they fit. `slots` is the order of the values.
@@ -55,23 +54,20 @@ impl<'a> Activations<'a> {
         scales: &'a [f32],
         slots: &'static [u8; SPAN],
     ) -> Result<Self, ShapeError> {
-        let batch = inputs.len().checked_div(cols).unwrap_or(0);
-        check_len("inputs", batch * cols, inputs.len())?;
-        check_len("activation values", batch * Self::values_len(cols, block_size), values.len())?;
-        check_len("activation scales", batch * Self::scales_len(cols, block_size), scales.len())?;
-        Ok(Self { inputs, cols, values, scales, group: block_size.group(), slots })
+        let group = block_size.group();
+        Ok(Self { vectors: Vectors::new(inputs, cols, group, values, scales, slots)?, group })
     }
 
     /// Number of inputs of a vector.
     #[must_use]
     pub fn cols(&self) -> usize {
-        self.cols
+        self.vectors.cols
     }
 
     /// Number of vectors; 0 if they have no inputs.
     #[must_use]
     pub fn batch(&self) -> usize {
-        self.inputs.len().checked_div(self.cols).unwrap_or(0)
+        self.vectors.batch()
     }
 
     /// One vector of the batch.
@@ -80,27 +76,19 @@ impl<'a> Activations<'a> {
     /// If `index >= self.batch()`.
     #[must_use]
     pub fn vector(&self, index: usize) -> Self {
-        let batch = self.batch();
-        assert!(index < batch, "vector {index} of a batch of {batch}");
-        let (values, scales) = (self.values.len() / batch, self.scales.len() / batch);
-        Self {
-            inputs: &self.inputs[index * self.cols..][..self.cols],
-            values: &self.values[index * values..][..values],
-            scales: &self.scales[index * scales..][..scales],
-            ..*self
-        }
+        Self { vectors: self.vectors.vector(index), ..*self }
     }
 
     /// The f32 inputs, `[batch, cols]`.
     #[must_use]
     pub fn inputs(&self) -> &'a [f32] {
-        self.inputs
+        self.vectors.inputs
     }
 
     /// One scale a group, vector by vector; empty if nothing was quantized.
     #[must_use]
     pub fn scales(&self) -> &'a [f32] {
-        self.scales
+        self.vectors.scales
     }
 
     /// Columns a scale.
@@ -113,17 +101,12 @@ impl<'a> Activations<'a> {
     /// input.
     #[must_use]
     pub fn get(&self, vector: usize, column: usize) -> Option<i16> {
-        if column >= self.cols || vector >= self.batch() || self.values.is_empty() {
-            return None;
-        }
-        let values = self.values.len() / self.batch();
-        let slot = usize::from(self.slots[column % SPAN]);
-        Some(self.values[vector * values + column / SPAN * SPAN + slot])
+        self.vectors.get(vector, column)
     }
 
     /// `Ok` if these were quantized by kernels whose table has the order `slots`.
     pub(crate) fn check_order(&self, slots: &'static [u8; SPAN]) -> Result<(), ShapeError> {
-        if core::ptr::eq(self.slots, slots) { Ok(()) } else { Err(ShapeError::Order) }
+        self.vectors.check_order(slots)
     }
 
     /// `Ok` if these were quantized in the groups that matrices of `block_size` need.
@@ -135,6 +118,166 @@ impl<'a> Activations<'a> {
     /// Values in the order of the kernels that made them, padded with zeros to whole spans.
     #[inline(always)]
     pub(crate) fn values(&self) -> &'a [i16] {
-        self.values
+        self.vectors.values
+    }
+}
+
+/// A batch of vectors, most often one, quantized in groups of 32 columns to `i8` with one f32 scale per group, for the
+/// 8x8 product with matrices of any block size.
+///
+/// Made by [`crate::Kernels::quantize_activations_8x8`] or [`crate::Kernels::quantize_activations_8x8_batch`] in buffers
+/// of the caller; see [`crate::spec`] for the arithmetic. The values stand in the order in which the instruction set of
+/// those kernels decodes weights, so only the same kernels multiply with them.
+///
+/// If the number of columns is not a multiple of 32, the product is the f32 one, of the inputs, which are kept for that;
+/// then nothing is quantized and both buffers have length 0.
+#[derive(Debug, Clone, Copy)]
+pub struct Activations8x8<'a> {
+    vectors: Vectors<'a, i8>,
+}
+
+impl<'a> Activations8x8<'a> {
+    /// `i8` values that a vector of `cols` inputs needs: `cols` rounded up to a multiple of 64, or 0 if it is not a
+    /// multiple of 32; `usize::MAX`, which no slice has, if there is no such multiple. A batch needs as many for each
+    /// vector.
+    #[must_use]
+    pub const fn values_len(cols: usize) -> usize {
+        values_len(cols, GROUP_8X8)
+    }
+
+    /// f32 scales that a vector of `cols` inputs needs: one per 32, or 0 if `cols` is not a multiple of 32. A batch
+    /// needs as many for each vector.
+    #[must_use]
+    pub const fn scales_len(cols: usize) -> usize {
+        scales_len(cols, GROUP_8X8)
+    }
+
+    /// Joins the parts if they fit. `slots` is the order of the values.
+    pub(crate) fn new(
+        inputs: &'a [f32],
+        cols: usize,
+        values: &'a [i8],
+        scales: &'a [f32],
+        slots: &'static [u8; SPAN],
+    ) -> Result<Self, ShapeError> {
+        Ok(Self { vectors: Vectors::new(inputs, cols, GROUP_8X8, values, scales, slots)? })
+    }
+
+    /// Number of inputs of a vector.
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        self.vectors.cols
+    }
+
+    /// Number of vectors; 0 if they have no inputs.
+    #[must_use]
+    pub fn batch(&self) -> usize {
+        self.vectors.batch()
+    }
+
+    /// One vector of the batch.
+    ///
+    /// # Panics
+    /// If `index >= self.batch()`.
+    #[must_use]
+    pub fn vector(&self, index: usize) -> Self {
+        Self { vectors: self.vectors.vector(index) }
+    }
+
+    /// The f32 inputs, `[batch, cols]`.
+    #[must_use]
+    pub fn inputs(&self) -> &'a [f32] {
+        self.vectors.inputs
+    }
+
+    /// One scale per group of 32 columns, vector by vector; empty if nothing was quantized.
+    #[must_use]
+    pub fn scales(&self) -> &'a [f32] {
+        self.vectors.scales
+    }
+
+    /// The quantized value of input `column` of vector `vector`, or `None` if nothing was quantized or there is no such
+    /// input.
+    #[must_use]
+    pub fn get(&self, vector: usize, column: usize) -> Option<i8> {
+        self.vectors.get(vector, column)
+    }
+
+    /// `Ok` if these were quantized by kernels whose table has the order `slots`.
+    pub(crate) fn check_order(&self, slots: &'static [u8; SPAN]) -> Result<(), ShapeError> {
+        self.vectors.check_order(slots)
+    }
+
+    /// Values in the order of the kernels that made them, padded with zeros to whole spans.
+    #[inline(always)]
+    pub(crate) fn values(&self) -> &'a [i8] {
+        self.vectors.values
+    }
+}
+
+/// Values of a vector of `cols` inputs that is quantized in groups: whole spans, or none.
+const fn values_len(cols: usize, group: usize) -> usize {
+    if cols.is_multiple_of(group) { cols.div_ceil(SPAN).saturating_mul(SPAN) } else { 0 }
+}
+
+/// Scales of a vector of `cols` inputs that is quantized in groups.
+const fn scales_len(cols: usize, group: usize) -> usize {
+    if cols.is_multiple_of(group) { cols / group } else { 0 }
+}
+
+/// What the activations of both products are: inputs, and the values of type `T` and scales made of them.
+#[derive(Debug, Clone, Copy)]
+struct Vectors<'a, T> {
+    inputs: &'a [f32],
+    cols: usize,
+    values: &'a [T],
+    scales: &'a [f32],
+    /// Where each column of a span stands in its values.
+    slots: &'static [u8; SPAN],
+}
+
+impl<'a, T: Copy> Vectors<'a, T> {
+    fn new(
+        inputs: &'a [f32],
+        cols: usize,
+        group: usize,
+        values: &'a [T],
+        scales: &'a [f32],
+        slots: &'static [u8; SPAN],
+    ) -> Result<Self, ShapeError> {
+        let batch = inputs.len().checked_div(cols).unwrap_or(0);
+        check_len("inputs", batch * cols, inputs.len())?;
+        check_len("activation values", batch * values_len(cols, group), values.len())?;
+        check_len("activation scales", batch * scales_len(cols, group), scales.len())?;
+        Ok(Self { inputs, cols, values, scales, slots })
+    }
+
+    fn batch(&self) -> usize {
+        self.inputs.len().checked_div(self.cols).unwrap_or(0)
+    }
+
+    fn vector(&self, index: usize) -> Self {
+        let batch = self.batch();
+        assert!(index < batch, "vector {index} of a batch of {batch}");
+        let (values, scales) = (self.values.len() / batch, self.scales.len() / batch);
+        Self {
+            inputs: &self.inputs[index * self.cols..][..self.cols],
+            values: &self.values[index * values..][..values],
+            scales: &self.scales[index * scales..][..scales],
+            ..*self
+        }
+    }
+
+    fn get(&self, vector: usize, column: usize) -> Option<T> {
+        if column >= self.cols || vector >= self.batch() || self.values.is_empty() {
+            return None;
+        }
+        let values = self.values.len() / self.batch();
+        let slot = usize::from(self.slots[column % SPAN]);
+        Some(self.values[vector * values + column / SPAN * SPAN + slot])
+    }
+
+    fn check_order(&self, slots: &'static [u8; SPAN]) -> Result<(), ShapeError> {
+        if core::ptr::eq(self.slots, slots) { Ok(()) } else { Err(ShapeError::Order) }
     }
 }

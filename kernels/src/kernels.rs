@@ -2,6 +2,8 @@
 
 #![expect(unsafe_code, reason = "calls functions of instruction sets that this CPU was found to have")]
 
+mod products_8x8;
+
 use core::fmt;
 
 use crate::activations::Activations;

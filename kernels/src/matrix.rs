@@ -5,6 +5,7 @@ use core::ops::Range;
 use crate::absmax::Absmax;
 use crate::error::{ShapeError, check_len};
 use crate::format::{BlockSize, code_at, get_range, packed_len};
+use crate::spec::GROUP_8X8;
 
 /// A borrowed NF4 matrix of `rows` x `cols` weights, row-major: packed codes and the absmax of their blocks.
 ///
@@ -102,6 +103,13 @@ impl<'a> Nf4Matrix<'a> {
         self.cols.is_multiple_of(self.block_size.get())
     }
 
+    /// Whether every row consists of whole groups of the 8x8 product. Then each of them lies in one block, and its bytes
+    /// are its own, whether blocks straddle rows or not.
+    #[inline(always)]
+    pub(crate) fn has_whole_groups(&self) -> bool {
+        self.cols.is_multiple_of(GROUP_8X8)
+    }
+
     /// Flat index, in the whole tensor, of the first element of `row`.
     #[inline(always)]
     pub(crate) fn row_start(&self, row: usize) -> usize {
@@ -158,6 +166,24 @@ impl<'a> Nf4Matrix<'a> {
             start = range.end;
             (packed, range)
         })
+    }
+
+    /// Packed bytes of a row of whole groups of the 8x8 product, and the number of its first group in the tensor.
+    #[inline(always)]
+    pub(crate) fn grouped_row(&self, row: usize) -> (&'a [u8], usize) {
+        let start = self.row_start(row);
+        (get_range(self.packed, start / 2..(start + self.cols) / 2), start / GROUP_8X8)
+    }
+
+    /// The absmax of a group of the 8x8 product, by its number in the tensor.
+    #[inline(always)]
+    pub(crate) fn absmax_of_group_8x8(&self, group: usize) -> f32 {
+        self.absmax.get_inside(group >> self.groups_8x8_per_block_log2())
+    }
+
+    #[inline(always)]
+    pub(crate) fn groups_8x8_per_block_log2(&self) -> u32 {
+        self.block_size.get().trailing_zeros() - GROUP_8X8.trailing_zeros()
     }
 
     #[inline(always)]

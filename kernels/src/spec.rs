@@ -20,6 +20,18 @@ pub const CODEBOOK_I16: [i16; 16] = {
 /// What a step of [`CODEBOOK_I16`] is worth: `1 / 32767`, rounded to f32.
 pub const WEIGHT_STEP: f32 = 1.0 / 32767.0;
 
+/// The 8x8 codebook: `round(CODEBOOK[k] * 124.11)`.
+///
+/// Of all factors from 100 to 127 this one has the least error on normal weights in blocks of 64, 0.48 % of their root
+/// mean square (127: 0.61 %); `tests/codebook.rs` derives it.
+pub const CODEBOOK_I8: [i8; 16] = [-124, -86, -65, -49, -35, -23, -11, 0, 10, 20, 31, 42, 55, 70, 90, 124];
+
+/// What a step of [`CODEBOOK_I8`] is worth: `1 / 124.11`, rounded to f32.
+pub const WEIGHT_STEP_8X8: f32 = 1.0 / 124.11;
+
+/// Columns of a group of the 8x8 product, which share a scale and whose products have one exact sum.
+pub const GROUP_8X8: usize = 32;
+
 /// The sum of the eight lanes of a row, in the one order that every product uses.
 #[inline(always)]
 #[must_use]

@@ -1,6 +1,6 @@
 //! The products in float64, and how far f32 results may be from them: the bounds of `kernels/SPEC.md`, term by term.
 
-use nf4::{Activations, CODEBOOK, Nf4Matrix, spec};
+use nf4::{Activations, Activations8x8, CODEBOOK, Nf4Matrix, spec};
 
 /// Unit roundoff of f32.
 const U: f64 = 1.0 / (1 << 24) as f64;
@@ -29,6 +29,13 @@ impl Truth {
             self.bound
         );
     }
+}
+
+/// An input and what was made of it.
+struct Quantized {
+    input: f32,
+    scale: f32,
+    value: i32,
 }
 
 /// A row of weights: for each column its code and the absmax of its block.
@@ -70,20 +77,48 @@ impl Row {
 
     /// The 16x4 product.
     pub(crate) fn sixteen_by_four(&self, activations: &Activations<'_>) -> Truth {
-        let x = activations.inputs();
-        let groups = activations.scales().len();
+        let (scales, group) = (activations.scales(), activations.group());
+        let column = |c: usize| Quantized {
+            input: activations.inputs()[c],
+            scale: scales[c / group],
+            value: i32::from(activations.get(0, c).unwrap()),
+        };
+        let weight = |code: usize| f64::from(spec::CODEBOOK_I16[code]) / 32767.0;
+        let underflow = (scales.len() + 1) as f64 * 2.0_f64.powi(-130);
+        self.quantized(column, weight, scales.len() + 8, underflow)
+    }
+
+    /// The 8x8 product.
+    pub(crate) fn eight_by_eight(&self, activations: &Activations8x8<'_>) -> Truth {
+        let scales = activations.scales();
+        let column = |c: usize| Quantized {
+            input: activations.inputs()[c],
+            scale: scales[c / spec::GROUP_8X8],
+            value: i32::from(activations.get(0, c).unwrap()),
+        };
+        let weight = |code: usize| f64::from(spec::CODEBOOK_I8[code]) * f64::from(spec::WEIGHT_STEP_8X8);
+        let underflow = (scales.len() + 1) as f64 * 2.0_f64.powi(-136);
+        self.quantized(column, weight, scales.len().div_ceil(2) + 3, underflow)
+    }
+
+    /// A product of quantized activations with quantized weights; a term is rounded at most `roundings` times.
+    fn quantized(
+        &self,
+        column: impl Fn(usize) -> Quantized,
+        weight: impl Fn(usize) -> f64,
+        roundings: usize,
+        underflow: f64,
+    ) -> Truth {
+        let x: Vec<f32> = (0..self.codes.len()).map(|c| column(c).input).collect();
         let (mut quantization, mut rounding) = (0.0, 0.0);
-        for (c, (code, a, w, x)) in self.terms(x).enumerate() {
+        for (c, (code, a, w, x)) in self.terms(&x).enumerate() {
             let (a, x) = (a.abs(), x.abs());
-            let scale = f64::from(activations.scales()[c / activations.group()]);
-            let q = f64::from(activations.get(0, c).unwrap()).abs();
+            let (scale, q) = (f64::from(column(c).scale), f64::from(column(c).value.abs()));
             let step_error = if scale > 0.0 { scale * (0.5 + 2.0_f64.powi(-100)) + 8.0 * U * x } else { x };
-            let weight = f64::from(spec::CODEBOOK_I16[code]) / 32767.0;
-            quantization += a * (w.abs() * step_error + (weight - w).abs() * (x + step_error));
-            rounding += a * weight.abs() * scale * q;
+            quantization += a * (w.abs() * step_error + (weight(code) - w).abs() * (x + step_error));
+            rounding += a * weight(code).abs() * scale * q;
         }
-        let underflow = (groups + 1) as f64 * 2.0_f64.powi(-130);
-        Truth { value: self.exact(x), bound: quantization + gamma(groups + 8) * rounding + underflow }
+        Truth { value: self.exact(&x), bound: quantization + gamma(roundings) * rounding + underflow }
     }
 
     /// The f32 product.

@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 use nf4::{
-    Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NESTED_BLOCK, NestedAbsmax, Nf4Matrix, bf16, f16,
+    Absmax, Activations, Activations8x8, BlockSize, DYNAMIC_MAP, Float, Kernels, NESTED_BLOCK, NestedAbsmax, Nf4Matrix,
+    bf16, f16,
 };
 
 use crate::generator::Generator;
@@ -108,7 +109,16 @@ impl Case {
             let mut columns = vec![0.0; cols];
             kernels.gemv_transposed_f32(&matrix, &y, &mut columns)?;
             results.push(("transposed f32 product", bits(&columns).collect()));
+            let (mut bytes, mut byte_scales) = (
+                vec![0; batch * Activations8x8::values_len(cols)],
+                vec![0.0; batch * Activations8x8::scales_len(cols)],
+            );
+            let many = kernels.quantize_activations_8x8_batch(&inputs, cols, &mut bytes, &mut byte_scales)?;
+            kernels.gemv_8x8(&matrix, &many.vector(0), &mut y)?;
+            results.push(("8x8 product", bits(&y).collect()));
             let mut y = vec![0.0; batch * rows];
+            kernels.gemm_8x8(&matrix, &many, &mut y)?;
+            results.push(("8x8 product of a batch", bits(&y).collect()));
             let many = kernels.quantize_activations_batch(&inputs, cols, block_size, &mut values, &mut scales)?;
             kernels.gemm(&matrix, &many, &mut y)?;
             results.push(("16x4 product of a batch", bits(&y).collect()));
@@ -144,7 +154,7 @@ mod tests {
         for kernels in Kernels::available() {
             let ours = case.run(kernels).unwrap();
             assert_eq!(different(&ours, &expected).count(), 0);
-            assert_eq!(ours.len(), 20);
+            assert_eq!(ours.len(), 24);
             for changed in 0..ours.len() {
                 let mut ours = ours.clone();
                 let last = ours[changed].1.last_mut().unwrap();
@@ -154,7 +164,7 @@ mod tests {
         }
         // Results depend on the inputs: another seed gives others, in every operation.
         let other = Case { seed: 4, ..case }.run(Kernels::scalar()).unwrap();
-        assert_eq!(different(&other, &expected).count(), 20);
+        assert_eq!(different(&other, &expected).count(), 24);
         assert!(differences(Kernels::detect(), 0, 10).unwrap().is_empty());
     }
 }

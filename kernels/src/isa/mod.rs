@@ -10,6 +10,7 @@
 //! | `dequantize` | `simd/dequantize.rs` | `conversions.rs`: `book`, `decode` |
 //! | `quantize_activations` | `simd/activations.rs` | `conversions.rs`: `widen`, `arrange_i16` |
 //! | `gemv`, `gemm` (16x4) | `simd/product_16x4.rs` | `steps_16x4.rs`: `add_span` |
+//! | `gemv_8x8`, `gemm_8x8`, `quantize_activations_8x8` | `scalar_8x8.rs`, one for all | |
 //! | `gemv_f32`, `gemm_f32`, `gemv_transposed_f32` | `simd/product_f32.rs` | `steps_f32.rs` |
 //! | `gemv_dense` | `simd/product_dense.rs` | `conversions.rs`: `widen`; `add`, `mul` |
 //! | `mean`, `quantize_absmax` | `double_quant.rs`, one for all | |
@@ -25,6 +26,7 @@ use cfg_if::cfg_if;
 #[cfg(all(test, target_arch = "x86_64", target_feature = "sse2"))]
 mod environment;
 mod scalar;
+mod scalar_8x8;
 mod table;
 
 pub(crate) use scalar::store_dense;

@@ -3,6 +3,7 @@
 //! The last block of a tensor if it is partial, blocks that straddle rows and rests shorter than a register are handled
 //! here for every instruction set.
 
+use super::scalar_8x8;
 use super::table::{FloatTable, Isa, Table};
 use crate::activations::{ACTIVATION_MAX, Activations};
 use crate::double_quant;
@@ -24,6 +25,10 @@ pub(super) static TABLE: Table = Table {
     quantize_activations,
     gemv,
     gemm,
+    slots_8x8: scalar_8x8::SLOTS,
+    quantize_activations_8x8: scalar_8x8::quantize_activations,
+    gemv_8x8: scalar_8x8::gemv,
+    gemm_8x8: scalar_8x8::gemm,
     gemv_f32,
     gemm_f32,
     gemv_transposed_f32,
@@ -35,7 +40,7 @@ const fn floats<T: Float>() -> FloatTable<T> {
 }
 
 /// Activations stand in the order of the columns: a byte's two weights meet two adjacent ones.
-static SLOTS: [u8; SPAN] = {
+pub(super) static SLOTS: [u8; SPAN] = {
     let mut slots = [0; SPAN];
     let mut column = 0;
     while column < SPAN {
@@ -115,10 +120,13 @@ fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i16], scales
         for (g, (inputs, scale)) in inputs.chunks(group).zip(scales).enumerate() {
             let bits = inputs.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
             let factor;
-            (*scale, factor) = activation_scale(f32::from_bits(bits));
+            (*scale, factor) = activation_scale(f32::from_bits(bits), f32::from(ACTIVATION_MAX));
             if factor > 0.0 {
                 for (x, value) in inputs.iter().zip(values.iter_mut().skip(g * group)) {
-                    *value = round_to_i16(x * factor);
+                    #[allow(clippy::cast_possible_truncation, reason = "|x| <= 8191, so the low 16 bits hold it")]
+                    {
+                        *value = round_to_bits(x * factor) as i16;
+                    }
                 }
             }
         }
@@ -126,10 +134,9 @@ fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i16], scales
 }
 
 /// Scale of a group and factor that its inputs are multiplied by (0: all values are 0), from the largest absolute
-/// input.
+/// input and the largest value.
 #[inline(always)]
-pub(super) fn activation_scale(largest: f32) -> (f32, f32) {
-    let max = f32::from(ACTIVATION_MAX);
+pub(super) fn activation_scale(largest: f32, max: f32) -> (f32, f32) {
     let factor = max / largest;
     if !largest.is_finite() {
         (f32::NAN, 0.0)
@@ -140,15 +147,12 @@ pub(super) fn activation_scale(largest: f32) -> (f32, f32) {
     }
 }
 
-/// Nearest integer, ties to even, of `|x| < 2^22`: adding 1.5 * 2^23 leaves the integer in the low bits of the
+/// Nearest integer, ties to even, of `|x| < 2^22`, in the low bits: adding 1.5 * 2^23 leaves it in the low bits of the
 /// mantissa.
 #[inline(always)]
-fn round_to_i16(x: f32) -> i16 {
+pub(super) fn round_to_bits(x: f32) -> u32 {
     const MAGIC: f32 = 12_582_912.0;
-    #[allow(clippy::cast_possible_truncation, reason = "|x| <= 8191, so the low 16 bits hold it")]
-    {
-        (x + MAGIC).to_bits() as i16
-    }
+    (x + MAGIC).to_bits()
 }
 
 /// The 16x4 product.

@@ -4,7 +4,7 @@ use core::fmt;
 
 use half::{bf16, f16};
 
-use crate::activations::Activations;
+use crate::activations::{Activations, Activations8x8};
 use crate::float::sealed::PerFloat;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
@@ -73,6 +73,13 @@ pub(crate) struct Table {
     pub gemv: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]),
     /// As `gemv`, for any batch; `out` is `[rows, batch]`.
     pub gemm: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]),
+    /// As `slots`, of the values of [`Activations8x8`].
+    pub slots_8x8: &'static [u8; SPAN],
+    pub quantize_activations_8x8: unsafe fn(inputs: &[f32], values: &mut [i8], scales: &mut [f32]),
+    /// Only for matrices whose rows are whole groups, and which have columns.
+    pub gemv_8x8: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]),
+    /// As `gemv_8x8`, for any batch; `out` is `[rows, batch]`.
+    pub gemm_8x8: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]),
     pub gemv_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
     /// `inputs` is `[batch, cols]` with `cols > 0`, `out` `[rows, batch]`.
     pub gemm_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),

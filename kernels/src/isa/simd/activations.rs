@@ -1,6 +1,7 @@
 //! Inputs of the 16x4 product.
 
 use super::steps::{Floats, Steps};
+use crate::activations::ACTIVATION_MAX;
 use crate::isa::scalar;
 use crate::spec::SPAN;
 
@@ -30,7 +31,8 @@ pub(in crate::isa) fn quantize_activations<S: Floats>(
                 largest = steps.max_abs(largest, steps.load(x));
             }
             let factor;
-            (*scale, factor) = scalar::activation_scale(f32::from_bits(steps.largest_bits(largest)));
+            (*scale, factor) =
+                scalar::activation_scale(f32::from_bits(steps.largest_bits(largest)), f32::from(ACTIVATION_MAX));
             if factor > 0.0 {
                 let factor = steps.splat(factor);
                 for (x, scaled) in inputs.iter().zip(scaled) {

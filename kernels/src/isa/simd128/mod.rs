@@ -33,6 +33,7 @@ mod steps_f32;
 
 use core::arch::wasm32::v128;
 
+use super::scalar;
 use super::table::{Isa, Table};
 use crate::double_quant;
 use crate::spec::SPAN;
@@ -48,6 +49,10 @@ pub(super) static TABLE: Table = Table {
     quantize_activations: entries::quantize_activations,
     gemv: entries::gemv,
     gemm: entries::gemm,
+    slots_8x8: scalar::TABLE.slots_8x8,
+    quantize_activations_8x8: scalar::TABLE.quantize_activations_8x8,
+    gemv_8x8: scalar::TABLE.gemv_8x8,
+    gemm_8x8: scalar::TABLE.gemm_8x8,
     gemv_f32: entries::gemv_f32,
     gemm_f32: entries::gemm_f32,
     gemv_transposed_f32: entries::gemv_transposed_f32,

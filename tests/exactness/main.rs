@@ -4,11 +4,13 @@
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "shapes are small, and tests panic")]
 
-#[path = "support/generator.rs"]
+#[path = "../support/generator.rs"]
 mod generator;
 #[allow(dead_code, reason = "only products of exact inputs are tested")]
-#[path = "support/truth.rs"]
+#[path = "../support/truth.rs"]
 mod truth;
+
+mod eight_by_eight;
 
 use generator::Generator;
 use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, bf16, f16, spec};

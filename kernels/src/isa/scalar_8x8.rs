@@ -1,0 +1,80 @@
+//! The portable 8x8 product.
+
+use super::scalar;
+use super::scalar::{activation_scale, add_scaled, round_to_bits};
+use crate::activations::{ACTIVATION_MAX_8X8, Activations8x8};
+use crate::format::canonical;
+use crate::matrix::Nf4Matrix;
+use crate::spec::{CODEBOOK_I8, GROUP_8X8, SPAN, WEIGHT_STEP_8X8};
+
+/// Activations stand in the order of the columns.
+pub(super) static SLOTS: &[u8; SPAN] = &scalar::SLOTS;
+
+/// Quantizes inputs in groups, in the order of the columns.
+pub(super) fn quantize_activations(inputs: &[f32], values: &mut [i8], scales: &mut [f32]) {
+    let (groups, _) = inputs.as_chunks::<GROUP_8X8>();
+    let (values, padding) = values.as_chunks_mut::<GROUP_8X8>().0.split_at_mut(groups.len());
+    padding.iter_mut().for_each(|values| *values = [0; GROUP_8X8]);
+    for ((inputs, values), scale) in groups.iter().zip(values).zip(scales) {
+        let bits = inputs.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
+        let factor;
+        (*scale, factor) = activation_scale(f32::from_bits(bits), f32::from(ACTIVATION_MAX_8X8));
+        *values = [0; GROUP_8X8];
+        if factor > 0.0 {
+            for (x, value) in inputs.iter().zip(values) {
+                #[allow(clippy::cast_possible_truncation, reason = "|x| <= 127, so the low 8 bits hold it")]
+                {
+                    *value = round_to_bits(x * factor) as i8;
+                }
+            }
+        }
+    }
+}
+
+/// The 8x8 product.
+pub(super) fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    for (row, out) in out.iter_mut().enumerate() {
+        *out = dot(matrix, row, activations);
+    }
+}
+
+/// The 8x8 product of a batch.
+pub(super) fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    for (row, out) in out.chunks_exact_mut(activations.batch()).enumerate() {
+        for (n, out) in out.iter_mut().enumerate() {
+            *out = dot(matrix, row, &activations.vector(n));
+        }
+    }
+}
+
+/// The 8x8 product of a row and a vector.
+fn dot(matrix: &Nf4Matrix<'_>, row: usize, activations: &Activations8x8<'_>) -> f32 {
+    let (packed, first_group) = matrix.grouped_row(row);
+    let (bytes, _) = packed.as_chunks::<{ GROUP_8X8 / 2 }>();
+    let (values, _) = activations.values().as_chunks::<GROUP_8X8>();
+    let mut sums = [0.0; 2];
+    for (group, ((bytes, values), scale)) in bytes.iter().zip(values).zip(activations.scales()).enumerate() {
+        let factor = matrix.absmax_of_group_8x8(first_group + group) * scale;
+        let sum = &mut sums[group % 2];
+        *sum = add_scaled(*sum, group_sum(bytes, values), factor);
+    }
+    result(sums)
+}
+
+/// The output of a row, from the sums of its even and of its odd groups.
+#[inline(always)]
+pub(super) fn result([even, odd]: [f32; 2]) -> f32 {
+    canonical((even + odd) * WEIGHT_STEP_8X8)
+}
+
+/// The exact sum of the products of a group.
+#[inline(always)]
+fn group_sum(bytes: &[u8; GROUP_8X8 / 2], values: &[i8; GROUP_8X8]) -> i32 {
+    let (values, _) = values.as_chunks::<2>();
+    let weight = |code: u8| i32::from(CODEBOOK_I8[usize::from(code)]);
+    let products = bytes
+        .iter()
+        .zip(values)
+        .map(|(byte, [even, odd])| weight(byte >> 4) * i32::from(*even) + weight(byte & 15) * i32::from(*odd));
+    products.sum()
+}

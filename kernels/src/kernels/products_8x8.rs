@@ -1,0 +1,137 @@
+//! The 8x8 product: activations of 8 bits, quantized and multiplied.
+
+use super::{Kernels, check_batch_outputs};
+use crate::activations::Activations8x8;
+use crate::error::{ShapeError, check_len};
+use crate::matrix::Nf4Matrix;
+
+/// The 8x8 product, for speed where 8 bits are precise enough: on CPUs with dot products of 8-bit integers it is the
+/// fastest one. [`Self::gemv`] is the precise one.
+///
+/// ```
+/// use nf4_kernels::{Absmax, Activations8x8, BlockSize, Kernels, Nf4Matrix};
+/// let kernels = Kernels::detect();
+/// let (rows, cols, block) = (3, 128, BlockSize::B64);
+/// let weights: Vec<f32> = (0..rows * cols).map(|i| (i as f32 * 0.7).sin()).collect();
+/// let x: Vec<f32> = (0..cols).map(|i| (i as f32 * 0.3).cos()).collect();
+/// let (mut packed, mut absmax) = (vec![0; rows * cols / 2], vec![0.0; block.blocks(rows * cols)]);
+/// kernels.quantize(&weights, block, &mut packed, &mut absmax)?;
+/// let matrix = Nf4Matrix::new(&packed, Absmax::Plain(&absmax), rows, cols, block)?;
+///
+/// let mut values = vec![0; Activations8x8::values_len(cols)];
+/// let mut scales = vec![0.0; Activations8x8::scales_len(cols)];
+/// let activations = kernels.quantize_activations_8x8(&x, &mut values, &mut scales)?;
+/// let mut y = [0.0; 3];
+/// kernels.gemv_8x8(&matrix, &activations, &mut y)?;
+/// # let mut z = [0.0; 3];
+/// # kernels.gemv_f32(&matrix, &x, &mut z)?;
+/// # assert!(y.iter().zip(z).all(|(y, z)| (y - z).abs() < 0.2), "{y:?} {z:?}");
+/// # Ok::<(), nf4_kernels::ShapeError>(())
+/// ```
+impl Kernels {
+    /// Quantizes a vector for [`Self::gemv_8x8`] in the caller's buffers.
+    ///
+    /// The lengths of `values` and `scales` are [`Activations8x8::values_len`] and [`Activations8x8::scales_len`]. The
+    /// result serves matrices of every block size. A group with a NaN or infinity gets the scale NaN: every output is
+    /// then NaN.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if a buffer has the wrong length.
+    pub fn quantize_activations_8x8<'a>(
+        &self,
+        inputs: &'a [f32],
+        values: &'a mut [i8],
+        scales: &'a mut [f32],
+    ) -> Result<Activations8x8<'a>, ShapeError> {
+        self.quantize_activations_8x8_batch(inputs, inputs.len(), values, scales)
+    }
+
+    /// Quantizes a batch of vectors, `inputs` `[batch, cols]`, for [`Self::gemm_8x8`]: each as
+    /// [`Self::quantize_activations_8x8`] does.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `inputs` does not hold whole vectors, or if `values` or `scales` does not have `batch`
+    /// times the length that one vector needs.
+    pub fn quantize_activations_8x8_batch<'a>(
+        &self,
+        inputs: &'a [f32],
+        cols: usize,
+        values: &'a mut [i8],
+        scales: &'a mut [f32],
+    ) -> Result<Activations8x8<'a>, ShapeError> {
+        let slots = self.table.slots_8x8;
+        Activations8x8::new(inputs, cols, values, scales, slots)?;
+        let (values_len, scales_len) = (Activations8x8::values_len(cols), Activations8x8::scales_len(cols));
+        // One of them is 0 only if all are; the compiler needs to hear it to drop the panics of `chunks`.
+        if cols > 0 && values_len > 0 && scales_len > 0 {
+            let vectors = inputs.chunks(cols).zip(values.chunks_mut(values_len)).zip(scales.chunks_mut(scales_len));
+            for ((inputs, values), scales) in vectors {
+                // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+                unsafe { (self.table.quantize_activations_8x8)(inputs, values, scales) };
+            }
+        }
+        Activations8x8::new(inputs, cols, values, scales, slots)
+    }
+
+    /// The 8x8 product `out = W x`; see [`crate::spec`] for every bit of it and for its error bound.
+    ///
+    /// Matrices whose number of columns is not a multiple of 32 are multiplied as by [`Self::gemv_f32`]. All others are
+    /// multiplied at full speed, whether blocks straddle rows or not.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `activations` does not have `cols` inputs or `out` not `rows` elements;
+    /// [`ShapeError::Order`] if the activations were quantized by the kernels of another instruction set.
+    pub fn gemv_8x8(
+        &self,
+        matrix: &Nf4Matrix<'_>,
+        activations: &Activations8x8<'_>,
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        check_len("activations", matrix.cols(), activations.cols())?;
+        if matrix.cols() > 0 {
+            check_len("vectors of the batch", 1, activations.batch())?;
+        }
+        if !matrix.has_whole_groups() {
+            return self.gemv_f32(matrix, activations.inputs(), out);
+        }
+        check_len("outputs", matrix.rows(), out.len())?;
+        activations.check_order(self.table.slots_8x8)?;
+        if matrix.cols() == 0 {
+            out.fill(0.0);
+        } else {
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            unsafe { (self.table.gemv_8x8)(matrix, activations, out) };
+        }
+        Ok(())
+    }
+
+    /// The 8x8 product of a batch of vectors. Every output has the bits that [`Self::gemv_8x8`] gives for its row and
+    /// vector, whatever the batch.
+    ///
+    /// `out` is `[rows, batch]`, as in [`Self::gemm`]. Up to 100 KB of stack hold what a tile needs.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if the activations do not have `cols` inputs or `out` not `rows * batch` elements;
+    /// [`ShapeError::Order`] if the activations were quantized by the kernels of another instruction set.
+    pub fn gemm_8x8(
+        &self,
+        matrix: &Nf4Matrix<'_>,
+        activations: &Activations8x8<'_>,
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        check_len("activations", matrix.cols(), activations.cols())?;
+        if !matrix.has_whole_groups() {
+            return self.gemm_f32(matrix, activations.inputs(), out);
+        }
+        check_batch_outputs(matrix, activations.batch(), out)?;
+        activations.check_order(self.table.slots_8x8)?;
+        match activations.batch() {
+            0 => {}
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            1 => unsafe { (self.table.gemv_8x8)(matrix, activations, out) },
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            _ => unsafe { (self.table.gemm_8x8)(matrix, activations, out) },
+        }
+        Ok(())
+    }
+}
