@@ -9,7 +9,7 @@ use alloc::sync::Arc;
 use core::fmt;
 use core::ops::Range;
 
-use nf4_kernels::{Activations, BlockSize, Float, Kernels, Nf4Matrix, ShapeError, spec::ROW_CHUNK};
+use nf4_kernels::{Activations, Activations8x8, BlockSize, Float, Kernels, Nf4Matrix, ShapeError, spec::ROW_CHUNK};
 
 use crate::buffer::zeros;
 use crate::error::Error;
@@ -93,6 +93,8 @@ const LEAST: usize = 1 << 21;
 /// What other operations cost per weight, or per weight and vector, by the same measurement.
 pub(crate) mod cost {
     pub(crate) const PRODUCT_16X4: usize = 1;
+    /// 8x8 takes less where the CPU has dot products, which the threshold does not know.
+    pub(crate) const PRODUCT_8X8: usize = 1;
     pub(crate) const PRODUCT_F32: usize = 2;
     pub(crate) const TRANSPOSED: usize = 3;
     pub(crate) const DEQUANTIZE: usize = 3;
@@ -227,6 +229,17 @@ impl Executor {
     pub(crate) fn gemm(&self, m: &Nf4Matrix<'_>, x: &Activations<'_>, out: &mut [f32]) -> Result<(), ShapeError> {
         let run = |rows, out: &mut [f32]| self.kernels.gemm(&m.row_range(rows)?, x, out);
         self.by_rows(work(m, x.batch(), cost::PRODUCT_16X4), 0..m.rows(), x.batch(), out, &run)
+    }
+
+    /// [`Kernels::gemm_8x8`].
+    pub(crate) fn gemm_8x8(
+        &self,
+        m: &Nf4Matrix<'_>,
+        x: &Activations8x8<'_>,
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        let run = |rows, out: &mut [f32]| self.kernels.gemm_8x8(&m.row_range(rows)?, x, out);
+        self.by_rows(work(m, x.batch(), cost::PRODUCT_8X8), 0..m.rows(), x.batch(), out, &run)
     }
 
     /// [`Kernels::gemm_f32`].

@@ -46,7 +46,9 @@ fn forwards_into_buffers_allocate_nothing() {
     for kernels in Kernels::available() {
         println!("instruction set: {}", kernels.isa());
         for shape @ [d_out, d_in] in SHAPES {
-            for (double_quant, arithmetic) in [(false, Arithmetic::SixteenByFour), (true, Arithmetic::F32)] {
+            for (double_quant, arithmetic) in
+                [(false, Arithmetic::SixteenByFour), (true, Arithmetic::EightByEight), (true, Arithmetic::F32)]
+            {
                 let layer = QLoRALayer::from_parts(base(shape, double_quant), adapter(shape, RANK)).unwrap();
                 let layer = layer.with_bias(values(d_out)).unwrap();
                 let layer = layer.with_kernels(kernels).with_arithmetic(arithmetic);

@@ -134,7 +134,7 @@ fn work(layer: &QLoRALayer, scratch: &mut Scratch, n: usize, i: usize) -> Vec<u3
 
 #[test]
 fn threads_that_share_a_layer_get_the_bits_of_one() {
-    for arithmetic in [Arithmetic::SixteenByFour, Arithmetic::F32] {
+    for arithmetic in Arithmetic::ALL {
         let layer = Arc::new(layer(arithmetic));
         let start = Arc::new(Barrier::new(THREADS));
         let run = |layer: &QLoRALayer, n| {

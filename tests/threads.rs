@@ -104,7 +104,11 @@ impl Threads for Careless {
 
 #[test]
 fn any_pool_gives_the_bits_of_one_thread() {
-    for (block_size, arithmetic) in [(BlockSize::B64, Arithmetic::SixteenByFour), (BlockSize::B128, Arithmetic::F32)] {
+    for (block_size, arithmetic) in [
+        (BlockSize::B64, Arithmetic::SixteenByFour),
+        (BlockSize::B64, Arithmetic::EightByEight),
+        (BlockSize::B128, Arithmetic::F32),
+    ] {
         let one = Spawn::new(1);
         let expected = results(block_size, arithmetic, Some(one.clone()));
         assert_eq!(one.splits.load(Ordering::Relaxed), 0);

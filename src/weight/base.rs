@@ -73,6 +73,9 @@ impl<'a> Base<'a> {
         match &self.weight {
             _ if self.d_in == 0 => y.fill(0.0),
             Weight::Packed(weight, Arithmetic::SixteenByFour) => self.executor.gemm(weight, x.activations()?, y)?,
+            Weight::Packed(weight, Arithmetic::EightByEight) => {
+                self.executor.gemm_8x8(weight, x.activations_8x8()?, y)?;
+            }
             Weight::Packed(weight, Arithmetic::F32) => self.executor.gemm_f32(weight, x.all(), y)?,
             Weight::Dense(weight) => self.kernels().gemm_dense(weight, x.all(), x.batch(), y)?,
         }

@@ -20,6 +20,8 @@ fn a_batch_has_the_bits_of_single_vectors() {
             (BlockSize::B64, Arithmetic::SixteenByFour, 5),
             (BlockSize::B32, Arithmetic::SixteenByFour, 2),
             (BlockSize::B128, Arithmetic::SixteenByFour, 133),
+            (BlockSize::B64, Arithmetic::EightByEight, 7),
+            (BlockSize::B256, Arithmetic::EightByEight, 70),
             (BlockSize::B64, Arithmetic::F32, 3),
             (BlockSize::B32, Arithmetic::F32, 70),
         ] {
@@ -42,7 +44,7 @@ fn a_batch_has_the_bits_of_single_vectors() {
 
 #[test]
 fn a_bad_vector_leaves_its_neighbours_alone() {
-    for arithmetic in [Arithmetic::SixteenByFour, Arithmetic::F32] {
+    for arithmetic in Arithmetic::ALL {
         let mut layer = layer(5, 128, 3, BlockSize::B64, false).with_arithmetic(arithmetic);
         for k in all_kernels() {
             layer = layer.with_kernels(k);
@@ -62,8 +64,8 @@ fn a_scratch_serves_smaller_batches_and_leaves_nothing_behind() {
     let layer = layer(150, 128, 3, BlockSize::B64, false);
     let mut scratch = layer.scratch(9);
     assert_eq!(scratch.memory_bytes(), Scratch::bytes(150, 128, BlockSize::B64, 3, 9));
-    // As documented: 4 + 2 bytes for each of 128 inputs, 4 for each of 2 groups, of 3 ranks and of 150 outputs; 9 times.
-    assert_eq!(scratch.memory_bytes(), 9 * (6 * 128 + 4 * (2 + 3 + 150)));
+    // As documented: 4 + 2 bytes for each of 128 inputs, 4 for each of 4 groups, of 3 ranks and of 150 outputs; 9 times.
+    assert_eq!(scratch.memory_bytes(), 9 * (6 * 128 + 4 * (4 + 3 + 150)));
     for batch in [9, 2, 1, 0, 8] {
         let x = normal(batch * 128, 1.0, 4);
         let mut y = vec![f32::NAN; batch * 150];
@@ -76,7 +78,7 @@ fn a_scratch_serves_smaller_batches_and_leaves_nothing_behind() {
 /// Inputs and outputs of any two types: what f32 gives for the converted inputs, rounded once.
 fn check_types<X: Float, Y: Float>() {
     for (d_out, d_in, rank) in SHAPES {
-        for arithmetic in [Arithmetic::SixteenByFour, Arithmetic::F32] {
+        for arithmetic in Arithmetic::ALL {
             let layer = layer(d_out, d_in, rank, BlockSize::B64, true).with_arithmetic(arithmetic);
             let layer = layer.with_bias(normal(d_out, 0.1, 5)).unwrap();
             for batch in [1, 3] {

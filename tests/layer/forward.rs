@@ -36,7 +36,7 @@ fn forward_is_near_f64_with_the_same_bits_on_every_instruction_set() {
                     layer = layer.with_bias(normal(d_out, 0.3, 5)).unwrap();
                 }
                 let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
-                for arithmetic in [Arithmetic::SixteenByFour, Arithmetic::F32] {
+                for arithmetic in Arithmetic::ALL {
                     let name = format!("{name}, {arithmetic:?}");
                     layer = layer.with_arithmetic(arithmetic);
                     let expected = layer.forward(&x);
@@ -89,14 +89,14 @@ fn one_scratch_serves_layers_of_every_shape() {
         layer.forward_into(x.data(), &mut scratch, &mut y).unwrap();
         assert_eq!(bits(&y), bits(layer.forward(&x).data()), "{d_out}x{d_in}, rank {rank}");
     }
-    // As documented: 4 + 2 bytes for each of 8192 inputs, 4 for each of 128 groups, of 100 ranks and of 261 outputs.
-    assert_eq!(scratch.memory_bytes(), 6 * 8192 + 4 * (128 + 100 + 261));
+    // As documented: 4 + 2 bytes for each of 8192 inputs, 4 for each of 256 groups, of 100 ranks and of 261 outputs.
+    assert_eq!(scratch.memory_bytes(), 6 * 8192 + 4 * (256 + 100 + 261));
 }
 
 #[test]
 fn layers_without_inputs_or_outputs() {
     for (d_out, d_in) in [(0, 64), (4, 0), (0, 0)] {
-        for arithmetic in [Arithmetic::SixteenByFour, Arithmetic::F32] {
+        for arithmetic in Arithmetic::ALL {
             for double_quant in [false, true] {
                 let layer = layer(d_out, d_in, 2, BlockSize::B64, double_quant).with_arithmetic(arithmetic);
                 assert_eq!(layer.forward(&Tensor::zeros(d_in, false)).data(), vec![0.0; d_out]);
@@ -112,7 +112,7 @@ fn layers_without_inputs_or_outputs() {
 }
 
 #[test]
-fn the_f32_arithmetic_is_the_more_precise() {
+fn every_arithmetic_has_its_precision() {
     let (d_out, d_in) = (64, 1024);
     let mut layer = layer(d_out, d_in, 4, BlockSize::B64, true);
     let x = Tensor::from_vec(normal(d_in, 1.0, 4), false);
@@ -123,9 +123,9 @@ fn the_f32_arithmetic_is_the_more_precise() {
         let errors = y.data().iter().zip(&exact).map(|(y, e)| (f64::from(*y) - e.exact).abs());
         errors.reduce(f64::max).unwrap()
     };
-    let (coarse, fine) = (largest_error(Arithmetic::SixteenByFour), largest_error(Arithmetic::F32));
-    // An input of magnitude 1 is kept to 2^-14 by the one and to 2^-24 by the other.
-    assert!(fine * 10.0 < coarse, "16x4 {coarse}, f32 {fine}");
+    let [coarse, coarsest, fine] = Arithmetic::ALL.map(&mut largest_error);
+    // An input of magnitude 1 is kept to 2^-14, 2^-8 and 2^-24.
+    assert!(fine * 10.0 < coarse && coarse * 10.0 < coarsest, "16x4 {coarse}, 8x8 {coarsest}, f32 {fine}");
 }
 
 #[test]

@@ -46,7 +46,7 @@ fn base_only(d_out: usize, d_in: usize) -> QLoRALayer {
 fn a_vector_has_the_bits_of_a_layer_with_its_adapter_alone() {
     let kernels = all_kernels();
     for (d_out, d_in) in [(5, 64), (3, 33), (150, 256), (1, 1)] {
-        for arithmetic in [Arithmetic::SixteenByFour, Arithmetic::F32] {
+        for arithmetic in Arithmetic::ALL {
             let mut layer = multi(d_out, d_in).with_arithmetic(arithmetic);
             let choice = [Some("code"), None, Some("support"), Some("code"), Some("zz"), None, Some("code-2")];
             let x = Tensor::from_vec(normal(choice.len() * d_in, 1.0, 6), false);

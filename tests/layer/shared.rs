@@ -180,7 +180,7 @@ fn an_owner_that_breaks_its_word_causes_errors_and_no_panic() {
 fn shared_inputs_give_the_bits_of_a_forward() {
     for k in all_kernels() {
         for (d_in, arithmetic) in
-            [(D_IN, Arithmetic::SixteenByFour), (D_IN, Arithmetic::F32), (96, Arithmetic::default())]
+            Arithmetic::ALL.into_iter().flat_map(|arithmetic| [D_IN, 96, 40].map(|d_in| (d_in, arithmetic)))
         {
             // One group, several block sizes and numbers of outputs.
             let layers: Vec<_> = [(40, 4, BlockSize::B64), (1, 2, BlockSize::B128), (130, 9, BlockSize::B4096)]
@@ -248,6 +248,16 @@ fn inputs_of_another_layer_that_do_not_fit_are_errors() {
     let unquantized = floats.quantize_inputs(&[0.5; 64], &mut buffers).unwrap();
     let arithmetic = "the inputs were quantized for the f32 arithmetic, but the layer uses 16x4";
     assert_eq!(message(prepared.clone(), &unquantized), arithmetic);
+    let coarse = prepared.clone().with_arithmetic(Arithmetic::EightByEight);
+    let bytes = coarse.quantize_inputs(&[0.5; 64], &mut buffers).unwrap();
+    let arithmetic = "the inputs were quantized for the 8x8 arithmetic, but the layer uses 16x4";
+    assert_eq!(message(prepared.clone(), &bytes), arithmetic);
+    // They do not depend on the block size.
+    let mut y = [[0.0; 3]; 2];
+    let other = layer(3, 64, 1, BlockSize::B32, false).with_arithmetic(Arithmetic::EightByEight);
+    other.forward_shared(&bytes, &mut other.scratch(1), &mut y[0]).unwrap();
+    other.forward_into(&[0.5; 64], &mut other.scratch(1), &mut y[1]).unwrap();
+    assert_eq!(bits(&y[0]), bits(&y[1]));
 
     // Other kernels have the same bits, or refuse what is in another order.
     for [one, other] in all_kernels().iter().flat_map(|a| all_kernels().into_iter().map(|b| [*a, b])) {

@@ -4,7 +4,7 @@
 #[path = "../support/truth.rs"]
 pub(crate) mod products;
 
-use nf4::{Activations, Arithmetic, Kernels, LoRAAdapter, QLoRALayer};
+use nf4::{Activations, Activations8x8, Arithmetic, Kernels, LoRAAdapter, QLoRALayer};
 use products::{Row, Truth};
 
 /// The unit roundoff of f32.
@@ -34,18 +34,23 @@ impl From<Truth> for Output {
     }
 }
 
-/// `W x`, by 16x4 if blocks are aligned with rows and that arithmetic was not turned off, and in f32 otherwise.
+/// `W x` in the arithmetic of the layer where it applies: 16x4 if blocks are aligned with rows, 8x8 if rows are whole
+/// groups. Otherwise in f32.
 fn base_product(layer: &QLoRALayer, x: &[f32]) -> Vec<Output> {
     let base = layer.base_weight_quantized();
     let (view, block_size) = (base.view(), base.block_size());
     let mut values = vec![0; Activations::values_len(x.len(), block_size)];
     let mut scales = vec![0.0; Activations::scales_len(x.len(), block_size)];
     let activations = Kernels::scalar().quantize_activations(x, block_size, &mut values, &mut scales).unwrap();
-    let sixteen_by_four = view.is_row_aligned() && layer.arithmetic() == Arithmetic::SixteenByFour;
-    (0..base.rows())
-        .map(|r| Row::of(&view, base.packed(), r))
-        .map(|row| if sixteen_by_four { row.sixteen_by_four(&activations) } else { row.f32(x) }.into())
-        .collect()
+    let mut bytes = vec![0; Activations8x8::values_len(x.len())];
+    let mut byte_scales = vec![0.0; Activations8x8::scales_len(x.len())];
+    let activations_8x8 = Kernels::scalar().quantize_activations_8x8(x, &mut bytes, &mut byte_scales).unwrap();
+    let product = |row: Row| match layer.arithmetic() {
+        Arithmetic::SixteenByFour if view.is_row_aligned() => row.sixteen_by_four(&activations),
+        Arithmetic::EightByEight if x.len().is_multiple_of(32) => row.eight_by_eight(&activations_8x8),
+        _ => row.f32(x),
+    };
+    (0..base.rows()).map(|r| product(Row::of(&view, base.packed(), r)).into()).collect()
 }
 
 /// Adds `scale * B (A x)`: the dense products, then one rounding of the product with the scale, and one of the sum.
