@@ -5,12 +5,12 @@
 
 #[path = "support/generator.rs"]
 mod generator;
-#[allow(dead_code, reason = "only the bound of the dense product is used")]
+#[allow(dead_code, reason = "only the bounds of dense products are used")]
 #[path = "support/truth.rs"]
 mod truth;
 
 use generator::Generator;
-use nf4::{Float, Kernels, bf16, f16};
+use nf4::{Float, Kernels, bf16, f16, spec};
 
 /// Rows x columns: none, one, tiles of four rows and rests of them, registers of eight columns and rests of them, and rows
 /// longer than what is prefetched.
@@ -102,6 +102,50 @@ fn products_with_f16() {
 #[test]
 fn products_with_bf16() {
     check::<bf16>("bf16");
+}
+
+/// The definition of the transposed product, added to what was there.
+fn transposed(a: &[f32], cols: usize, c: usize, x: &[f32], before: f32) -> f32 {
+    let mut out = before;
+    for (a, x) in a.chunks(spec::ROW_CHUNK * cols).zip(x.chunks(spec::ROW_CHUNK)) {
+        let mut sum = 0.0;
+        for (a, x) in a.chunks(4 * cols).zip(x.chunks(4)) {
+            let p = |r: usize| x.get(r).map_or(0.0, |x| a[r * cols + c] * x);
+            sum += (p(0) + p(1)) + (p(2) + p(3));
+        }
+        out += sum;
+    }
+    out
+}
+
+#[test]
+fn transposed_products() {
+    for k in Kernels::available() {
+        let mut g = Generator(8);
+        let mut cases = 0;
+        for (rows, cols) in shapes().chain([(1030, 17), (512, 4), (513, 64), (66, 200)]) {
+            for (kind, batch) in KINDS.iter().flat_map(|kind| BATCHES.map(|batch| (*kind, batch))) {
+                let a: Vec<f32> = elements(kind, rows * cols, &mut g);
+                let (x, before): (Vec<f32>, Vec<f32>) =
+                    (elements(kind, batch * rows, &mut g), elements(kind, batch * cols, &mut g));
+                let mut out = before.clone();
+                k.gemm_transposed_dense_add(&a, &x, batch, &mut out).unwrap();
+                for (i, (y, before)) in out.iter().zip(before).enumerate() {
+                    let (n, c) = (i / cols, i % cols);
+                    let x = &x[n * rows..][..rows];
+                    let expected = if rows == 0 { before.to_bits() } else { bits(transposed(&a, cols, c, x, before)) };
+                    let what = || format!("column {c}, vector {n} of {batch}, {rows} x {cols}, {kind}, {}", k.isa());
+                    assert_eq!(y.to_bits(), expected, "{}", what());
+                    if kind == "bell" {
+                        let column: Vec<f32> = (0..rows).map(|r| a[r * cols + c]).collect();
+                        truth::transposed_dense(&column, x, before).check(*y, what);
+                    }
+                }
+                cases += 1;
+            }
+        }
+        println!("{cases} transposed dense products on {}", k.isa());
+    }
 }
 
 /// Every bit pattern of 16 bits, alone in a row of each length up to a register: what is multiplied is exactly its value.

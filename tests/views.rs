@@ -166,6 +166,18 @@ fn operations_check_every_length() {
         assert_eq!(k.gemm_f32(&m, &[0.0; 128], &mut [0.0; 3]), length("outputs", 4, 3));
         assert_eq!(k.gemv_transposed_f32(&m, &[0.0; 3], &mut [0.0; 64]), length("inputs", 2, 3));
         assert_eq!(k.gemv_transposed_f32(&m, &[0.0; 2], &mut [0.0; 63]), length("outputs", 64, 63));
+        assert_eq!(k.gemm_transposed_f32(&m, &[0.0; 3], &mut [0.0; 64]), length("inputs", 2, 3));
+        assert_eq!(k.gemm_transposed_f32(&m, &[0.0; 4], &mut [0.0; 64]), length("outputs", 128, 64));
+        assert_eq!(k.gemm_transposed_f32(&m, &[], &mut [0.0; 64]), length("outputs", 0, 64));
+        let (no_rows, mut out) = (m.row_range(0..0).unwrap(), [1.0; 128]);
+        assert_eq!(k.gemm_transposed_f32(&no_rows, &[], &mut out), Ok(()));
+        assert_eq!(out, [0.0; 128]);
+        assert_eq!(k.gemm_transposed_f32(&no_rows, &[1.0], &mut out), length("inputs", 0, 1));
+        assert_eq!(k.gemm_transposed_f32(&no_rows, &[], &mut [0.0; 65]), length("outputs", 64, 65));
+        let dense = [0.0; 6];
+        assert_eq!(k.gemm_transposed_dense_add(&dense, &[0.0; 5], 2, &mut [0.0; 6]), length("inputs", 4, 5));
+        assert_eq!(k.gemm_transposed_dense_add(&dense, &[0.0; 4], 2, &mut [0.0; 7]), length("outputs", 6, 7));
+        assert_eq!(k.gemm_transposed_dense_add(&dense[..5], &[0.0; 4], 2, &mut out[..6]), length("dense matrix", 6, 5));
         println!("lengths on {}", k.isa());
     }
 }

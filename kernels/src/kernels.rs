@@ -343,6 +343,63 @@ impl Kernels {
         Ok(())
     }
 
+    /// The f32 product of a batch with the transposed matrix, `inputs` `[batch, rows]`, `out` `[batch, cols]`: the
+    /// gradients of inputs from those of outputs. Every vector of `out` has the bits that [`Self::gemv_transposed_f32`]
+    /// gives for its inputs, whatever the batch. About 40 KB of stack hold what a tile needs.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `inputs` does not hold whole vectors or `out` does not have `batch * cols` elements;
+    /// [`ShapeError::Overflow`] if that product does not fit in `usize`. Without rows, `out` may hold any number of whole
+    /// vectors, and becomes zeros.
+    pub fn gemm_transposed_f32(
+        &self,
+        matrix: &Nf4Matrix<'_>,
+        inputs: &[f32],
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        let (rows, cols) = (matrix.rows(), matrix.cols());
+        let batch = inputs.len().checked_div(rows).or(out.len().checked_div(cols)).unwrap_or(0);
+        check_len("inputs", batch * rows, inputs.len())?;
+        check_len("outputs", batch.checked_mul(cols).ok_or(ShapeError::Overflow { rows: batch, cols })?, out.len())?;
+        match (batch, out.is_empty() || inputs.is_empty()) {
+            (_, true) => out.fill(0.0),
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            (1, false) => unsafe { (self.table.gemv_transposed_f32)(matrix, inputs, out) },
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            (_, false) => unsafe { (self.table.gemm_transposed_f32)(matrix, inputs, out) },
+        }
+        Ok(())
+    }
+
+    /// `out += A^T x` with a dense row-major f32 matrix `[rows, cols]` and a batch of vectors, `x` `[batch, rows]`, `out`
+    /// `[batch, cols]`: what the gradients of an adapter consist of; see [`crate::spec`].
+    ///
+    /// The numbers of rows and columns are those of `x` and `out` divided by `batch`.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `x` or `out` cannot be divided by `batch`, or if `a` does not have `rows * cols`
+    /// elements; [`ShapeError::Overflow`] if that product does not fit in `usize`.
+    pub fn gemm_transposed_dense_add(
+        &self,
+        a: &[f32],
+        x: &[f32],
+        batch: usize,
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        let (rows, cols) = (x.len().checked_div(batch).unwrap_or(0), out.len().checked_div(batch).unwrap_or(0));
+        check_len("inputs", rows * batch, x.len())?;
+        check_len("outputs", cols * batch, out.len())?;
+        // Without vectors nothing says what shape the matrix has.
+        if batch > 0 {
+            check_dense(rows, cols, a)?;
+        }
+        if !a.is_empty() && batch > 0 {
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            unsafe { (self.table.gemm_transposed_dense_add)(a, x, batch, out) };
+        }
+        Ok(())
+    }
+
     /// The product `out = A x` with a dense row-major matrix `[out.len(), x.len()]` of any element type, whose elements
     /// are converted to f32 as they are read; see [`crate::spec`].
     ///

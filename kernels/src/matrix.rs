@@ -5,7 +5,7 @@ use core::ops::Range;
 use crate::absmax::Absmax;
 use crate::error::{ShapeError, check_len};
 use crate::format::{BlockSize, code_at, get_range, packed_len};
-use crate::spec::GROUP_8X8;
+use crate::spec::{GROUP_8X8, HALF_SPAN};
 
 /// A borrowed NF4 matrix of `rows` x `cols` weights, row-major: packed codes and the absmax of their blocks.
 ///
@@ -103,11 +103,20 @@ impl<'a> Nf4Matrix<'a> {
         self.cols.is_multiple_of(self.block_size.get())
     }
 
-    /// Whether every row consists of whole groups of the 8x8 product. Then each of them lies in one block, and its bytes
-    /// are its own, whether blocks straddle rows or not.
+    /// Whether every row consists of whole groups of the 8x8 product, which are halves of spans. Then each of them lies
+    /// in one block, and its bytes are its own, whether blocks straddle rows or not.
     #[inline(always)]
     pub(crate) fn has_whole_groups(&self) -> bool {
         self.cols.is_multiple_of(GROUP_8X8)
+    }
+
+    /// The packed bytes and absmax of the halves of spans of a row from one on, where [`Self::has_whole_groups`].
+    #[allow(dead_code, reason = "only instruction sets with vectors take several columns at once")]
+    #[inline(always)]
+    pub(crate) fn halves(&self, row: usize, first: usize) -> impl Iterator<Item = (&'a [u8; HALF_SPAN / 2], f32)> {
+        let (matrix, (packed, group)) = (*self, self.grouped_row(row));
+        let packed = packed.as_chunks().0.iter().enumerate().skip(first);
+        packed.map(move |(half, packed)| (packed, matrix.absmax_of_group_8x8(group + half)))
     }
 
     /// Flat index, in the whole tensor, of the first element of `row`.

@@ -42,6 +42,9 @@ pub fn add_lanes(l: [f32; 8]) -> f32 {
 /// Columns of a span: the step of every product along a row.
 pub const SPAN: usize = 64;
 
+/// Half of a span: what a block has at least, and a step of the transposed products.
+pub(crate) const HALF_SPAN: usize = SPAN / 2;
+
 /// Columns of a panel of the f32 product. Its inputs are put into decode order once for all rows, on the stack.
 pub const PANEL: usize = 4096;
 

@@ -422,3 +422,26 @@ fn transposed_products_are_the_same_bits_everywhere_and_within_their_bound() {
         }
     });
 }
+
+#[test]
+fn transposed_products_of_batches_have_the_bits_of_single_vectors() {
+    for_all_shapes("transposed batches", Kernels::available(), |k, rows, cols, block_size, g| {
+        let rows = if cols <= 96 { rows * 150 } else { rows };
+        let q = Quantized::new(k, &inputs("bell", rows * cols, g), rows, cols, block_size);
+        for batch in [0, 2, 7, 12, 65].into_iter().filter(|batch| *batch <= 7 || rows * cols <= 60_000) {
+            let kind = KINDS[g.next() as usize % KINDS.len()];
+            let x = inputs(kind, batch * rows, g);
+            for matrix in [q.plain(), q.nested()] {
+                let mut out = vec![3.0; batch * cols];
+                k.gemm_transposed_f32(&matrix, &x, &mut out).unwrap();
+                for n in 0..batch {
+                    let mut expected = vec![3.0; cols];
+                    Kernels::scalar().gemv_transposed_f32(&matrix, &x[n * rows..][..rows], &mut expected).unwrap();
+                    let what =
+                        || format!("vector {n} of {batch}, {kind}, {rows} x {cols}, {block_size:?}, {}", k.isa());
+                    assert_eq!(bits(&out[n * cols..][..cols]), bits(&expected), "{}", what());
+                }
+            }
+        }
+    });
+}

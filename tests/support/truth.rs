@@ -159,3 +159,12 @@ pub(crate) fn transposed(rows: &[Row], c: usize, x: &[f32]) -> Truth {
     let bound = gamma(4 + fours + chunks) * terms().map(f64::abs).sum::<f64>();
     Truth { value: terms().sum(), bound: bound + rows.len() as f64 * 2.0_f64.powi(-148) }
 }
+
+/// What the product of a column of a dense matrix adds to `before`.
+pub(crate) fn transposed_dense(column: &[f32], x: &[f32], before: f32) -> Truth {
+    let terms = || column.iter().zip(x).map(|(a, x)| f64::from(*a) * f64::from(*x));
+    let (fours, chunks) = (column.len().min(spec::ROW_CHUNK).div_ceil(4), column.len().div_ceil(spec::ROW_CHUNK));
+    let before = f64::from(before);
+    let bound = gamma(3 + fours + chunks) * (before.abs() + terms().map(f64::abs).sum::<f64>());
+    Truth { value: before + terms().sum::<f64>(), bound: bound + column.len() as f64 * 2.0_f64.powi(-150) }
+}

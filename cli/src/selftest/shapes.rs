@@ -124,10 +124,16 @@ impl Case {
             results.push(("16x4 product of a batch", bits(&y).collect()));
             kernels.gemm_f32(&matrix, &inputs, &mut y)?;
             results.push(("f32 product of a batch", bits(&y).collect()));
+            let mut columns = vec![0.0; batch * cols];
+            kernels.gemm_transposed_f32(&matrix, &y, &mut columns)?;
+            results.push(("transposed f32 product of a batch", bits(&columns).collect()));
         }
         let mut y = vec![0.0; rows];
         kernels.gemv_dense(&weights, &inputs[..cols], &mut y)?;
         results.push(("dense product", bits(&y).collect()));
+        let mut columns = inputs.clone();
+        kernels.gemm_transposed_dense_add(&weights, &y, 1, &mut columns[..cols])?;
+        results.push(("transposed dense product", bits(&columns[..cols]).collect()));
         Ok(results)
     }
 }

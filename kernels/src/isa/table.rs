@@ -84,6 +84,10 @@ pub(crate) struct Table {
     /// `inputs` is `[batch, cols]` with `cols > 0`, `out` `[rows, batch]`.
     pub gemm_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
     pub gemv_transposed_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
+    /// `inputs` is `[batch, rows]`, `out` `[batch, cols]`; neither is empty.
+    pub gemm_transposed_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
+    /// `a` is `[rows, cols]`, `x` `[batch, rows]`, `out` `[batch, cols]`; none is empty.
+    pub gemm_transposed_dense_add: unsafe fn(a: &[f32], x: &[f32], batch: usize, out: &mut [f32]),
 }
 
 /// The functions that exist for each type of elements.

@@ -13,13 +13,15 @@ use crate::activations::Activations;
 use crate::float::Float;
 use crate::isa::simd::planes::PLANES_I16;
 use crate::isa::simd::steps::{Decode, Steps, Widen};
-use crate::isa::simd::{activations, batch_16x4, dequantize, product_16x4, product_dense, product_f32, quantize};
+use crate::isa::simd::{
+    activations, batch_16x4, dequantize, product_16x4, product_dense, product_f32, product_transposed, quantize,
+};
 use crate::isa::table::FloatTable;
 use crate::matrix::Nf4Matrix;
 
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn avx2<const VNNI: bool>() -> Avx2<VNNI> {
+pub(in crate::isa) fn avx2<const VNNI: bool>() -> Avx2<VNNI> {
     let i16_planes = PLANES_I16.map(|plane| _mm256_broadcastsi128_si256(must_cast(plane)));
     Avx2 { i16_planes, f32_planes: f32_planes() }
 }
@@ -120,6 +122,16 @@ pub(super) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) 
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn gemv_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     product_f32::gemv_transposed_f32(&steps(), matrix, inputs, out);
+}
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn gemm_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+    product_transposed::gemm_transposed_f32(&steps(), matrix, inputs, out);
+}
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn gemm_transposed_dense_add(a: &[f32], x: &[f32], batch: usize, out: &mut [f32]) {
+    product_transposed::gemm_transposed_dense_add(&steps(), a, x, batch, out);
 }
 
 #[target_feature(enable = "avx2,f16c")]

@@ -34,6 +34,7 @@ mod steps_f32;
 
 use core::arch::x86_64::__m256i;
 
+pub(super) use entries::avx2;
 pub(super) use registers::prefetch;
 
 use super::scalar;
@@ -59,6 +60,8 @@ pub(super) static TABLE: Table = Table {
     gemv_f32: entries::gemv_f32,
     gemm_f32: entries::gemm_f32,
     gemv_transposed_f32: entries::gemv_transposed_f32,
+    gemm_transposed_f32: entries::gemm_transposed_f32,
+    gemm_transposed_dense_add: entries::gemm_transposed_dense_add,
 };
 
 /// With AVX-VNNI, whose `vpdpwssd` is a `vpmaddwd` and a `vpaddd`.
@@ -83,7 +86,7 @@ static SLOTS: [u8; SPAN] = {
 };
 
 /// Tables for look-ups, each in both halves of a register. `VNNI` says whether the CPU has AVX-VNNI too.
-struct Avx2<const VNNI: bool = false> {
+pub(super) struct Avx2<const VNNI: bool = false> {
     /// The two bytes of each entry of the 16x4 codebook.
     i16_planes: [__m256i; 2],
     /// The four bytes of each entry of the f32 codebook.

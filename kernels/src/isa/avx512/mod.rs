@@ -1,4 +1,5 @@
-//! x86-64 with AVX-512 and its VNNI: the 16x4 products. All else is that of AVX2, with its order of activations.
+//! x86-64 with AVX-512 and its VNNI: the 16x4 products, and the transposed products of batches. All else is that of AVX2,
+//! with its order of activations.
 //!
 //! `vpermw` looks 16-bit weights up by codes whose upper bits it ignores, and `vpdpwssd` adds the two products of each
 //! 32-bit lane to a sum. A few vectors take two rows to a register (`few.rs`). The step for their spans of 32 packed
@@ -42,6 +43,7 @@
 #![doc = include_str!("../../../asm/avx512-vnni.md")]
 
 mod codes;
+mod columns;
 mod few;
 mod panel;
 mod registers;
@@ -52,7 +54,14 @@ use crate::activations::Activations;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
-pub(super) static TABLE: Table = Table { isa: Isa::Avx512Vnni, gemv: multiply, gemm: multiply, ..avx2::TABLE };
+pub(super) static TABLE: Table = Table {
+    isa: Isa::Avx512Vnni,
+    gemv: multiply,
+    gemm: multiply,
+    gemm_transposed_f32: columns::gemm_transposed_f32,
+    gemm_transposed_dense_add: columns::gemm_transposed_dense_add,
+    ..avx2::TABLE
+};
 
 /// From this batch on, decoding into a panel is faster.
 const PANEL_BATCH: usize = 12;

@@ -9,7 +9,9 @@ use crate::activations::Activations;
 use crate::float::Float;
 use crate::isa::simd::planes::{PLANES_F32, PLANES_I16};
 use crate::isa::simd::steps::{Decode, Steps, Widen};
-use crate::isa::simd::{activations, batch_16x4, dequantize, product_16x4, product_dense, product_f32, quantize};
+use crate::isa::simd::{
+    activations, batch_16x4, dequantize, product_16x4, product_dense, product_f32, product_transposed, quantize,
+};
 use crate::isa::table::FloatTable;
 use crate::matrix::Nf4Matrix;
 
@@ -73,6 +75,16 @@ pub(super) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) 
 #[target_feature(enable = "neon")]
 pub(super) fn gemv_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     product_f32::gemv_transposed_f32(&steps(), matrix, inputs, out);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn gemm_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+    product_transposed::gemm_transposed_f32(&steps(), matrix, inputs, out);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn gemm_transposed_dense_add(a: &[f32], x: &[f32], batch: usize, out: &mut [f32]) {
+    product_transposed::gemm_transposed_dense_add(&steps(), a, x, batch, out);
 }
 
 #[target_feature(enable = "neon")]

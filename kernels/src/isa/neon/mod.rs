@@ -68,6 +68,8 @@ pub(super) static TABLE: Table = Table {
     gemv_f32: entries::gemv_f32,
     gemm_f32: entries::gemm_f32,
     gemv_transposed_f32: entries::gemv_transposed_f32,
+    gemm_transposed_f32: entries::gemm_transposed_f32,
+    gemm_transposed_dense_add: entries::gemm_transposed_dense_add,
 };
 
 /// Each half of the span stands by itself, first every fourth column from the first on, then from the second on, and so

@@ -56,6 +56,8 @@ pub(super) static TABLE: Table = Table {
     gemv_f32: entries::gemv_f32,
     gemm_f32: entries::gemm_f32,
     gemv_transposed_f32: entries::gemv_transposed_f32,
+    gemm_transposed_f32: entries::gemm_transposed_f32,
+    gemm_transposed_dense_add: entries::gemm_transposed_dense_add,
 };
 
 /// First the even columns (high nibbles), then the odd ones, as the two bytes of the weights are brought together.
