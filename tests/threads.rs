@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use generator::Generator;
 use nf4::{
-    Arithmetic, BlockSize, LoRAAdapter, LoRALayer, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor, Threads, bf16,
+    Adapters, Arithmetic, BlockSize, LoRAAdapter, LoRALayer, LoRAScaling, MultiAdapterLayer, QLoRALayer, Quantized4Bit,
+    Tensor, Threads, bf16,
 };
 
 /// Large enough to be shared, with a number of rows that no number of threads here divides, and more than two row chunks.
@@ -31,7 +32,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 fn results(block_size: BlockSize, arithmetic: Arithmetic, pool: Option<Arc<dyn Threads>>) -> Vec<Vec<u32>> {
     let base = Quantized4Bit::quantize(&values(D_OUT * D_IN, 1), D_OUT, D_IN, block_size, true).unwrap();
     let packed = base.packed().iter().map(|b| u32::from(*b)).collect();
-    let restored = bits(&base.dequantize::<f32>());
+    let dequantized = bits(&base.dequantize::<f32>());
     let rank = 4;
     let mut adapter = LoRAAdapter::new(D_OUT, D_IN, rank, 8.0, LoRAScaling::Standard, 7).unwrap();
     adapter.b_mut().data_mut().copy_from_slice(&values(D_OUT * rank, 2));
@@ -50,7 +51,7 @@ fn results(block_size: BlockSize, arithmetic: Arithmetic, pool: Option<Arc<dyn T
     let [a, b] = gradients;
     vec![
         packed,
-        restored,
+        dequantized,
         bits(y.data()),
         bits(single.data()),
         bits(dx.data()),
@@ -59,6 +60,30 @@ fn results(block_size: BlockSize, arithmetic: Arithmetic, pool: Option<Arc<dyn T
         merged,
         bits(&layer.merge_to_f32()),
     ]
+}
+
+/// Forwards of so many vectors that low-rank products and the steps after the base product are split too, by vectors.
+fn batches(pool: Arc<dyn Threads>) -> Vec<Vec<u32>> {
+    const D_OUT: usize = 301;
+    const D_IN: usize = 512;
+    const BATCH: usize = 301;
+    let adapter = |rank, seed| {
+        let (a, b) = (values(rank * D_IN, seed), values(D_OUT * rank, seed + 1));
+        LoRAAdapter::from_parts(a, b, D_OUT, D_IN, rank, 2.0, LoRAScaling::Standard).unwrap()
+    };
+    let weight = values(D_OUT * D_IN, 5);
+    let base = Quantized4Bit::quantize(&weight, D_OUT, D_IN, BlockSize::B64, false).unwrap();
+    let mut multi = MultiAdapterLayer::new(base).with_threads(pool.clone()).with_bias(values(D_OUT, 6)).unwrap();
+    let magnitude = values(D_OUT, 7);
+    let ids = [
+        Some(multi.add("large", adapter(40, 8)).unwrap()),
+        None,
+        Some(multi.add("scaled", adapter(3, 10).with_magnitude(magnitude).unwrap()).unwrap()),
+    ];
+    let ids: Vec<_> = (0..BATCH).map(|n| ids[n % 3]).collect();
+    let x = Tensor::from_vec(values(BATCH * D_IN, 12), false);
+    let dense = LoRALayer::from_parts(Tensor::from_vec(weight, false), adapter(40, 8)).unwrap().with_threads(pool);
+    [multi.forward(&x, Adapters::PerVector(&ids)), dense.forward(&x)].map(|y| bits(y.data())).into()
 }
 
 /// A thread for each split, of the standard library.
@@ -99,6 +124,22 @@ impl Threads for Careless {
         for which in self.0 {
             if *which == 0 { a() } else { b() }
         }
+    }
+}
+
+#[test]
+fn any_pool_gives_a_batch_the_bits_of_one_thread() {
+    let one = Spawn::new(1);
+    let expected = batches(one.clone());
+    assert_eq!(one.splits.load(Ordering::Relaxed), 0);
+    let two = Spawn::new(2);
+    assert!(batches(two.clone()) == expected, "two threads");
+    // Of each layer the low-rank products, the base product, and what comes after it.
+    assert_eq!(two.splits.load(Ordering::Relaxed), 2 * 3);
+    for pool in [Spawn::new(3) as Arc<dyn Threads>, Spawn::new(7), Arc::new(Careless(&[1, 0])), Arc::new(Careless(&[]))]
+    {
+        let count = pool.count();
+        assert!(batches(pool) == expected, "{count} threads");
     }
 }
 

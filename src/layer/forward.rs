@@ -7,6 +7,7 @@ use nf4_kernels::Float;
 use crate::adapter::joined::Joined;
 use crate::error::{Error, check_batch, check_len};
 use crate::layer::scratch::{Scratch, Work};
+use crate::parallel::cost;
 use crate::round::to_f32;
 use crate::tensor::Tensor;
 use crate::weight::base::Base;
@@ -60,7 +61,7 @@ impl Forward<'_> {
         &self,
         x: &Tensor,
         rank: usize,
-        terms: &impl Fn(usize) -> T,
+        terms: &(impl Fn(usize) -> T + Sync),
     ) -> Result<Tensor, Error> {
         let batch = self.batch_of_tensor(x.len())?;
         let mut y = Tensor::try_zeros(batch, self.base.d_out())?;
@@ -72,7 +73,7 @@ impl Forward<'_> {
     pub(crate) fn of_slice<'t, X: Float, Y: Float, T: Iterator<Item = Term<'t>> + Clone>(
         &self,
         x: &[X],
-        terms: &impl Fn(usize) -> T,
+        terms: &(impl Fn(usize) -> T + Sync),
         scratch: &mut Scratch,
         y: &mut [Y],
     ) -> Result<(), Error> {
@@ -110,7 +111,7 @@ impl Forward<'_> {
     pub(crate) fn run<'t, Y: Float, T: Iterator<Item = Term<'t>> + Clone>(
         &self,
         x: &Inputs<'_>,
-        terms: &impl Fn(usize) -> T,
+        terms: &(impl Fn(usize) -> T + Sync),
         work: &mut Work,
         y: &mut [Y],
     ) -> Result<(), Error> {
@@ -118,32 +119,28 @@ impl Forward<'_> {
         check_len("input", self.base.d_in(), x.d_in())?;
         check_len("output", batch.saturating_mul(d_out), y.len())?;
         let rank = self.largest_rank(batch, terms)?;
-        if batch == 0 {
-            // Rows without columns may be more than a loop gets through.
+        if y.is_empty() {
+            // There may be more rows or vectors than a loop gets through.
             return Ok(());
         }
         let (low_rank, product) = work.buffers(d_out, rank, batch)?;
-        for n in 0..batch {
-            self.multiply_by_a(x.vector(n), terms(n), &mut low_rank[n * rank..][..rank])?;
-        }
+        let executor = self.base.executor();
+        let products = batch.saturating_mul(rank).saturating_mul(cost::DENSE);
+        let work = products.saturating_mul(self.base.d_in());
+        executor.by_rows(work, 0..batch, rank, low_rank, &|vectors: Range<usize>, low_rank: &mut [f32]| {
+            let mut vectors = vectors.zip(low_rank.chunks_exact_mut(rank.max(1)));
+            vectors.try_for_each(|(n, low_rank)| self.multiply_by_a(x.vector(n), terms(n), low_rank))
+        })?;
         self.base.product(x, product)?;
         if batch == 1 {
             self.finish(terms(0), low_rank, 0..d_out, product)?;
             round(product, y);
             return Ok(());
         }
-        for first in (0..d_out).step_by(ROWS) {
-            let rows = first..d_out.min(first + ROWS);
-            for n in 0..batch {
-                let mut sums = [0.0; ROWS];
-                let sums = &mut sums[..rows.len()];
-                let products = product[first * batch + n..].iter().step_by(batch);
-                sums.iter_mut().zip(products).for_each(|(sum, product)| *sum = *product);
-                self.finish(terms(n), &low_rank[n * rank..][..rank], rows.clone(), sums)?;
-                round(sums, &mut y[n * d_out..][rows.clone()]);
-            }
-        }
-        Ok(())
+        let work = products.saturating_add(batch.saturating_mul(cost::OUTPUT)).saturating_mul(d_out);
+        executor.by_rows(work, 0..batch, d_out, y, &|vectors, y| {
+            self.finish_vectors(vectors, terms, (low_rank, rank), product, y)
+        })
     }
 }
 
@@ -175,6 +172,34 @@ impl Forward<'_> {
             let product;
             (product, low_rank) = low_rank.split_at_mut(term.rank());
             self.base.kernels().gemv_dense(term.adapter.pair(&self.base)?.a, x, product)?;
+        }
+        Ok(())
+    }
+
+    /// Steps 2 to 5 for some vectors of a batch, whose outputs `y` are `[vectors.len(), d_out]`.
+    ///
+    /// Tiles of rows are the outer loop: what it reads of `product`, whose rows are as long as the batch, then stays in the
+    /// cache for the next vector.
+    fn finish_vectors<'t, Y: Float, T: Iterator<Item = Term<'t>> + Clone>(
+        &self,
+        vectors: Range<usize>,
+        terms: &impl Fn(usize) -> T,
+        (low_rank, rank): (&[f32], usize),
+        product: &[f32],
+        y: &mut [Y],
+    ) -> Result<(), Error> {
+        let d_out = self.base.d_out();
+        let batch = product.len() / d_out;
+        for first in (0..d_out).step_by(ROWS) {
+            let rows = first..d_out.min(first + ROWS);
+            for (n, y) in vectors.clone().zip(y.chunks_exact_mut(d_out)) {
+                let mut sums = [0.0; ROWS];
+                let sums = &mut sums[..rows.len()];
+                let products = product[first * batch + n..].iter().step_by(batch);
+                sums.iter_mut().zip(products).for_each(|(sum, product)| *sum = *product);
+                self.finish(terms(n), &low_rank[n * rank..][..rank], rows.clone(), sums)?;
+                round(sums, &mut y[rows.clone()]);
+            }
         }
         Ok(())
     }

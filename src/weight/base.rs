@@ -41,6 +41,10 @@ impl<'a> Base<'a> {
         self.d_in
     }
 
+    pub(crate) fn executor(&self) -> &'a Executor {
+        self.executor
+    }
+
     pub(crate) fn kernels(&self) -> Kernels {
         self.executor.kernels
     }
@@ -77,7 +81,7 @@ impl<'a> Base<'a> {
                 self.executor.gemm_8x8(weight, x.activations_8x8()?, y)?;
             }
             Weight::Packed(weight, Arithmetic::F32) => self.executor.gemm_f32(weight, x.all(), y)?,
-            Weight::Dense(weight) => self.kernels().gemm_dense(weight, x.all(), x.batch(), y)?,
+            Weight::Dense(weight) => self.executor.gemm_dense(weight, x.all(), [x.batch(), self.d_in], y)?,
         }
         Ok(())
     }
