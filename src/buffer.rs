@@ -1,4 +1,4 @@
-//! Buffers whose size a file or a caller decides: an error where there is no memory for one, not the end of the process.
+//! Buffers whose size a file or a caller decides: if there is no memory for one, that is an error and does not abort.
 
 use alloc::vec::Vec;
 
@@ -37,7 +37,7 @@ pub(crate) fn grow<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> Result
     Ok(())
 }
 
-/// The first `len` values of a buffer that the caller provides.
+/// The first `len` values of a buffer, if it is large enough.
 pub(crate) fn take<'a, T>(what: &'static str, buffer: &'a mut [T], len: usize) -> Result<&'a mut [T], Error> {
     let got = buffer.len();
     buffer.get_mut(..len).ok_or(ShapeError::Length { what, expected: len, got }.into())

@@ -1,11 +1,11 @@
-//! Why a layer, or a part of one, could not be made or used, with the numbers.
+//! The error of weights, adapters and layers.
 
 use alloc::boxed::Box;
 use core::fmt;
 
 use nf4_kernels::{Float, ShapeError};
 
-/// Why a layer, or a part of one, could not be made or used.
+/// The error of weights, adapters, layers and optimizers.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Error {
@@ -13,16 +13,16 @@ pub enum Error {
     Shape(ShapeError),
     /// There is no memory for a buffer.
     OutOfMemory {
-        /// Bytes of the buffer; `usize::MAX` if there are more.
+        /// Size of the buffer in bytes; `usize::MAX` if it is larger.
         bytes: usize,
     },
-    /// A range does not lie in the bytes that it is a part of.
+    /// A range is out of bounds.
     Range {
         /// First byte of the range.
         start: usize,
         /// One past its last byte.
         end: usize,
-        /// Number of bytes.
+        /// Number of bytes that there are.
         len: usize,
     },
     /// A matrix does not have `rows * cols` values.
@@ -45,7 +45,7 @@ pub enum Error {
     },
     /// An adapter of rank 0.
     RankZero,
-    /// A value is NaN or infinite where that would silently spoil results.
+    /// A weight, scale, gradient or setting is NaN or infinite.
     NotFinite {
         /// Which slice it is in.
         what: &'static str,
@@ -54,40 +54,40 @@ pub enum Error {
         /// The value.
         value: f32,
     },
-    /// A `LoRA` alpha is NaN or infinite, or gives a scale that is.
+    /// A `LoRA` alpha, or the scale that results from it, is NaN or infinite.
     Alpha {
         /// The alpha that was given.
         got: f64,
     },
-    /// A batch does not consist of whole vectors.
+    /// The length of a batch is not a multiple of the length of a vector.
     Batch {
-        /// Number of values in a vector.
+        /// Number of values per vector.
         d_in: usize,
         /// Number of values in the batch.
         got: usize,
     },
-    /// Inputs were quantized for another arithmetic than that of the layer.
+    /// Inputs were quantized for another arithmetic than the layer uses.
     Arithmetic {
         /// The name of the layer's arithmetic.
         expected: &'static str,
         /// The name of the arithmetic that the inputs were quantized for.
         got: &'static str,
     },
-    /// The norms of a `DoRA` adapter's rows are older than its last change.
+    /// A `DoRA` adapter was changed, but its norms were not recomputed.
     StaleNorms,
     /// No adapter of the layer has this name.
     UnknownAdapter {
         /// The name.
         name: Box<str>,
     },
-    /// The adapter that an id stood for is no longer in the layer.
+    /// The adapter with an id was removed from the layer.
     RemovedAdapter,
-    /// Another adapter of the layer has this name.
+    /// The layer already has an adapter of this name.
     DuplicateAdapter {
         /// The name.
         name: Box<str>,
     },
-    /// An adapter of the layer caused an error.
+    /// An error of one of the adapters of a layer.
     Adapter {
         /// The name of the adapter.
         name: Box<str>,
@@ -123,11 +123,11 @@ impl fmt::Display for Error {
                 write!(f, "the inputs were quantized for the {got} arithmetic, but the layer uses {expected}")
             }
             Self::StaleNorms => {
-                f.write_str("the norms of a DoRA adapter are stale: call refresh_dora after changing it")
+                f.write_str("the norms of a DoRA adapter are stale: call refresh_dora after changing the adapter")
             }
-            Self::UnknownAdapter { name } => write!(f, "no adapter has the name `{name}`"),
+            Self::UnknownAdapter { name } => write!(f, "there is no adapter named `{name}`"),
             Self::RemovedAdapter => f.write_str("the adapter with this id was removed"),
-            Self::DuplicateAdapter { name } => write!(f, "there is already an adapter of the name `{name}`"),
+            Self::DuplicateAdapter { name } => write!(f, "there is already an adapter named `{name}`"),
             Self::Adapter { name, error } => write!(f, "adapter `{name}`: {error}"),
         }
     }
@@ -180,7 +180,7 @@ pub(crate) fn check_len(what: &'static str, expected: usize, got: usize) -> Resu
     if got == expected { Ok(()) } else { Err(ShapeError::Length { what, expected, got }.into()) }
 }
 
-/// The number of vectors of `d_in` values in `got` values, if these are whole vectors; 0 if there are no values.
+/// The number of vectors of `d_in` values in `got` values, if that is a whole number; 0 if there are no values.
 pub(crate) fn check_batch(got: usize, d_in: usize) -> Result<usize, Error> {
     match got.checked_rem(d_in) {
         Some(0) => Ok(got / d_in),

@@ -1,5 +1,5 @@
-//! 4-bit `NormalFloat` (NF4) weights and `QLoRA` layers on CPUs: the files of `bitsandbytes` and PEFT, multiplied directly on
-//! the packed bytes, with the same bits on every machine.
+//! 4-bit `NormalFloat` (NF4) weights and `QLoRA` layers on CPUs: reads the files of `bitsandbytes` and PEFT, multiplies
+//! directly on the packed bytes, and returns the same bits on every machine.
 //!
 //! ```
 //! # #[cfg(feature = "alloc")] {
@@ -8,7 +8,7 @@
 //! let (d_out, d_in, rank, alpha) = (32, 128, 8, 16.0);
 //! let weight: Vec<f32> = (0..d_out * d_in).map(|i| (i as f32 * 0.37).sin() * 0.02).collect();
 //!
-//! // The base weight becomes NF4 with one scale per 64 weights; A is random, B is zero.
+//! // The base weight is quantized to NF4 with one scale per 64 weights; A is random, B is zero.
 //! let mut layer = QLoRALayer::new(Tensor::from_vec(weight, false), d_out, d_in, rank, alpha);
 //! layer.lora_b_mut().data_mut().fill(0.001);
 //!
@@ -23,17 +23,17 @@
 //!
 //! | you have | you want |
 //! |---|---|
-//! | a checkpoint of bitsandbytes, an adapter of PEFT | `checkpoint::Linear4bit`, `checkpoint::PeftAdapter` (feature `safetensors`) |
+//! | a bitsandbytes checkpoint, a PEFT adapter | `checkpoint::Linear4bit`, `checkpoint::PeftAdapter` (feature `safetensors`) |
 //! | f32, f16 or bf16 weights | [`Quantized4Bit::quantize`] |
-//! | one adapter, to run or to train | [`QLoRALayer`], and [`optim`] |
+//! | one adapter to run or to train | [`QLoRALayer`] and [`optim`] |
 //! | many adapters on one base | [`MultiAdapterLayer`] |
-//! | a model to merge | `checkpoint::MergedModel`; [`QLoRALayer::merge_rows_into`] for one layer |
-//! | your own buffers, no heap | [`Kernels`] and [`Nf4Matrix`] |
+//! | an adapter to merge into a model | `checkpoint::MergedModel`; [`QLoRALayer::merge_rows_into`] for one layer |
+//! | your own buffers and no heap | [`Kernels`] and [`Nf4Matrix`] |
 //!
-//! Five levels, and each knows only those above it in this list:
+//! The crate has five levels; each builds only on those above it in this list:
 //!
 //! * **bytes**: [`Nf4Matrix`], a checked view of packed codes and their [`Absmax`];
-//! * **operations**: [`Kernels`], the functions of one instruction set; all sets return the same bits;
+//! * **operations**: [`Kernels`], the functions of one instruction set, which all return the same bits;
 //! * **weights**: [`Quantized4Bit`], a matrix whose bytes are owned, static or shared ([`Store`]), and the [`Inputs`]
 //!   that it is multiplied with;
 //! * **adapters**: [`LoRAAdapter`], the low-rank pair of `LoRA` and the magnitude of `DoRA`;
@@ -44,12 +44,12 @@
 //!
 //! # For engines
 //!
-//! * Weights stay where they are: in a mapped file (`checkpoint::SharedFile`), in flash, in a buffer that several layers
-//!   share ([`Store`]).
-//! * Inputs are quantized once for all layers that take them: [`QLoRALayer::quantize_inputs`].
+//! * Weights can stay where they are: in a mapped file (`checkpoint::SharedFile`), in flash, or in a buffer that several
+//!   layers share ([`Store`]).
+//! * Inputs are quantized once for all layers that take them ([`QLoRALayer::quantize_inputs`]).
 //! * Forwards into buffers ([`QLoRALayer::forward_into`]) do not allocate, and take f32, f16 or bf16.
-//! * Threads come from any pool: [`Threads`].
-//! * In one batch, each vector may use an adapter of its own: [`Adapters`].
+//! * Threads come from any pool ([`Threads`]).
+//! * Each vector of a batch may use its own adapter ([`Adapters`]).
 //!
 //! # The format
 //!
@@ -59,30 +59,40 @@
 //! rows if `cols` is not a multiple of the block size, and the last one may be partial. With double quantization the absmax
 //! are 8-bit codes themselves ([`NestedAbsmax`]).
 //!
-//! All this is the format of bitsandbytes 0.50, whose bytes [`Kernels::quantize`] gives. Checkpoints and adapters are
-//! tested with PEFT 0.21 and transformers 5.23.
+//! This is the format of bitsandbytes 0.50, and [`Kernels::quantize`] writes the same bytes as it does. Checkpoints and
+//! adapters are tested with PEFT 0.21 and transformers 5.23.
 //!
 //! # Errors
 //!
-//! A function that can fail returns a `Result`; some have a twin that panics instead, for programs in which a wrong shape
-//! is a mistake: `forward` and `try_forward`. Kernels return [`ShapeError`], layers [`Error`], readers and writers of files
-//! `checkpoint::CheckpointError`. All carry the numbers: what was expected, what was there, and where. NaN and infinity in
-//! weights, scales and adapters are errors of layers; in inputs they make outputs NaN, as each operation documents.
+//! Functions that can fail return a `Result`; for programs in which a wrong shape is a bug, some have a twin that panics
+//! instead, such as `forward` for `try_forward`. Kernels return [`ShapeError`], layers return [`Error`], and readers and
+//! writers of files return `checkpoint::CheckpointError`. Every error carries its numbers: what was expected, what was found,
+//! and where. NaN and infinity are errors in weights, scales and adapters; in inputs they make outputs NaN, as each
+//! operation documents.
+//!
+//! The `# Errors` sections of layers leave out what all of them share:
+//!
+//! * [`Error::OutOfMemory`], if a function that allocates finds no memory. Functions that end in `_into` do not allocate,
+//!   unless they say so.
+//! * [`Error::Mismatch`], [`Error::MatrixLength`] or [`Error::Shape`], if the adapter, or one of its tensors, was replaced
+//!   by one that does not fit (`*layer.lora_a_mut() = ..`).
+//! * [`Error::Shape`], if the owner of [`SharedBytes`] no longer returns the bytes that it did.
 //!
 //! # Platforms
 //!
-//! On x86-64 the instruction set is chosen at run time, without `std`. On other targets it is chosen when the crate is
-//! compiled: NEON is always there on aarch64; WebAssembly needs `-C target-feature=+simd128`; Cortex-M4 and M7 have the DSP
-//! kernels, and a Cortex-M33 needs `-C target-cpu=cortex-m33 --cfg nf4_dsp`. All others run portable code.
+//! On x86-64 the instruction set is chosen at run time, also without `std`: AVX-512 with VNNI, AVX-VNNI or AVX2. On other
+//! targets it is chosen when the crate is compiled: aarch64 always has NEON; WebAssembly needs
+//! `-C target-feature=+simd128`; Cortex-M4 and M7 use the DSP extension, and a Cortex-M33 needs
+//! `-C target-cpu=cortex-m33 --cfg nf4_dsp`. Everything else runs portable code.
 //!
 //! # Features
 //!
-//! * `alloc` (default): what owns its data. Without it this crate is `nf4-kernels` alone.
-//! * `safetensors`: the module `checkpoint`, on byte slices and without `std`.
-//! * `rayon`: large products, conversions and merges use the threads of the current pool by default. No bit depends on their
-//!   number.
+//! * `alloc` (default): everything that owns its data. Without it, this crate is `nf4-kernels` alone.
+//! * `safetensors`: the module `checkpoint`. It reads byte slices and does not need `std`.
+//! * `rayon`: large products, conversions and merges run on the current `rayon` pool by default. No bit depends on the
+//!   number of threads.
 //!
-//! The crate is `no_std` and has no unsafe code.
+//! The crate is `no_std` and contains no unsafe code.
 #![no_std]
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]

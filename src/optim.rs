@@ -1,7 +1,7 @@
-//! Optimizers, which turn the gradients of trained tensors into steps.
+//! Optimizers, which update trained tensors by their gradients.
 //!
-//! A step goes over the tensors in the order in which they are given, and its state is kept in that order: give the
-//! same ones each time. Several layers can share an optimizer, their parameters chained:
+//! An optimizer keeps its state in the order in which it is given the tensors, so it must be given the same ones in every
+//! step. Several layers can share an optimizer if their parameters are chained:
 //!
 //! ```
 //! use nf4::{QLoRALayer, Tensor, optim::AdamW};
@@ -19,11 +19,11 @@
 //! # Ok::<(), nf4::Error>(())
 //! ```
 //!
-//! Hyperparameters are f64 and what is computed from them alone is f64 too, as in `PyTorch`; values, gradients and
-//! state are f32, every operation rounded on its own. So a step has the same bits on each machine.
+//! Hyperparameters are f64, and so is what is computed from them alone, as in `PyTorch`; values, gradients and state are
+//! f32, with every operation rounded on its own. So a step has the same bits on every machine.
 //!
-//! A tensor without a gradient, or one that is not trained, is left as it is. A gradient that is NaN or infinite is
-//! an error, and then nothing was changed: not a value, not a gradient, not the state.
+//! Tensors without a gradient, and tensors that are not trained, are left as they are. A gradient that is NaN or infinite
+//! is an error, and then nothing has changed: no value, no gradient, and no state.
 
 use alloc::vec::Vec;
 
@@ -32,7 +32,7 @@ use crate::error::{Error, check_finite, check_len};
 use crate::round::to_f32;
 use crate::tensor::Tensor;
 
-/// Stochastic gradient descent as `torch.optim.SGD`, without dampening and without Nesterov's variant.
+/// Stochastic gradient descent like `torch.optim.SGD`, without dampening and without Nesterov momentum.
 ///
 /// For each value `p` with gradient `g`:
 ///
@@ -49,7 +49,7 @@ pub struct Sgd {
     pub momentum: f64,
     /// Weight decay, added to the gradient; 0 for none.
     pub weight_decay: f64,
-    /// The `v` of each tensor, in the order of the tensors; none before the first step with momentum.
+    /// The `v` of each tensor, in the order of the tensors; empty before the first step with momentum.
     pub state: Vec<Vec<f32>>,
 }
 
@@ -63,9 +63,9 @@ impl Sgd {
     /// Makes one step over the tensors.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if a hyperparameter or a gradient is NaN or infinite; [`Error::Shape`] if the state was
-    /// made for another number of tensors, or for tensors of other lengths; [`Error::OutOfMemory`] if there is no memory
-    /// for the state. Nothing was changed then.
+    /// [`Error::NotFinite`] if a hyperparameter or a gradient is NaN or infinite; [`Error::Shape`] if the state belongs to
+    /// another number of tensors, or to tensors of other lengths; [`Error::OutOfMemory`] if there is no memory for the
+    /// state. Nothing has then changed.
     pub fn step<'a>(&mut self, params: impl IntoIterator<Item = &'a mut Tensor>) -> Result<(), Error> {
         let [lr, momentum, decay] = [self.lr, self.momentum, self.weight_decay].map(to_f32);
         check_finite("lr, momentum, weight decay", &[lr, momentum, decay])?;
@@ -91,10 +91,10 @@ impl Sgd {
     }
 }
 
-/// `AdamW` (Loshchilov, Hutter, "Decoupled Weight Decay Regularization", 2019), as `torch.optim.AdamW` without its
+/// `AdamW` (Loshchilov, Hutter, "Decoupled Weight Decay Regularization", 2019), like `torch.optim.AdamW` without its
 /// variants.
 ///
-/// For each value `p` with gradient `g`, at the step `t` of its tensor, which counts from 1:
+/// For each value `p` with gradient `g`, in step `t` of its tensor, counted from 1:
 ///
 /// ```text
 /// p = p * (1 - lr * weight_decay)
@@ -112,24 +112,23 @@ pub struct AdamW {
     pub eps: f64,
     /// Weight decay, applied to the values themselves; 0 for none.
     pub weight_decay: f64,
-    /// The moments of each tensor, in the order of the tensors; none before the first step.
+    /// The moments of each tensor, in the order of the tensors; empty before the first step.
     pub state: Vec<Moments>,
 }
 
 /// The state that [`AdamW`] keeps for a tensor.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Moments {
-    /// Steps that were made.
+    /// Number of steps so far.
     pub step: u32,
-    /// Running mean of the gradients, one for each value.
+    /// Running mean of the gradients, one per value.
     pub first: Vec<f32>,
-    /// Running mean of their squares, one for each value.
+    /// Running mean of the squared gradients, one per value.
     pub second: Vec<f32>,
 }
 
 impl AdamW {
-    /// `AdamW` with the defaults of `PyTorch` for all but the learning rate: betas 0.9 and 0.999, eps 1e-8, weight decay
-    /// 0.01.
+    /// `AdamW` with the defaults of `PyTorch`: betas 0.9 and 0.999, eps 1e-8, weight decay 0.01.
     #[must_use]
     pub const fn new(lr: f64) -> Self {
         Self { lr, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01, state: Vec::new() }
@@ -138,9 +137,9 @@ impl AdamW {
     /// Makes one step over the tensors.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if a hyperparameter or a gradient is NaN or infinite; [`Error::Shape`] if the state was
-    /// made for another number of tensors, or for tensors of other lengths; [`Error::OutOfMemory`] if there is no memory
-    /// for the state. Nothing was changed then.
+    /// [`Error::NotFinite`] if a hyperparameter or a gradient is NaN or infinite; [`Error::Shape`] if the state belongs to
+    /// another number of tensors, or to tensors of other lengths; [`Error::OutOfMemory`] if there is no memory for the
+    /// state. Nothing has then changed.
     pub fn step<'a>(&mut self, params: impl IntoIterator<Item = &'a mut Tensor>) -> Result<(), Error> {
         let Self { lr, betas: [beta1, beta2], eps, weight_decay, .. } = *self;
         check_finite("lr, betas, eps, weight decay", &[lr, beta1, beta2, eps, weight_decay].map(to_f32))?;
@@ -191,7 +190,7 @@ fn checked<'a>(params: impl IntoIterator<Item = &'a mut Tensor>) -> Result<Vec<&
     Ok(params)
 }
 
-/// A state for each tensor, made of its length.
+/// A state for each tensor, made from its length.
 fn fresh_state<S>(params: &[&mut Tensor], state: impl Fn(usize) -> Result<S, Error>) -> Result<Vec<S>, Error> {
     let mut states = reserved(1, params.len())?;
     for param in params {
@@ -200,7 +199,7 @@ fn fresh_state<S>(params: &[&mut Tensor], state: impl Fn(usize) -> Result<S, Err
     Ok(states)
 }
 
-/// `Ok` if there is a state for each tensor, of its length.
+/// `Ok` if there is a state of the right length for each tensor.
 fn check_state(params: &[&mut Tensor], state: impl ExactSizeIterator<Item = usize>) -> Result<(), Error> {
     check_len("tensors of an optimizer", state.len(), params.len())?;
     params.iter().zip(state).try_for_each(|(p, len)| check_len("tensor of an optimizer", len, p.len()))

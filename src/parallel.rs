@@ -1,8 +1,8 @@
-//! Operations on several threads, by splits of rows.
+//! Operations on several threads, split by rows.
 //!
-//! Large operations are cut by rows into one part per thread; small ones run where they are called. No bit depends on
-//! that: operations give the same bits for every split, and sums over rows (the transposed product) are cut at fixed
-//! places.
+//! Large operations are split by rows into one part per thread; small ones run on the calling thread. No bit depends on
+//! that, because operations return the same bits for every split, and sums over rows (in the transposed product) are split
+//! at fixed places.
 
 #[cfg(target_has_atomic = "ptr")]
 use alloc::sync::Arc;
@@ -14,9 +14,9 @@ use nf4_kernels::{Activations, Activations8x8, BlockSize, Float, Kernels, Nf4Mat
 use crate::buffer::zeros;
 use crate::error::Error;
 
-/// A pool of threads that layers share the work of large operations with.
+/// A thread pool on which layers run large operations.
 ///
-/// Without one, operations run on the thread that calls them; with the feature `rayon`, on the current `rayon` pool.
+/// Without one, operations run on the calling thread or, with the feature `rayon`, on the current `rayon` pool.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -41,18 +41,18 @@ use crate::error::Error;
 /// # assert_eq!(layer.forward(&Tensor::zeros(64, false)).len(), 64);
 /// ```
 pub trait Threads: Send + Sync {
-    /// How many threads work at once at most: an operation is cut into no more parts than that.
+    /// The number of threads: an operation is split into at most this many parts.
     fn count(&self) -> usize;
 
-    /// Calls both functions once each, at the same time if a thread is free, and returns when both have returned. Calls
-    /// are nested: `a` and `b` call this again to cut their work further.
+    /// Calls both functions once, in parallel if a thread is free, and returns when both have returned. Calls are nested:
+    /// `a` and `b` may call this again to split their work further.
     ///
-    /// A function that is called again does nothing, and one that was left out is called afterwards, so no pool can
-    /// change a result.
+    /// No pool can change a result: a function that is called twice does nothing the second time, and one that was not
+    /// called is called afterwards.
     fn join(&self, a: &mut (dyn FnMut() + Send), b: &mut (dyn FnMut() + Send));
 }
 
-/// The current pool of `rayon`: the one that `ThreadPool::install` was called on, or the global one.
+/// The current `rayon` pool: the one in which the caller runs (see `rayon::ThreadPool::install`), or the global one.
 #[cfg(feature = "rayon")]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Rayon;
@@ -68,7 +68,7 @@ impl Threads for Rayon {
     }
 }
 
-/// The thread that calls.
+/// The calling thread.
 #[cfg(not(feature = "rayon"))]
 struct ThisThread;
 
@@ -84,13 +84,13 @@ impl Threads for ThisThread {
     }
 }
 
-/// The least work per thread, in multiply-adds of the 16x4 product, which take 70 microseconds on a core with AVX2. From
-/// outside of the pool, two sleeping threads made work of 70 microseconds 0.75 times as fast as one thread did, of 140
-/// microseconds 0.9 to 1.3 times, of 220 microseconds 1.1 to 1.7 times. Measured with
+/// The least work per thread, in multiply-adds of the 16x4 product; on a core with AVX2 this takes 70 microseconds. Called
+/// from outside of the pool, two sleeping threads did work of 70 microseconds at 0.75 times the speed of one thread, of
+/// 140 microseconds at 0.9 to 1.3 times, and of 220 microseconds at 1.1 to 1.7 times. Measured with
 /// `cargo bench --features rayon --bench kernels -- --ratios` on two cores of a virtual machine.
 const LEAST: usize = 1 << 21;
 
-/// What other operations cost per weight, or per weight and vector, by the same measurement.
+/// The cost of operations per weight, or per weight and vector, by the same measurement.
 pub(crate) mod cost {
     pub(crate) const PRODUCT_16X4: usize = 1;
     /// 8x8 takes less where the CPU has dot products, which the threshold does not know.
@@ -100,17 +100,16 @@ pub(crate) mod cost {
     pub(crate) const DEQUANTIZE: usize = 3;
     pub(crate) const QUANTIZE: usize = 11;
     pub(crate) const DENSE: usize = 2;
-    /// What finishing an output of a batch costs beside the products of adapters. One thread spends a fifth of a forward
-    /// of 128 vectors on that and on adapters of rank 16 (2048 x 2048), so two threads that left it to one of them would
-    /// be 1.1 to 1.3 times slower.
+    /// To finish an output of a batch, without the products of adapters. On one thread this and an adapter of rank 16 take a
+    /// fifth of a forward of 128 vectors (2048 x 2048); splitting them makes two threads 1.1 to 1.3 times as fast.
     pub(crate) const OUTPUT: usize = 64;
 }
 
-/// What operations run on: the kernels of an instruction set, and threads.
+/// The kernels and the threads that operations run on.
 #[derive(Clone)]
 pub(crate) struct Executor {
     pub(crate) kernels: Kernels,
-    /// `None` stands for [`Executor::threads`]'s default.
+    /// `None` for the default of [`Executor::threads`].
     #[cfg(target_has_atomic = "ptr")]
     threads: Option<Arc<dyn Threads>>,
 }
@@ -148,7 +147,7 @@ impl Executor {
         default
     }
 
-    /// Into how many parts an operation with this work is cut.
+    /// The number of parts into which an operation with this work is split.
     fn parts(&self, work: usize) -> usize {
         match work / LEAST {
             0 | 1 => 1,
@@ -163,11 +162,11 @@ impl Executor {
         (a.result(), b.result())
     }
 
-    /// Runs `run` on ranges that make up `rows`, each with its part of `out`, `per_row` elements per row. `work` is the
-    /// work of all rows; see [`cost`].
+    /// Calls `run` for ranges that make up `rows`, each with its part of `out`, which has `per_row` elements per row. `work`
+    /// is the work of all rows; see [`cost`].
     ///
     /// # Errors
-    /// The first error of `run` in the order of the rows.
+    /// The first error of `run`, in the order of the rows.
     pub(crate) fn by_rows<T: Send, E: Send>(
         &self,
         work: usize,
@@ -203,7 +202,7 @@ impl Executor {
     }
 }
 
-/// A function to be called once, by whichever thread, and what it returned.
+/// A function that some thread calls once, and its result.
 struct Task<F, R> {
     run: Option<F>,
     result: Option<R>,
@@ -221,14 +220,14 @@ impl<R, F: FnOnce() -> R> Task<F, R> {
         }
     }
 
-    /// What the function returned. A pool that left it out has it called here.
+    /// The result of the function, which is called here if the pool did not call it.
     fn result(mut self) -> R {
         self.run();
         self.result.expect("the function returned, or its panic came this far")
     }
 }
 
-/// The operations of [`Kernels`] that are worth several threads.
+/// The operations of [`Kernels`] for which several threads pay.
 impl Executor {
     /// [`Kernels::gemm`].
     pub(crate) fn gemm(&self, m: &Nf4Matrix<'_>, x: &Activations<'_>, out: &mut [f32]) -> Result<(), ShapeError> {
@@ -276,11 +275,12 @@ impl Executor {
         self.by_rows(work(m, 1, cost::DEQUANTIZE), 0..m.rows(), m.cols(), out, &run)
     }
 
-    /// [`Kernels::gemv_transposed_f32`]. Threads take row chunks, whose sums are added in order; they need a vector of
-    /// outputs for each chunk, which one thread does not.
+    /// [`Kernels::gemv_transposed_f32`]. Threads take row chunks, whose sums are then added in order. Several threads need a
+    /// vector of outputs for each chunk.
     ///
     /// # Errors
-    /// [`Error::Shape`] as in [`Kernels::gemv_transposed_f32`]; [`Error::OutOfMemory`] for the sums of several threads.
+    /// [`Error::Shape`] if `x` does not have `rows` values or `out` not `cols`; [`Error::OutOfMemory`] for the sums of
+    /// several threads.
     pub(crate) fn gemv_transposed_f32(&self, m: &Nf4Matrix<'_>, x: &[f32], out: &mut [f32]) -> Result<(), Error> {
         let (chunks, cols) = (m.rows().div_ceil(ROW_CHUNK), m.cols());
         let work = work(m, 1, cost::TRANSPOSED);
@@ -302,7 +302,7 @@ impl Executor {
         Ok(())
     }
 
-    /// [`Kernels::quantize`], by splits between blocks.
+    /// [`Kernels::quantize`], split between blocks.
     pub(crate) fn quantize<T: Float>(
         &self,
         weights: &[T],
@@ -338,7 +338,7 @@ impl Executor {
     }
 }
 
-/// The work of an operation on all weights of a matrix, for some vectors.
+/// The work of an operation on all weights of a matrix, for a number of vectors.
 fn work(m: &Nf4Matrix<'_>, vectors: usize, cost: usize) -> usize {
     m.rows().saturating_mul(m.cols()).saturating_mul(vectors).saturating_mul(cost)
 }

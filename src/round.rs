@@ -1,4 +1,4 @@
-//! The one rounding of what is computed in f64.
+//! Rounding of values that were computed in f64.
 
 use nf4_kernels::Float;
 

@@ -9,8 +9,8 @@ use crate::error::{Error, check_len};
 
 /// A flat vector of f32 values, with a gradient of the same length if it is trained.
 ///
-/// It does not know its shape: the layer that holds it does. It takes exactly 4 bytes per value, and 4 more once there is
-/// a gradient. Values may be anything, NaN too.
+/// It does not know its shape, which is up to the layer that uses it. It takes exactly 4 bytes per value, and 4 more once
+/// there is a gradient. Values may be anything, including NaN.
 #[derive(Debug, Clone)]
 pub struct Tensor {
     data: Box<[f32]>,
@@ -19,7 +19,7 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// A tensor with the given values. Spare capacity of the vector is given back.
+    /// A tensor with the given values. Spare capacity of the vector is freed.
     #[must_use]
     pub fn from_vec(data: Vec<f32>, requires_grad: bool) -> Self {
         Self { data: data.into_boxed_slice(), grad: None, requires_grad }
@@ -42,12 +42,12 @@ impl Tensor {
         &self.data
     }
 
-    /// The values, to be changed.
+    /// The values, mutably.
     pub fn data_mut(&mut self) -> &mut [f32] {
         &mut self.data
     }
 
-    /// The values without the gradient.
+    /// Returns the values and drops the gradient.
     #[must_use]
     pub fn into_vec(self) -> Vec<f32> {
         self.data.into_vec()
@@ -65,7 +65,7 @@ impl Tensor {
         self.data.is_empty()
     }
 
-    /// Bytes on the heap: 4 per value, and 4 more if there is a gradient.
+    /// Bytes on the heap: 4 per value, and another 4 if there is a gradient.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
         size_of_val(self.data()) + self.grad().map_or(0, size_of_val)
@@ -74,24 +74,23 @@ impl Tensor {
 
 /// The gradient.
 impl Tensor {
-    /// Whether gradients are wanted for this tensor.
+    /// Whether this tensor is trained, so that gradients are accumulated for it.
     #[must_use]
     pub fn requires_grad(&self) -> bool {
         self.requires_grad
     }
 
-    /// The gradient, one value for each value of the tensor; `None` until one was accumulated.
+    /// The gradient, one value for each value of the tensor; `None` until one is accumulated.
     #[must_use]
     pub fn grad(&self) -> Option<&[f32]> {
         self.grad.as_deref()
     }
 
-    /// The gradient, to be accumulated into; zeros are allocated if there was none. `None` if [`Self::requires_grad`]
-    /// is false.
+    /// The gradient, mutably; zeros are allocated if there is none. `None` if [`Self::requires_grad`] is false.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
-    pub fn grad_mut(&mut self) -> Result<Option<&mut [f32]>, Error> {
+    pub(crate) fn grad_mut(&mut self) -> Result<Option<&mut [f32]>, Error> {
         if self.requires_grad && self.grad.is_none() {
             self.grad = Some(buffer::zeros(1, self.len())?.into_boxed_slice());
         }
@@ -101,8 +100,8 @@ impl Tensor {
     /// Adds `grad` to the gradient; does nothing if [`Self::requires_grad`] is false.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `grad` does not have as many values as the tensor; [`Error::OutOfMemory`] if there is no
-    /// memory for a gradient.
+    /// [`Error::Shape`] if `grad` does not have the length of the tensor; [`Error::OutOfMemory`] if there is no memory for
+    /// a gradient.
     pub fn accumulate_grad(&mut self, grad: &[f32]) -> Result<(), Error> {
         check_len("gradient", self.len(), grad.len())?;
         if let Some(sum) = self.grad_mut()? {
@@ -123,7 +122,7 @@ impl Tensor {
         self.grad = None;
     }
 
-    /// The values, to be changed, and the gradient: what a step of an optimizer needs.
+    /// The values, mutably, and the gradient, for a step of an optimizer.
     pub fn data_mut_and_grad(&mut self) -> (&mut [f32], Option<&[f32]>) {
         (&mut self.data, self.grad.as_deref())
     }

@@ -1,4 +1,4 @@
-//! The gradients of an adapter, and of what went through the weight below it.
+//! The gradients of an adapter and of the input, through the weight below it.
 //!
 //! With upstream gradients `dy` `[batch, d_out]` of the outputs for inputs `x` `[batch, d_in]`:
 //!
@@ -21,23 +21,23 @@ use crate::tensor::Tensor;
 use crate::weight::base::Base;
 use crate::weight::row_sums::add_rows;
 
-/// Working memory of [`crate::QLoRALayer::backward_into`], made once and used for any number of steps and layers.
+/// Working memory for [`crate::QLoRALayer::backward_into`]; any number of steps and layers can use it in turn.
 ///
-/// A batch of `n` on a layer `[d_out, d_in]` of rank `r` needs `2 * n * r + max(d_out, d_in)` f32. A backward leaves
-/// nothing in it that the next one reads.
+/// A batch of `n` vectors on a layer `[d_out, d_in]` of rank `r` needs `2 * n * r + max(d_out, d_in)` f32. A backward reads
+/// nothing that an earlier one left behind.
 #[derive(Debug, Clone, Default)]
 pub struct BackwardScratch {
     values: Vec<f32>,
 }
 
 impl BackwardScratch {
-    /// Scratch that is too small for any layer; see [`Self::reserve`] and [`crate::QLoRALayer::backward_scratch`].
+    /// An empty scratch, to be grown by [`Self::reserve`]. [`crate::QLoRALayer::backward_scratch`] makes one for a layer.
     #[must_use]
     pub const fn new() -> Self {
         Self { values: Vec::new() }
     }
 
-    /// Grows the scratch, if need be, for batches of `batch` vectors on a layer with these numbers.
+    /// Grows the scratch, if necessary, for batches of `batch` vectors on a layer `[d_out, d_in]` of this rank.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
@@ -185,7 +185,7 @@ fn low_rank_products(
     Ok(())
 }
 
-/// The upstream gradient of the product `V x` of vector `n` and row `row`, which `DoRA` multiplies by the gain.
+/// The upstream gradient of the product `V x` for vector `n` and row `row`, which with `DoRA` includes the gain.
 fn gained<'a>(dy: &'a [f32], d_out: usize, gains: Option<&'a [f32]>) -> impl Fn(usize, usize) -> f32 + use<'a> {
     move |n, row| {
         let dy = dy[n * d_out + row];

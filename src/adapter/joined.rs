@@ -4,10 +4,10 @@
 //! `g[r] = m[r] / |V[r]|`, the Euclidean norm. As in the paper and in PEFT the norm counts as a constant in the
 //! gradient.
 //!
-//! A norm depends on the base, on `A` and on `B`, and takes a pass over the packed weights: each row is dequantized
-//! alone, `V[r]` and the sum of its squares are f64, and the norm is rounded to f32. So norms are kept, and count as
-//! stale once [`Joined::adapter_mut`] gave access to the adapter. What needs them is then an error that says so until
-//! they are computed again; a backward, which may write, computes them itself.
+//! A norm depends on the base, on `A` and on `B`, and takes a pass over the packed weights: each row is dequantized alone,
+//! `V[r]` and the sum of its squares are f64, and the norm is rounded to f32. So norms are kept, and are stale once
+//! [`Joined::adapter_mut`] has given access to the adapter. A forward then fails until they are recomputed; a backward,
+//! which takes `&mut self`, recomputes them.
 
 use alloc::vec::Vec;
 
@@ -38,10 +38,11 @@ pub(crate) struct Fresh<'a> {
 }
 
 impl Joined {
-    /// Joins an adapter to a base, whose norms it takes.
+    /// Joins an adapter to a base, and computes its norms.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if they differ in shape; those of [`LoRAAdapter::pair`]; [`Error::OutOfMemory`].
+    /// [`Error::Mismatch`] if they differ in shape; [`Error::MatrixLength`] or [`Error::Shape`] if a tensor has another
+    /// length; [`Error::OutOfMemory`].
     pub(crate) fn new(adapter: LoRAAdapter, base: &Base<'_>) -> Result<Self, Error> {
         let mut joined = Self { adapter, norms: Vec::new(), gains: Vec::new(), stale: true };
         joined.refresh(base)?;
@@ -52,7 +53,7 @@ impl Joined {
         &self.adapter
     }
 
-    /// The adapter, to be changed, or to be replaced by another one. Norms are stale from here on.
+    /// The adapter, for changing or replacing it. Norms are stale afterwards.
     pub(crate) fn adapter_mut(&mut self) -> &mut LoRAAdapter {
         self.stale = true;
         &mut self.adapter
@@ -72,7 +73,7 @@ impl Joined {
         self.adapter.memory_bytes() + (self.norms.capacity() + self.gains.capacity()) * size_of::<f32>()
     }
 
-    /// The adapter, for changes of gradients; its norms; and with `DoRA` its gains.
+    /// The adapter, for changes of gradients, its norms, and with `DoRA` its gains.
     pub(crate) fn parts_mut(&mut self) -> (&mut LoRAAdapter, &[f32], Option<&[f32]>) {
         let gains = self.adapter.is_dora().then_some(&*self.gains);
         (&mut self.adapter, &self.norms, gains)
@@ -81,7 +82,8 @@ impl Joined {
     /// The tensors of the adapter, if they fit the base.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if another adapter was put in place, of another shape; those of [`LoRAAdapter::pair`].
+    /// [`Error::Mismatch`] if the adapter was replaced by one of another shape; [`Error::MatrixLength`] or [`Error::Shape`]
+    /// if a tensor was replaced by one of another length.
     pub(crate) fn pair(&self, base: &Base<'_>) -> Result<Pair<'_>, Error> {
         let (base, adapter) = ([base.d_out(), base.d_in()], [self.adapter.d_out(), self.adapter.d_in()]);
         if base == adapter { self.adapter.pair() } else { Err(Error::Mismatch { base, adapter }) }
@@ -90,7 +92,7 @@ impl Joined {
     /// The tensors of the adapter and its gains, for a forward.
     ///
     /// # Errors
-    /// As [`Self::pair`]; [`Error::StaleNorms`].
+    /// Those of [`Self::pair`]; [`Error::StaleNorms`].
     pub(crate) fn fresh(&self, base: &Base<'_>) -> Result<Fresh<'_>, Error> {
         let pair = self.pair(base)?;
         match (self.adapter.is_dora(), self.stale) {
@@ -99,16 +101,16 @@ impl Joined {
         }
     }
 
-    /// Computes the norms again if they are stale; allocates a row of the base for that.
+    /// Recomputes the norms if they are stale, for which it allocates a row of the base.
     ///
     /// # Errors
-    /// As [`Self::pair`]; [`Error::OutOfMemory`].
+    /// Those of [`Self::pair`]; [`Error::OutOfMemory`].
     pub(crate) fn refresh(&mut self, base: &Base<'_>) -> Result<(), Error> {
         let len = if self.adapter.is_dora() && self.stale { base.d_in() } else { 0 };
         self.refresh_with(base, &mut zeros(1, len)?)
     }
 
-    /// As [`Self::refresh`], with a buffer for a row of the base: `[d_in]` if the norms are stale.
+    /// Like [`Self::refresh`], with a buffer for a row of the base, which must have `d_in` values if the norms are stale.
     pub(crate) fn refresh_with(&mut self, base: &Base<'_>, row: &mut [f32]) -> Result<(), Error> {
         self.pair(base)?;
         if !self.stale {

@@ -8,10 +8,10 @@ use crate::error::{Error, check_finite, check_len, check_matrix};
 use crate::round::to_f32;
 use crate::tensor::Tensor;
 
-/// The seed of `A` where none is given. Layers of one shape then start with the same `A`.
+/// The seed of `A` if none is given. Layers of the same shape then start with the same `A`.
 pub const DEFAULT_SEED: u64 = 0;
 
-/// How alpha and rank give the scale of an adapter.
+/// How the scale of an adapter follows from alpha and rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum LoRAScaling {
     /// `alpha / rank` (Hu et al., "`LoRA`", 2021).
@@ -22,7 +22,7 @@ pub enum LoRAScaling {
 }
 
 impl LoRAScaling {
-    /// The scale, computed in f64 as PEFT does and rounded once to f32. Rank 0 divides by zero.
+    /// Computes the scale in f64, as PEFT does, and rounds it once to f32. With rank 0, it divides by zero.
     #[must_use]
     pub fn compute(self, alpha: f64, rank: usize) -> f32 {
         let divisor = match self {
@@ -33,14 +33,23 @@ impl LoRAScaling {
     }
 }
 
-/// A `LoRA` adapter for a weight `[d_out, d_in]`: `A` `[rank, d_in]` and `B` `[d_out, rank]`, both row-major and
-/// trained, and a scale. It stands for the weight `scale * B A`, which is never formed.
+/// A `LoRA` adapter for a weight `[d_out, d_in]`: the low-rank pair `A` `[rank, d_in]` and `B` `[d_out, rank]`, and a scale.
 ///
-/// The rank may be any number from 1, also larger than a block or than the weight. With a magnitude ([`Self::with_dora`],
-/// [`Self::with_magnitude`]) it is a `DoRA` adapter (Liu et al., "`DoRA`: Weight-Decomposed Low-Rank Adaptation", 2024),
-/// which also scales each row of the adapted weight.
+/// It adds `scale * B A` to the weight, without ever forming that product. Both matrices are row-major and trained; the rank
+/// may be any number from 1 on. With a magnitude ([`Self::with_dora`], [`Self::with_magnitude`]) it is a `DoRA` adapter (Liu
+/// et al., "`DoRA`: Weight-Decomposed Low-Rank Adaptation", 2024), which also scales each row of the adapted weight.
 ///
-/// Tensors can be replaced through [`Self::a_mut`] and its siblings. Whatever uses the adapter then checks their lengths.
+/// ```
+/// use nf4::{LoRAAdapter, LoRAScaling};
+/// let (d_out, d_in, rank, alpha) = (2, 4, 1, 2.0);
+/// // Fresh, for training: A is random, B is zero.
+/// let fresh = LoRAAdapter::new(d_out, d_in, rank, alpha, LoRAScaling::Standard, 7)?;
+/// // From a trained pair:
+/// let (a, b) = (vec![1.0; rank * d_in], vec![0.5; d_out * rank]);
+/// let trained = LoRAAdapter::from_parts(a, b, d_out, d_in, rank, alpha, LoRAScaling::Standard)?;
+/// assert_eq!((fresh.scale(), trained.scale()), (2.0, 2.0));
+/// # Ok::<(), nf4::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct LoRAAdapter {
     a: Tensor,
@@ -58,23 +67,22 @@ pub struct LoRAAdapter {
 enum Magnitude {
     /// `LoRA`.
     None,
-    /// `DoRA` that will take the norms of its rows when it first joins a base.
+    /// `DoRA` whose magnitude will be the norms of the rows when it first joins a base.
     Norms,
     Given(Tensor),
 }
 
 /// Construction.
 impl LoRAAdapter {
-    /// A fresh adapter as PEFT makes it: `A` uniform in `+-1/sqrt(d_in)` (Kaiming with `a = sqrt(5)`), `B` zero, so
-    /// that it adds nothing yet.
+    /// A fresh adapter as PEFT makes it: `A` uniform in `+-1/sqrt(d_in)` (Kaiming with `a = sqrt(5)`) and `B` zero, so that
+    /// it adds nothing yet.
     ///
-    /// The values of `A` are the same on each machine: value `i` comes from output `i` of `SplitMix64` (Steele, Lea,
-    /// Flood, 2014) with `seed` as state, of which the upper 24 bits, less 2^23, over 2^23, are multiplied by the f32
-    /// `1/sqrt(d_in)`.
+    /// The values of `A` are the same on every machine: value `i` is `(u / 2^23 - 1)` times the f32 `1/sqrt(d_in)`, where `u`
+    /// is the upper 24 bits of output `i` of `SplitMix64` (Steele, Lea, Flood, 2014) with `seed` as its state.
     ///
     /// # Errors
-    /// [`Error::RankZero`]; [`Error::Alpha`] if alpha or the scale is NaN or infinite; [`Error::Shape`] if `rank * d_in`
-    /// or `d_out * rank` does not fit in `usize`; [`Error::OutOfMemory`].
+    /// [`Error::RankZero`] if `rank` is 0; [`Error::Alpha`] if alpha or the scale is NaN or infinite; [`Error::Shape`] if
+    /// `rank * d_in` or `d_out * rank` does not fit in `usize`; [`Error::OutOfMemory`].
     pub fn new(
         d_out: usize,
         d_in: usize,
@@ -90,10 +98,10 @@ impl LoRAAdapter {
         Self::from_parts(a, b, d_out, d_in, rank, alpha, scaling)
     }
 
-    /// An adapter from given `A` `[rank, d_in]` and `B` `[d_out, rank]`, row-major.
+    /// An adapter with given `A` `[rank, d_in]` and `B` `[d_out, rank]`, row-major.
     ///
     /// # Errors
-    /// [`Error::RankZero`]; [`Error::Alpha`] if alpha or the scale is NaN or infinite; [`Error::MatrixLength`] if `a` or
+    /// [`Error::RankZero`] if `rank` is 0; [`Error::Alpha`] if alpha or the scale is NaN or infinite; [`Error::MatrixLength`] if `a` or
     /// `b` has the wrong length; [`Error::NotFinite`] if one of their values is NaN or infinite; [`Error::Shape`] if
     /// `rank * d_in` or `d_out * rank` does not fit in `usize`.
     pub fn from_parts(
@@ -120,24 +128,24 @@ impl LoRAAdapter {
         Ok(Self { a, b, magnitude: Magnitude::None, d_out, d_in, rank, alpha, scaling, scale })
     }
 
-    /// The same adapter with `DoRA`. The magnitude becomes the norms of the rows of the adapted weight when the
-    /// adapter first joins a base, as in PEFT; so a fresh adapter changes nothing yet.
+    /// Makes this a `DoRA` adapter. When it first joins a base, its magnitude is set to the norms of the rows of the
+    /// adapted weight, as in PEFT, so that a fresh adapter changes nothing yet.
     #[must_use]
     pub fn with_dora(self) -> Self {
         Self { magnitude: Magnitude::Norms, ..self }
     }
 
-    /// The same adapter with `DoRA` and a given magnitude, `[d_out]`: PEFT's `lora_magnitude_vector`.
+    /// Makes this a `DoRA` adapter with a given magnitude, `[d_out]`, which PEFT calls `lora_magnitude_vector`.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are not `d_out` values; [`Error::NotFinite`] if one is NaN or infinite.
+    /// [`Error::Shape`] if there are not `d_out` values; [`Error::NotFinite`] if one of them is NaN or infinite.
     pub fn with_magnitude(self, magnitude: Vec<f32>) -> Result<Self, Error> {
         check_len("lora_magnitude_vector", self.d_out, magnitude.len())?;
         check_finite("lora_magnitude_vector", &magnitude)?;
         Ok(Self { magnitude: Magnitude::Given(Tensor::from_vec(magnitude, true)), ..self })
     }
 
-    /// Makes the norms of the rows the magnitude, if the adapter waits for them.
+    /// Sets the magnitude to the norms of the rows, if it has none yet.
     pub(crate) fn take_norms(&mut self, norms: impl FnOnce() -> Result<Vec<f32>, Error>) -> Result<(), Error> {
         if let Magnitude::Norms = self.magnitude {
             self.magnitude = Magnitude::Given(Tensor::from_vec(norms()?, true));
@@ -154,7 +162,7 @@ impl LoRAAdapter {
         &self.a
     }
 
-    /// `A`, to be changed.
+    /// `A`, mutably. If it is replaced by a tensor of another length, whatever uses the adapter returns an error.
     pub fn a_mut(&mut self) -> &mut Tensor {
         &mut self.a
     }
@@ -165,7 +173,7 @@ impl LoRAAdapter {
         &self.b
     }
 
-    /// `B`, to be changed.
+    /// `B`, mutably. If it is replaced by a tensor of another length, whatever uses the adapter returns an error.
     pub fn b_mut(&mut self) -> &mut Tensor {
         &mut self.b
     }
@@ -176,19 +184,19 @@ impl LoRAAdapter {
         !matches!(self.magnitude, Magnitude::None)
     }
 
-    /// The magnitude of `DoRA`, `[d_out]`; `None` without `DoRA`, and before an adapter of [`Self::with_dora`] has joined
-    /// a base.
+    /// The magnitude of `DoRA`, `[d_out]`. `None` without `DoRA`, and for an adapter from [`Self::with_dora`] before it has
+    /// joined a base.
     #[must_use]
     pub fn magnitude(&self) -> Option<&Tensor> {
         if let Magnitude::Given(magnitude) = &self.magnitude { Some(magnitude) } else { None }
     }
 
-    /// The magnitude of `DoRA`, to be changed.
+    /// The magnitude of `DoRA`, mutably; `None` where [`Self::magnitude`] is.
     pub fn magnitude_mut(&mut self) -> Option<&mut Tensor> {
         if let Magnitude::Given(magnitude) = &mut self.magnitude { Some(magnitude) } else { None }
     }
 
-    /// `A`, `B` and, with `DoRA`, the magnitude, to be trained.
+    /// The tensors that are trained: `A`, `B` and, with `DoRA`, the magnitude.
     pub fn trainable_params(&mut self) -> Vec<&mut Tensor> {
         self.tensors_mut().collect()
     }
@@ -198,7 +206,7 @@ impl LoRAAdapter {
         self.tensors_mut().for_each(Tensor::zero_grad);
     }
 
-    /// Allocates the gradients of all tensors that are trained and have none.
+    /// Allocates the gradients of all trained tensors that have none.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
@@ -211,10 +219,11 @@ impl LoRAAdapter {
         [&mut self.a, &mut self.b].into_iter().chain(magnitude)
     }
 
-    /// The tensors, if they have the lengths that they were made with.
+    /// The tensors, if they have the right lengths.
     ///
     /// # Errors
-    /// [`Error::MatrixLength`] for `A` or `B`; [`Error::Shape`] for the magnitude.
+    /// [`Error::MatrixLength`] if `A` or `B` was replaced by a tensor of another length; [`Error::Shape`] if the magnitude
+    /// was.
     pub(crate) fn pair(&self) -> Result<Pair<'_>, Error> {
         let (a, b) = (self.a.data(), self.b.data());
         let magnitude = self.magnitude().map(Tensor::data);
@@ -245,13 +254,13 @@ impl LoRAAdapter {
         self.rank
     }
 
-    /// The alpha that the scale was made from.
+    /// The alpha from which the scale was computed.
     #[must_use]
     pub fn alpha(&self) -> f64 {
         self.alpha
     }
 
-    /// How the scale was made.
+    /// How the scale follows from alpha and rank.
     #[must_use]
     pub fn scaling(&self) -> LoRAScaling {
         self.scaling
@@ -270,7 +279,7 @@ impl LoRAAdapter {
     }
 }
 
-/// `SplitMix64` as numbers uniform in `[-1, 1)`, multiples of 2^-23.
+/// `SplitMix64` as uniform numbers in `[-1, 1)`, multiples of 2^-23.
 fn uniform(seed: u64) -> impl Iterator<Item = f32> {
     let mut state = seed;
     core::iter::repeat_with(move || {

@@ -1,4 +1,4 @@
-//! What an adapter makes of a row of its base, on tensors whose lengths were checked.
+//! Rows of the adapted weight, from tensors whose lengths were checked.
 
 use core::borrow::Borrow;
 
@@ -19,11 +19,11 @@ pub(crate) struct Pair<'a> {
 }
 
 impl Pair<'_> {
-    /// Replaces a row of the base by that of the adapted weight: `w + scale * b A`; with a magnitude `m` that times `m`
-    /// over its norm. `weights` has `d_in` values.
+    /// Replaces a row of the base by the row of the adapted weight, `w + scale * b A`; with a magnitude `m`, that is
+    /// multiplied by `m` and divided by its norm. `weights` has `d_in` values.
     ///
-    /// All of it is f64, sums in the order of the rank, and each weight is rounded once to f32. So the bits are the
-    /// same everywhere, and rounding adds half an ulp of the result. Every NaN is [`f32::NAN`].
+    /// Everything is computed in f64, with sums in the order of the rank, and each weight is rounded once to f32. So the
+    /// bits are the same everywhere, and rounding adds half an ulp of the result. Every NaN is [`f32::NAN`].
     pub(crate) fn merge_row(&self, row: usize, weights: &mut [f32]) {
         let gain = self.magnitude.map_or(1.0, |m| gain(m[row], to_f32(self.norm(row, weights))));
         self.adapted(row, weights, |weight, sum| *weight = to_f32(gain * sum));
@@ -70,8 +70,8 @@ pub(crate) fn adapted_row<W: Borrow<f32>>(
     }
 }
 
-/// `m / norm`, and 0 for a row of zeros, whose product is 0 whatever the gain. The norm is rounded to f32 as the magnitude
-/// is, so the gains of a fresh adapter are 1, also once it was stored or joins its base again.
+/// `m / norm`, and 0 for a row of zeros, whose product is 0 whatever the gain. The norm is rounded to f32 like the
+/// magnitude, so the gains of a fresh adapter are 1, also after it was saved and loaded.
 pub(crate) fn gain(magnitude: f32, norm: f32) -> f64 {
     if norm == 0.0 { 0.0 } else { f64::from(magnitude) / f64::from(norm) }
 }

@@ -16,12 +16,12 @@ use crate::weight::inputs::Inputs;
 /// Rows that are finished at a time, on the stack.
 const ROWS: usize = 128;
 
-/// `y = W x + bias` with a frozen `W` `[d_out, d_in]`, and what adapters add to it.
+/// `y = W x + bias` with a frozen `W` `[d_out, d_in]`, plus what adapters add.
 ///
 /// An adapter with weight `w` adds `f B (A x)`, `f = w * scale`; with `DoRA` and the gains `g` of the rows, `w` times
 /// what it alone would change, which is `w (g - 1) W x + f g B (A x)`.
 ///
-/// A row and a vector have the same bits whatever is computed beside them:
+/// An output is computed as follows, and has the same bits whatever else is computed in the same call:
 ///
 /// 1. the base product;
 /// 2. with `DoRA`: times 1, less `w`, plus `w g` of each such adapter in turn, in f64 and rounded to f32 (for one of
@@ -29,14 +29,14 @@ const ROWS: usize = 128;
 /// 3. plus each adapter in turn, by [`nf4_kernels::Kernels::gemv_dense`] with `A` and
 ///    [`nf4_kernels::Kernels::gemv_dense_add`] with `B` and the factor `f`, with `DoRA` `f * g`;
 /// 4. plus the bias, if there is one;
-/// 5. rounded to the type of the outputs. Every NaN becomes the one of [`Float::from_f32`].
+/// 5. rounded to the type of the outputs. Every NaN becomes the quiet NaN that [`Float::from_f32`] returns.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Forward<'a> {
     pub(crate) base: Base<'a>,
     pub(crate) bias: Option<&'a [f32]>,
 }
 
-/// An adapter in a forward, and how much of it counts.
+/// An adapter in a forward, and its weight.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Term<'a> {
     pub(crate) adapter: &'a Joined,
@@ -146,7 +146,7 @@ impl Forward<'_> {
 
 /// Its steps.
 impl Forward<'_> {
-    /// The largest sum of ranks that a vector has, if all adapters fit and have no stale norms.
+    /// The largest sum of ranks of a vector, if all adapters fit and no norms are stale.
     fn largest_rank<'t, T: Iterator<Item = Term<'t>>>(
         &self,
         batch: usize,

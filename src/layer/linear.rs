@@ -1,4 +1,4 @@
-//! The frozen part of a layer: an NF4 weight, a bias, and what computes with them.
+//! The frozen part of a layer: an NF4 weight, a bias, and how to compute with them.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;

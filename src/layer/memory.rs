@@ -1,20 +1,20 @@
-//! What a layer holds in memory.
+//! The memory that a layer takes.
 
 use crate::layer::linear::Linear;
 
-/// What a layer on a [`crate::Quantized4Bit`] base holds in memory, in bytes. All of it is exact. The layer's own struct
-/// is not counted, nor are the names of adapters.
+/// The memory that a layer on a [`crate::Quantized4Bit`] takes, in bytes. All numbers are exact; they leave out the struct of
+/// the layer itself and the names of adapters.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MemoryStats {
-    /// What the base weight would take in f32: `d_out * d_in * 4`. It is not held.
+    /// What the base weight would take in f32, `d_out * d_in * 4`; it is not in memory.
     pub base_unquantized_bytes: usize,
     /// Packed codes and scales of the base, owned or not: [`crate::Quantized4Bit::data_bytes`].
     pub base_quantized_bytes: usize,
-    /// `A` and `B` of every adapter, `(d_in + d_out) * rank * 4`, and with `DoRA` its magnitude, norms and gains,
-    /// `d_out * 12`; gradients too, once training has made them.
+    /// `A` and `B` of every adapter, `(d_in + d_out) * rank * 4`; with `DoRA` also its magnitude, norms and gains,
+    /// `d_out * 12`; and gradients, once training has allocated them.
     pub lora_bytes: usize,
-    /// What the layer itself has on the heap: the base, unless its bytes are static or shared
-    /// ([`crate::Quantized4Bit::memory_bytes`]), adapters and, if there is one, the bias, `d_out * 4`.
+    /// Everything that the layer itself has on the heap: the base, unless its bytes are static or shared
+    /// ([`crate::Quantized4Bit::memory_bytes`]), the adapters, and the bias, `d_out * 4`, if there is one.
     pub total_bytes: usize,
     /// `base_unquantized_bytes / base_quantized_bytes`; NaN if there are no weights.
     pub compression_ratio: f32,

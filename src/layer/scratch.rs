@@ -8,15 +8,15 @@ use crate::buffer::{grow, take};
 use crate::error::Error;
 use crate::weight::inputs::InputsBuf;
 
-/// Working memory of the forwards that end in `_into`, made once and used for any number of forwards and layers.
+/// Working memory for forwards that do not allocate; any number of forwards and layers can use it in turn.
 ///
 /// For each vector of a batch, a layer `[d_out, d_in]` with adapters of rank `r` needs
 ///
-/// * its inputs in f32 and quantized: [`InputsBuf::bytes`],
+/// * the inputs in f32 and quantized ([`InputsBuf::bytes`]),
 /// * `r` f32 for the low-rank products,
-/// * `d_out` f32 for the outputs before they are rounded,
+/// * `d_out` f32 for the outputs before they are rounded.
 ///
-/// which [`Self::bytes`] adds up. A forward leaves nothing in it that the next one reads.
+/// [`Self::bytes`] adds these up. A forward reads nothing that an earlier one left behind.
 #[derive(Debug, Clone, Default)]
 pub struct Scratch {
     pub(crate) inputs: InputsBuf,
@@ -24,14 +24,14 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Scratch that is too small for any layer; see [`Self::reserve`] and [`crate::QLoRALayer::scratch`].
+    /// An empty scratch, to be grown by [`Self::reserve`]. [`crate::QLoRALayer::scratch`] makes one for a layer.
     #[must_use]
     pub const fn new() -> Self {
         Self { inputs: InputsBuf::new(), work: Work { low_rank: Vec::new(), product: Vec::new() } }
     }
 
-    /// Grows the scratch, if need be, for batches of `batch` vectors on a layer with these numbers. `rank` is the sum of
-    /// the ranks of the adapters that a vector meets.
+    /// Grows the scratch, if necessary, for batches of `batch` vectors on a layer `[d_out, d_in]` of this block size.
+    /// `rank` is the sum of the ranks of all adapters that a vector uses.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`]; parts of the scratch may have grown.
@@ -47,7 +47,7 @@ impl Scratch {
         self.work.reserve(d_out, rank, batch)
     }
 
-    /// Bytes that [`Self::reserve`] with these arguments takes; `usize::MAX` if there are more.
+    /// The bytes that [`Self::reserve`] takes with these arguments; `usize::MAX` if there are more.
     #[must_use]
     pub const fn bytes(d_out: usize, d_in: usize, block_size: BlockSize, rank: usize, batch: usize) -> usize {
         let work = rank.saturating_add(d_out).saturating_mul(batch).saturating_mul(size_of::<f32>());

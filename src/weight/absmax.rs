@@ -1,4 +1,4 @@
-//! The scales of the blocks of a weight, and what holds them.
+//! The scales of the blocks of a weight, and their storage.
 
 use alloc::boxed::Box;
 
@@ -8,7 +8,7 @@ use crate::buffer::zeros;
 use crate::error::Error;
 use crate::weight::store::Store;
 
-/// The scales of the blocks of a weight: plain, or double-quantized. [`Self::view`] borrows them as an [`Absmax`].
+/// The scales of the blocks of a weight, plain or double-quantized. [`Self::view`] borrows them as an [`Absmax`].
 #[derive(Debug, Clone)]
 pub struct AbsmaxBuf(Storage);
 
@@ -25,15 +25,15 @@ enum Storage {
 }
 
 impl AbsmaxBuf {
-    /// One f32 per block.
+    /// Plain scales, one f32 per block.
     #[must_use]
     pub fn plain(absmax: impl Into<Store<f32>>) -> Self {
         Self(Storage::Plain(absmax.into()))
     }
 
-    /// Double-quantized scales as files hold them: one code per block, one f32 per [`NESTED_BLOCK`] of them, the map and
-    /// the offset; see [`NestedAbsmax`]. The map is copied (1 KiB), and only if it differs from [`DYNAMIC_MAP`] in a
-    /// bit.
+    /// Double-quantized scales as files hold them: one code per block, one f32 per [`NESTED_BLOCK`] codes, the quant map,
+    /// and the offset; see [`NestedAbsmax`]. The quant map (1 KiB) is copied only if a bit of it differs from
+    /// [`DYNAMIC_MAP`].
     ///
     /// # Errors
     /// [`Error::Shape`] if `absmax` does not have `ceil(codes.len() / 256)` values.
@@ -51,7 +51,7 @@ impl AbsmaxBuf {
 
     /// Double-quantizes plain scales, bit for bit as `bitsandbytes` does on a CPU.
     ///
-    /// A NaN or infinity makes every scale NaN; [`crate::Quantized4Bit`] takes neither.
+    /// A NaN or infinity makes every scale NaN; [`crate::Quantized4Bit`] accepts neither.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
@@ -65,13 +65,13 @@ impl AbsmaxBuf {
     /// A borrowed view of the scales.
     ///
     /// # Panics
-    /// If shared bytes are no longer what they were.
+    /// If the owner of shared bytes no longer returns the bytes that it did.
     #[must_use]
     pub fn view(&self) -> Absmax<'_> {
         self.try_view().expect("the constructors checked the lengths")
     }
 
-    /// As [`Self::view`], with an error in place of a panic.
+    /// Like [`Self::view`], but returns an error.
     pub(crate) fn try_view(&self) -> Result<Absmax<'_>, ShapeError> {
         match &self.0 {
             Storage::Plain(absmax) => Ok(Absmax::Plain(absmax.as_slice())),
@@ -88,8 +88,8 @@ impl AbsmaxBuf {
         matches!(self.0, Storage::Nested { .. })
     }
 
-    /// Bytes of the scales: 4 per block; or 1 per block, 4 per [`NESTED_BLOCK`] blocks, and 1024 for a map other than
-    /// [`DYNAMIC_MAP`].
+    /// Bytes of the scales: 4 per block, or with double quantization 1 per block, 4 per [`NESTED_BLOCK`] blocks, and 1024
+    /// for a quant map other than [`DYNAMIC_MAP`].
     #[must_use]
     pub fn data_bytes(&self) -> usize {
         match &self.0 {
@@ -100,7 +100,7 @@ impl AbsmaxBuf {
         }
     }
 
-    /// Of [`Self::data_bytes`], those on the heap that belong to these scales alone.
+    /// The part of [`Self::data_bytes`] on the heap that these scales own.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
         match &self.0 {

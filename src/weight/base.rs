@@ -1,4 +1,4 @@
-//! The frozen weight below an adapter, packed or dense: its products, and its rows.
+//! The frozen weight below an adapter, packed or dense: its products and its rows.
 
 use nf4_kernels::{Float, Kernels, Nf4Matrix};
 
@@ -7,7 +7,7 @@ use crate::parallel::Executor;
 use crate::weight::inputs::{Arithmetic, Inputs, InputsBuf};
 use crate::weight::row_sums::add_rows;
 
-/// A weight `[d_out, d_in]`, and what multiplies it.
+/// A weight `[d_out, d_in]`, and how to multiply by it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Base<'a> {
     weight: Weight<'a>,
@@ -49,7 +49,7 @@ impl<'a> Base<'a> {
         self.executor.kernels
     }
 
-    /// Inputs `[batch, d_in]` as this weight needs them.
+    /// Prepares inputs `[batch, d_in]` for [`Self::product`].
     pub(crate) fn prepare<'b, X: Float>(
         &self,
         x: &[X],
@@ -64,7 +64,7 @@ impl<'a> Base<'a> {
         }
     }
 
-    /// Grows buffers, if need be, for inputs `[batch, d_in]`.
+    /// Grows buffers, if necessary, for inputs `[batch, d_in]`.
     pub(crate) fn reserve(&self, batch: usize, buffers: &mut InputsBuf) -> Result<(), Error> {
         match &self.weight {
             Weight::Packed(weight, _) => buffers.reserve(self.d_in, weight.block_size(), batch),

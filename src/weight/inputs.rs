@@ -1,4 +1,4 @@
-//! Inputs of products, prepared once for any number of weights.
+//! Inputs of products, which are prepared once for any number of weights.
 
 use alloc::vec::Vec;
 
@@ -8,20 +8,19 @@ use nf4_kernels::{Activations, Activations8x8, BlockSize, Float, Kernels};
 use crate::buffer::{grow, take};
 use crate::error::Error;
 
-/// How a forward multiplies by the base weight. Adapters and bias are f32 in any case.
+/// The arithmetic of products with the base weight. Adapters and bias are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Arithmetic {
-    /// The 16x4 product: a codebook of 16 bits times activations of 14 bits with an f32 scale per 64. It is about as
-    /// precise as f16 activations, and faster than f32. Where blocks straddle rows it is the f32 product. See
+    /// The 16x4 product: a 16-bit codebook times 14-bit activations with one f32 scale per 64. It is about as precise as
+    /// f16 activations, and faster than f32. Weights whose blocks straddle rows are multiplied in f32 nevertheless. See
     /// [`nf4_kernels::spec`].
     #[default]
     SixteenByFour,
-    /// The 8x8 product: a codebook of 8 bits times activations of 8 bits with an f32 scale per 32. It is about as precise
-    /// as the 8-bit activations of other libraries, and faster than 16x4, most of all where the CPU has dot products of
-    /// 8-bit integers. Where the number of inputs is not a multiple of 32 it is the f32 product. See
-    /// [`nf4_kernels::spec`].
+    /// The 8x8 product: an 8-bit codebook times 8-bit activations with one f32 scale per 32. It is about as precise as the
+    /// 8-bit activations of other libraries, and faster than 16x4, especially on CPUs with dot products of 8-bit integers.
+    /// If the number of inputs is not a multiple of 32, the product is computed in f32. See [`nf4_kernels::spec`].
     EightByEight,
-    /// The f32 product: f32 codebook, f32 activations. See [`nf4_kernels::spec`].
+    /// The f32 product: f32 codebook and f32 activations. See [`nf4_kernels::spec`].
     F32,
 }
 
@@ -29,7 +28,7 @@ impl Arithmetic {
     /// Every arithmetic, the default first.
     pub const ALL: [Self; 3] = [Self::SixteenByFour, Self::EightByEight, Self::F32];
 
-    /// The name as in the specification: `16x4`, `8x8`, `f32`.
+    /// The name in the specification: `16x4`, `8x8` or `f32`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -40,8 +39,7 @@ impl Arithmetic {
     }
 }
 
-/// Buffers for inputs that are converted and quantized once and used by several layers, such as the projections of one
-/// attention block.
+/// Buffers for inputs that are quantized once and used by several layers, such as the projections of an attention block.
 ///
 /// ```
 /// use nf4::{InputsBuf, QLoRALayer, Tensor};
@@ -66,17 +64,17 @@ pub struct InputsBuf {
 }
 
 impl InputsBuf {
-    /// Buffers that are too small for any inputs; see [`Self::reserve`].
+    /// Empty buffers, to be grown by [`Self::reserve`].
     #[must_use]
     pub const fn new() -> Self {
         Self { floats: Vec::new(), values: Vec::new(), scales: Vec::new() }
     }
 
-    /// Grows the buffers, if need be, for batches of `batch` vectors of `d_in` inputs and weights of this block size.
+    /// Grows the buffers, if necessary, for batches of `batch` vectors of `d_in` inputs and weights of this block size.
     ///
-    /// They serve every [`Arithmetic`]. A vector takes 4 bytes per input for its f32 values. If `d_in` is a multiple of 32,
-    /// it takes 4 bytes per 32 inputs more, and 2 bytes per input (1 if `d_in` is not a multiple of 64 and the block size
-    /// not 32), with `d_in` rounded up to a multiple of 64.
+    /// They serve every [`Arithmetic`]. A vector takes 4 bytes per input for f32 values. If `d_in` is a multiple of 32, it
+    /// also takes 4 bytes per 32 inputs, and 2 bytes per input (1 if `d_in` is not a multiple of 64 and the block size not
+    /// 32), with `d_in` rounded up to a multiple of 64.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`]; some of the buffers may have grown.
@@ -92,7 +90,7 @@ impl InputsBuf {
         grow(&mut self.floats, d_in.saturating_mul(batch))
     }
 
-    /// Bytes that [`Self::reserve`] with these arguments takes; `usize::MAX` if there are more.
+    /// The bytes that [`Self::reserve`] takes with these arguments; `usize::MAX` if there are more.
     #[must_use]
     pub const fn bytes(d_in: usize, block_size: BlockSize, batch: usize) -> usize {
         let need = Need::new(d_in, block_size, batch);
@@ -164,8 +162,8 @@ fn convert<'a, X: Float>(x: &[X], floats: &'a mut [f32], len: usize) -> Result<&
     Ok(floats)
 }
 
-/// A batch of vectors in [`InputsBuf`], ready for every layer with the same arithmetic, group ([`BlockSize::group`]) and
-/// kernels. A layer with [`Arithmetic::F32`] takes any.
+/// A batch of vectors in an [`InputsBuf`], ready for every layer with the same arithmetic, group ([`BlockSize::group`]) and
+/// kernels. Layers with [`Arithmetic::F32`] take any.
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a> {
     floats: &'a [f32],
@@ -174,7 +172,7 @@ pub struct Inputs<'a> {
     quantized: Quantized<'a>,
 }
 
-/// What the arithmetics other than f32 multiply with.
+/// Quantized inputs, for arithmetics other than f32.
 #[derive(Debug, Clone, Copy)]
 enum Quantized<'a> {
     No,
@@ -201,7 +199,7 @@ impl<'a> Inputs<'a> {
         self.batch
     }
 
-    /// Number of inputs of a vector.
+    /// Number of inputs per vector.
     #[must_use]
     pub fn d_in(&self) -> usize {
         self.d_in

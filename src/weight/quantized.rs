@@ -1,4 +1,4 @@
-//! A matrix of NF4 weights, and what holds its bytes.
+//! A matrix of NF4 weights, and its storage.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -12,11 +12,11 @@ use crate::parallel::Executor;
 use crate::weight::absmax::AbsmaxBuf;
 use crate::weight::store::Store;
 
-/// A matrix of NF4 weights `[rows, cols]`: packed codes and the scales of their blocks. It is the base of a
+/// A matrix of NF4 weights `[rows, cols]`: packed codes and the scales of their blocks. It is the base weight of a
 /// [`crate::QLoRALayer`].
 ///
 /// The bytes are owned, static or shared ([`Store`]). Every scale is finite, and so is every weight. [`Self::view`]
-/// borrows the [`Nf4Matrix`] that [`nf4_kernels::Kernels`] work on.
+/// borrows the matrix for [`nf4_kernels::Kernels`].
 ///
 /// ```
 /// use nf4::{BlockSize, Quantized4Bit};
@@ -28,7 +28,7 @@ use crate::weight::store::Store;
 /// # Ok::<(), nf4::Error>(())
 /// ```
 ///
-/// Weights in a file in memory stay there:
+/// Weights in a mapped file stay there:
 ///
 /// ```
 /// use std::sync::Arc;
@@ -51,12 +51,12 @@ pub struct Quantized4Bit {
 
 /// Construction.
 impl Quantized4Bit {
-    /// Quantizes row-major weights `[rows, cols]`, and with `double_quant` their scales too; bit for bit as `bitsandbytes`
-    /// does on a CPU (block size 64 is its default).
+    /// Quantizes row-major weights `[rows, cols]` and, with `double_quant`, their scales too, bit for bit as `bitsandbytes`
+    /// does on a CPU (whose default block size is 64).
     ///
     /// # Errors
-    /// [`Error::MatrixLength`] if there are not `rows * cols` weights; [`Error::NotFinite`] if one is NaN or infinite,
-    /// or if finite ones are so large (above `1e30`, say) that their double-quantized scales are not finite;
+    /// [`Error::MatrixLength`] if there are not `rows * cols` weights; [`Error::NotFinite`] if one of them is NaN or
+    /// infinite, or if they are so large (above `1e30`, say) that their double-quantized scales are not finite;
     /// [`Error::Shape`] if `rows * cols` does not fit in `usize`; [`Error::OutOfMemory`].
     pub fn quantize<T: Float>(
         weights: &[T],
@@ -69,7 +69,7 @@ impl Quantized4Bit {
         let mut packed = zeros(1, packed_len(weights.len()))?;
         let mut absmax = zeros(1, block_size.blocks(weights.len()))?;
         Executor::detect().quantize(weights, block_size, &mut packed, &mut absmax)?;
-        // The absmax of a block is finite if and only if its weights are, and there are fewer of them to look at.
+        // The absmax of a block is finite if and only if its weights are, and there are fewer of them to check.
         if !absmax.iter().all(|a: &f32| a.is_finite()) {
             check_finite("base weight", weights)?;
         }
@@ -77,11 +77,11 @@ impl Quantized4Bit {
         Self::from_parts(packed, absmax, rows, cols, block_size)
     }
 
-    /// Joins packed codes (two per byte, the first in the high half) and scales that come from a file or from elsewhere.
+    /// Joins packed codes, two per byte with the first in the high half, and the scales of their blocks.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the lengths do not fit `rows`, `cols` and `block_size`, see [`Nf4Matrix::new`];
-    /// [`Error::NotFinite`] with the index of the block if a scale is NaN or infinite.
+    /// [`Error::Shape`] if `rows * cols` does not fit in `usize`, if there are not `ceil(rows * cols / 2)` bytes of codes, or
+    /// not one scale for each block; [`Error::NotFinite`] with the index of the block if a scale is NaN or infinite.
     pub fn from_parts(
         packed: impl Into<Store<u8>>,
         absmax: AbsmaxBuf,
@@ -106,21 +106,21 @@ impl Quantized4Bit {
     /// A borrowed view of the matrix, for [`nf4_kernels::Kernels`].
     ///
     /// # Panics
-    /// If shared bytes are no longer what they were.
+    /// If the owner of shared bytes no longer returns the bytes that it did.
     #[must_use]
     pub fn view(&self) -> Nf4Matrix<'_> {
         self.try_view().expect("the constructor checked the lengths")
     }
 
-    /// As [`Self::view`], with an error in place of a panic.
+    /// Like [`Self::view`], but returns an error.
     pub(crate) fn try_view(&self) -> Result<Nf4Matrix<'_>, ShapeError> {
         Nf4Matrix::new(self.packed.as_slice(), self.absmax.try_view()?, self.rows, self.cols, self.block_size)
     }
 
-    /// All weights, row-major `[rows, cols]`, rounded once to `T`: `CODEBOOK[code] * absmax`.
+    /// Dequantizes all weights, row-major `[rows, cols]`: `CODEBOOK[code] * absmax`, rounded once to `T`.
     ///
     /// # Panics
-    /// If the result does not fit in memory; [`Self::dequantize_rows`] dequantizes a part.
+    /// If the result does not fit in memory. [`Self::dequantize_rows`] dequantizes in parts.
     #[must_use]
     pub fn dequantize<T: Float>(&self) -> Vec<T> {
         let mut out = vec![T::from_f32(0.0); self.rows * self.cols];
@@ -128,7 +128,7 @@ impl Quantized4Bit {
         out
     }
 
-    /// The weights of some rows, row-major, in `out`.
+    /// Dequantizes the weights of some rows, row-major, into `out`.
     ///
     /// # Errors
     /// [`Error::Shape`] if there are no such rows or `out` does not have `rows.len() * self.cols()` elements.
@@ -187,20 +187,20 @@ impl Quantized4Bit {
         &self.absmax
     }
 
-    /// Bytes of packed codes and scales, wherever they are.
+    /// Bytes of packed codes and scales, whether owned, static or shared.
     #[must_use]
     pub fn data_bytes(&self) -> usize {
         self.packed().len() + self.absmax.data_bytes()
     }
 
-    /// Of [`Self::data_bytes`], those on the heap that belong to this matrix alone: all if it owns its data, none if
-    /// they are static or shared. There is no spare capacity and no second copy.
+    /// The part of [`Self::data_bytes`] on the heap that this matrix owns: all of them, or none if they are static or
+    /// shared. There is no spare capacity and no second copy.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
         self.packed.memory_bytes() + self.absmax.memory_bytes()
     }
 
-    /// Bits of [`Self::data_bytes`] per weight; NaN if there are no weights.
+    /// Bits per weight, of [`Self::data_bytes`]; NaN if there are no weights.
     #[must_use]
     pub fn bits_per_weight(&self) -> f64 {
         self.data_bytes() as f64 * 8.0 / self.len() as f64

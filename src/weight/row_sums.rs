@@ -1,4 +1,4 @@
-//! Weighted sums of the rows of a dense f32 matrix: every product of a gradient has this form.
+//! Weighted sums of the rows of a dense f32 matrix, the form of every product in a gradient.
 
 use nf4_kernels::{Float, spec::ROW_CHUNK};
 
@@ -7,8 +7,8 @@ const SPAN: usize = 32;
 
 /// `out += sum over j of factor(j) * rows[j]`, where `rows` is row-major and each row as long as `out`.
 ///
-/// The order is that of the transposed product of [`nf4_kernels::spec`]: rows are taken in chunks of [`ROW_CHUNK`],
-/// and a chunk in fours, `s = s + ((p[0] + p[1]) + (p[2] + p[3]))` with `p[j] = factor(j) * rows[j]`, every operation
+/// The order is that of the transposed product in [`nf4_kernels::spec`]: rows are summed in chunks of [`ROW_CHUNK`], and
+/// in fours within a chunk, `s = s + ((p[0] + p[1]) + (p[2] + p[3]))` with `p[j] = factor(j) * rows[j]`, every operation
 /// rounded to f32; then `out = out + s`. So the bits are the same everywhere, and `R` rows round a term at most `4 +
 /// ceil(min(R, 512) / 4) + ceil(R / 512)` times. Every NaN is [`f32::NAN`].
 pub(crate) fn add_rows(out: &mut [f32], factor: impl Fn(usize) -> f32, rows: &[f32]) {

@@ -1,4 +1,4 @@
-//! Slices that a weight may own, borrow for good, or share with whoever holds a file in memory.
+//! Slices that a weight owns, borrows for `'static`, or shares with the owner of a mapped file.
 
 use alloc::boxed::Box;
 #[cfg(target_has_atomic = "ptr")]
@@ -13,14 +13,14 @@ use bytemuck::Pod;
 use crate::buffer::reserved;
 use crate::error::Error;
 
-/// Bytes that several weights can share: a mapped file, a buffer that was read once.
+/// Bytes that several weights can share, such as a mapped file or a buffer that was read once.
 ///
-/// `as_ref` must return the same bytes every time, at the same address. If it does not, results are wrong or an operation
-/// is an error; memory stays safe.
+/// `as_ref` must return the same bytes every time, at the same address. If it does not, results are wrong or operations
+/// return errors, but memory stays safe.
 #[cfg(target_has_atomic = "ptr")]
 pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
-/// A slice of `u8` or `f32` that a weight stands on: owned, `'static`, or a range of [`SharedBytes`].
+/// The storage of a weight: a slice of `u8` or `f32` that is owned, `'static`, or a range of [`SharedBytes`].
 ///
 /// ```
 /// use std::sync::Arc;
@@ -50,13 +50,13 @@ impl<T: Pod> Store<T> {
         match &self.0 {
             Place::Owned(values) => values,
             Place::Static(values) => values,
-            // Empty if the owner no longer returns what it did: whoever checks lengths then finds an error.
+            // Empty if the owner no longer returns the bytes that it did, so that the next check of a length fails.
             #[cfg(target_has_atomic = "ptr")]
             Place::Shared(owner, range) => cast((**owner).as_ref(), range).unwrap_or_default(),
         }
     }
 
-    /// Bytes on the heap that belong to this store alone; 0 if it does not own the values.
+    /// Bytes on the heap that this store owns; 0 if its values are static or shared.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
         match &self.0 {
@@ -68,7 +68,7 @@ impl<T: Pod> Store<T> {
 
 #[cfg(target_has_atomic = "ptr")]
 impl Store<u8> {
-    /// A range of shared bytes. Nothing is copied.
+    /// Stores a range of shared bytes, without a copy.
     ///
     /// # Errors
     /// [`Error::Range`] if the range does not lie in the bytes.
@@ -80,8 +80,8 @@ impl Store<u8> {
 
 #[cfg(target_has_atomic = "ptr")]
 impl Store<f32> {
-    /// Little-endian values in a range of shared bytes. They are copied only where their address is not a multiple of 4,
-    /// or where the machine is big-endian.
+    /// Stores little-endian values in a range of shared bytes. They are copied only if their address is not a multiple of
+    /// 4, or if the machine is big-endian.
     ///
     /// # Errors
     /// [`Error::Range`] if the range does not lie in the bytes; [`Error::Shape`] if it does not hold whole values;
@@ -102,7 +102,7 @@ impl Store<f32> {
 }
 
 impl Store<f32> {
-    /// A copy of little-endian values at any address; an incomplete last one is dropped.
+    /// Copies little-endian values at any address; an incomplete last value is dropped.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
@@ -115,14 +115,14 @@ impl Store<f32> {
 }
 
 impl<T> From<Vec<T>> for Store<T> {
-    /// Spare capacity of the vector is given back.
+    /// Takes over the values of a vector, and frees its spare capacity.
     fn from(values: Vec<T>) -> Self {
         Self(Place::Owned(values.into_boxed_slice()))
     }
 }
 
 impl<T> From<&'static [T]> for Store<T> {
-    /// Nothing is copied: values may lie in flash.
+    /// Refers to the values without a copy; they may be in flash.
     fn from(values: &'static [T]) -> Self {
         Self(Place::Static(values))
     }

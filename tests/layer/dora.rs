@@ -206,7 +206,10 @@ fn stale_norms_are_an_error_until_they_are_taken_again() {
         change(&mut layer);
         let error = layer.try_forward(&x).unwrap_err();
         assert_eq!(error, Error::StaleNorms);
-        assert_eq!(error.to_string(), "the norms of a DoRA adapter are stale: call refresh_dora after changing it");
+        assert_eq!(
+            error.to_string(),
+            "the norms of a DoRA adapter are stale: call refresh_dora after changing the adapter"
+        );
         assert_eq!(layer.try_forward(&x).unwrap_err(), Error::StaleNorms);
         // A merge takes norms of its own; a backward may take them again, and does.
         let exact = Exact::new(&layer.base_weight_quantized().dequantize(), layer.adapter());

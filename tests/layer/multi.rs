@@ -147,7 +147,7 @@ fn errors_name_the_adapter() {
     }
     let mut layer = multi(4, 64);
     layer.set_active(&["zz"]).unwrap();
-    let unknown = "no adapter has the name `French`";
+    let unknown = "there is no adapter named `French`";
     assert_eq!(message(layer.remove("French")), unknown);
     assert_eq!(message(layer.rename("French", "x")), unknown);
     assert_eq!(message(layer.set_weight("French", 1.0)), unknown);
@@ -158,7 +158,7 @@ fn errors_name_the_adapter() {
     let got = layer.try_forward(&x, Adapters::PerVector(&[zz]));
     assert_eq!(message(got), "adapters of the batch: expected length 2, got 1");
 
-    let taken = "there is already an adapter of the name `code`";
+    let taken = "there is already an adapter named `code`";
     assert_eq!(message(layer.add("code", adapter(4, 64, 2, 1.0))), taken);
     assert_eq!(message(layer.rename("zz", "code")), taken);
     let got = layer.add("big", adapter(5, 64, 2, 1.0));

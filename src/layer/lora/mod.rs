@@ -21,22 +21,22 @@ use crate::parallel::Threads;
 use crate::tensor::Tensor;
 use crate::weight::base::Base;
 
-/// A linear layer with a dense, frozen base weight `W` `[d_out, d_in]`, a `LoRA` adapter and, if [`Self::with_bias`]
-/// gave it one, a frozen bias: `y = W x + scale * B (A x) + bias`; with `DoRA` (see [`LoRAAdapter`]) each row of the sum
-/// of the first two is scaled.
+/// A linear layer with a dense, frozen base weight and a `LoRA` adapter: `y = W x + scale * B (A x) + bias`.
 ///
-/// All arithmetic is f32 (merges and norms: f64, rounded once), with the same bits on each machine.
+/// `W` is `[d_out, d_in]`, and the bias is frozen too ([`Self::with_bias`]; a layer starts without one). With `DoRA` (see
+/// [`LoRAAdapter`]), each row of `W x + scale * B (A x)` is scaled. All arithmetic is f32 (merges and norms: f64, rounded
+/// once), with the same bits on every machine.
 #[derive(Debug, Clone)]
 pub struct LoRALayer {
     frozen: Frozen,
-    /// `W + scale * B A` while merged. `frozen` stays as it was, so that it can come back bit for bit: subtracting
-    /// would round.
+    /// `W + scale * B A` while merged. `frozen` is kept, because subtracting would round and not give it back bit for
+    /// bit.
     merged: Option<Tensor>,
     bias: Option<Box<[f32]>>,
     adapter: Joined,
 }
 
-/// The weight, never merged, its shape, and what computes with it.
+/// The weight before any merge, its shape, and what computes with it.
 #[derive(Debug, Clone)]
 struct Frozen {
     weight: Tensor,
@@ -58,8 +58,8 @@ impl Frozen {
 
 /// Construction.
 impl LoRALayer {
-    /// A layer with a fresh adapter of scale `alpha / rank`: `A` as by [`LoRAAdapter::new`] with [`DEFAULT_SEED`], `B`
-    /// zero. `base_weight` is row-major `[d_out, d_in]`.
+    /// A layer on `base_weight`, row-major `[d_out, d_in]`, with a fresh adapter of scale `alpha / rank`: random `A` (see
+    /// [`LoRAAdapter::new`]; the seed is [`DEFAULT_SEED`]) and `B` zero.
     ///
     /// # Panics
     /// Where [`Self::try_new`] returns an error.
@@ -69,17 +69,17 @@ impl LoRALayer {
         or_panic(Self::try_new(base_weight, d_out, d_in, rank, alpha))
     }
 
-    /// As [`Self::new`].
+    /// Like [`Self::new`], but returns errors.
     ///
     /// # Errors
     /// [`Error::MatrixLength`] if there are not `d_out * d_in` weights; [`Error::NotFinite`] if one of them is NaN or
-    /// infinite; [`Error::RankZero`]; [`Error::Alpha`] if alpha or the scale is NaN or infinite; [`Error::Shape`] if a
-    /// shape does not fit in `usize`; [`Error::OutOfMemory`].
+    /// infinite; [`Error::RankZero`] if `rank` is 0; [`Error::Alpha`] if alpha or the scale is NaN or infinite;
+    /// [`Error::Shape`] if the number of elements of a matrix does not fit in `usize`; [`Error::OutOfMemory`].
     pub fn try_new(base_weight: Tensor, d_out: usize, d_in: usize, rank: usize, alpha: f32) -> Result<Self, Error> {
         Self::fresh(base_weight, d_out, d_in, rank, alpha, LoRAScaling::Standard)
     }
 
-    /// As [`Self::new`], with a choice of how alpha and rank give the scale.
+    /// Like [`Self::new`], with a choice of how alpha and rank give the scale.
     ///
     /// # Panics
     /// Where [`Self::try_new`] returns an error.
@@ -109,13 +109,11 @@ impl LoRALayer {
         Self::from_parts(base_weight, adapter)
     }
 
-    /// A layer from a base weight, row-major, and an adapter, which gives the shape: for given `A` and `B`, or
-    /// another seed.
+    /// Joins a base weight, row-major, and an adapter, whose shape `[d_out, d_in]` it must have.
     ///
     /// # Errors
-    /// [`Error::MatrixLength`] if `base_weight` does not have `d_out * d_in` values; [`Error::NotFinite`] if one is
-    /// NaN or infinite; [`Error::MatrixLength`] or [`Error::Shape`] if a tensor of the adapter was replaced by one of
-    /// another length; [`Error::OutOfMemory`] for the norms of `DoRA`.
+    /// [`Error::MatrixLength`] if `base_weight` does not have `d_out * d_in` values; [`Error::NotFinite`] if one of them
+    /// is NaN or infinite; and [those of all layers](crate#errors).
     pub fn from_parts(base_weight: Tensor, adapter: LoRAAdapter) -> Result<Self, Error> {
         let (d_out, d_in) = (adapter.d_out(), adapter.d_in());
         check_matrix("base weight", base_weight.data(), d_out, d_in)?;
@@ -125,22 +123,22 @@ impl LoRALayer {
         Ok(Self { frozen, merged: None, bias: None, adapter })
     }
 
-    /// The same layer with a bias, `[d_out]`, instead of the one that it had, if any.
+    /// Sets the bias, `[d_out]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `bias` does not have `d_out` values; [`Error::NotFinite`] if one is NaN or infinite.
+    /// [`Error::Shape`] if `bias` does not have `d_out` values; [`Error::NotFinite`] if one of them is NaN or infinite.
     pub fn with_bias(self, bias: Vec<f32>) -> Result<Self, Error> {
         Ok(Self { bias: Some(checked_bias(bias, self.frozen.d_out)?), ..self })
     }
 
-    /// The same layer on other kernels than those of [`Kernels::detect`]. That changes the speed, never a bit.
+    /// Sets the kernels; without this, those of [`Kernels::detect`]. They change the speed, never a bit.
     #[must_use]
     pub fn with_kernels(mut self, kernels: Kernels) -> Self {
         self.frozen.executor.kernels = kernels;
         self
     }
 
-    /// The same layer on these threads; see [`Threads`]. That changes the speed of large operations, never a bit.
+    /// Sets the threads on which large operations run. They change the speed, never a bit.
     #[cfg(target_has_atomic = "ptr")]
     #[must_use]
     pub fn with_threads(mut self, threads: Arc<dyn Threads>) -> Self {
@@ -157,15 +155,15 @@ impl LoRALayer {
 
 /// Merge.
 impl LoRALayer {
-    /// Adds `scale * B A` to the weight, with `DoRA` also scales its rows: all in f64, rounded once to f32. Does
-    /// nothing if merged already.
+    /// Adds `scale * B A` to the weight and, with `DoRA`, scales its rows, all in f64 and rounded once to f32. Does nothing
+    /// if the layer is merged already.
     ///
-    /// While merged the layer holds both weights, 8 bytes for each of them: [`Self::unmerge`] is then exact. Changes
-    /// of `A` or `B` while merged count from the next merge on.
+    /// While merged, the layer holds both the original and the merged weight, 8 bytes per weight, so that
+    /// [`Self::unmerge`] is exact. If `A` or `B` change while merged, that has no effect until the next merge.
     ///
     /// # Panics
-    /// If the adapter or a tensor of it was replaced by one that does not fit, or if there is no memory for the merged
-    /// weight.
+    /// If the adapter, or one of its tensors, was replaced by one that does not fit, or if there is no memory for the
+    /// merged weight.
     #[track_caller]
     pub fn merge(&mut self) {
         if self.merged.is_none() {
@@ -181,12 +179,12 @@ impl LoRALayer {
         Ok(Tensor::from_vec(merged, false))
     }
 
-    /// Takes the adapter out of the weight: it is what it was before [`Self::merge`], bit for bit.
+    /// Undoes [`Self::merge`]: the weight is again what it was before, bit for bit.
     pub fn unmerge(&mut self) {
         self.merged = None;
     }
 
-    /// Whether the adapter is added to the weight.
+    /// Whether the adapter is merged into the weight.
     #[must_use]
     pub fn is_merged(&self) -> bool {
         self.merged.is_some()
@@ -201,8 +199,8 @@ impl LoRALayer {
         self.adapter.adapter()
     }
 
-    /// The adapter, to be changed, or replaced by another one for the same shape. With `DoRA`, norms are stale from here
-    /// on: see [`Self::refresh_dora`].
+    /// The adapter, for changing it, or for replacing it by another one of the same shape. With `DoRA`, its norms are
+    /// stale afterwards, until [`Self::refresh_dora`].
     pub fn adapter_mut(&mut self) -> &mut LoRAAdapter {
         self.adapter.adapter_mut()
     }
@@ -213,7 +211,7 @@ impl LoRALayer {
         self.adapter().a()
     }
 
-    /// `A`, to be changed; see [`Self::adapter_mut`].
+    /// `A`, mutably. With `DoRA`, norms are stale afterwards, until [`Self::refresh_dora`].
     pub fn lora_a_mut(&mut self) -> &mut Tensor {
         self.adapter_mut().a_mut()
     }
@@ -224,12 +222,13 @@ impl LoRALayer {
         self.adapter().b()
     }
 
-    /// `B`, to be changed; see [`Self::adapter_mut`].
+    /// `B`, mutably. With `DoRA`, norms are stale afterwards, until [`Self::refresh_dora`].
     pub fn lora_b_mut(&mut self) -> &mut Tensor {
         self.adapter_mut().b_mut()
     }
 
-    /// `A`, `B` and, with `DoRA`, the magnitude, to be trained; see [`Self::adapter_mut`].
+    /// The tensors that are trained: `A`, `B` and, with `DoRA`, the magnitude. With `DoRA`, norms are stale afterwards,
+    /// until [`Self::refresh_dora`].
     pub fn trainable_params(&mut self) -> Vec<&mut Tensor> {
         self.adapter_mut().trainable_params()
     }
@@ -240,7 +239,7 @@ impl LoRALayer {
         self.adapter().rank()
     }
 
-    /// The factor of the adapter.
+    /// The factor of `B A`: `alpha / rank` or `alpha / sqrt(rank)`.
     #[must_use]
     pub fn scale(&self) -> f32 {
         self.adapter().scale()
@@ -249,8 +248,7 @@ impl LoRALayer {
 
 /// Accessors.
 impl LoRALayer {
-    /// The weight that [`Self::forward`] multiplies by, row-major `[d_out, d_in]`: `W`, and while merged `W + scale *
-    /// B A`.
+    /// The weight that [`Self::forward`] multiplies by, row-major `[d_out, d_in]`: `W`, or while merged `W + scale * B A`.
     #[must_use]
     pub fn base_weight(&self) -> &Tensor {
         self.merged.as_ref().unwrap_or(&self.frozen.weight)

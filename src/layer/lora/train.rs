@@ -4,10 +4,11 @@ use super::LoRALayer;
 use crate::error::{Error, or_panic};
 use crate::tensor::Tensor;
 
-/// Training. Whether the layer is merged does not matter.
+/// Training, of merged and unmerged layers alike.
 impl LoRALayer {
-    /// Adds the gradients of the adapter for inputs `x` `[batch, d_in]` and upstream gradients `dy` `[batch, d_out]`
-    /// to those of its tensors, and returns that of the input. All as [`crate::QLoRALayer::backward`].
+    /// Adds the gradients of `A`, `B` and, with `DoRA`, the magnitude to those of the tensors ([`Tensor::grad`]), and
+    /// returns the gradient of the input, `[batch, d_in]`. `x` is one vector or a batch `[batch, d_in]`, and `dy` is
+    /// `[batch, d_out]`. [`crate::QLoRALayer`] has the formulas.
     ///
     /// # Panics
     /// Where [`Self::try_backward`] returns an error.
@@ -16,13 +17,11 @@ impl LoRALayer {
         or_panic(self.try_backward(x, dy))
     }
 
-    /// As [`Self::backward`].
+    /// Like [`Self::backward`], but returns errors.
     ///
     /// # Errors
-    /// [`Error::Batch`] if `x` does not hold whole vectors of `d_in` values; [`Error::Shape`] if `dy` does not have
-    /// `d_out` values for each of them; [`Error::MatrixLength`], [`Error::Mismatch`] or [`Error::Shape`] if the adapter
-    /// or a tensor of it was replaced by one that does not fit; [`Error::OutOfMemory`]. No value of a gradient has
-    /// changed then.
+    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `dy` does not have
+    /// `batch * d_out` values; and [those of all layers](crate#errors). No gradient has then changed.
     pub fn try_backward(&mut self, x: &Tensor, dy: &Tensor) -> Result<Tensor, Error> {
         self.adapter.try_backward(&self.frozen.base(), x.data(), dy.data())
     }
@@ -32,12 +31,11 @@ impl LoRALayer {
         self.adapter.gradients_mut().zero_grad();
     }
 
-    /// Recomputes the norms of the adapted weight if they are stale; does nothing without `DoRA`. To be called after
-    /// [`Self::adapter_mut`] and its siblings and before the next forward.
+    /// Recomputes the norms of the adapted weight if they are stale; does nothing without `DoRA`. Call it after the adapter
+    /// was borrowed mutably and before the next forward.
     ///
     /// # Errors
-    /// [`Error::MatrixLength`], [`Error::Mismatch`] or [`Error::Shape`] if the adapter or a tensor of it was replaced by
-    /// one that does not fit; [`Error::OutOfMemory`].
+    /// [Those of all layers](crate#errors).
     pub fn refresh_dora(&mut self) -> Result<(), Error> {
         self.adapter.refresh(&self.frozen.base())
     }

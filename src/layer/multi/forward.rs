@@ -13,19 +13,20 @@ use crate::weight::inputs::{Inputs, InputsBuf};
 /// Which adapters a forward of a [`MultiAdapterLayer`] uses.
 #[derive(Debug, Clone, Copy)]
 pub enum Adapters<'a> {
-    /// The active ones ([`MultiAdapterLayer::set_active`]), for every vector.
+    /// The active adapters ([`MultiAdapterLayer::set_active`]), for every vector.
     Active,
-    /// One, or none, for each vector of the batch. Which ones are active does not matter.
+    /// One adapter, or none, for each vector of the batch, whether active or not.
     PerVector(&'a [Option<AdapterId>]),
 }
 
 /// Forward.
 impl MultiAdapterLayer {
-    /// The product of one vector `x` with its adapters, or of each vector of a batch `[batch, d_in]`. The result is
-    /// `[batch, d_out]`.
+    /// Computes `y = W x + sum of weight * scale * B (A x) + bias` for one vector `x`, or for each vector of a batch
+    /// `[batch, d_in]`, over the adapters of the vector. The result is `[batch, d_out]`.
     ///
-    /// A vector has the same outputs, bit for bit, in every batch and whatever the adapters of others. NaN and infinity
-    /// do what they do in [`crate::QLoRALayer::forward`]. A layer without inputs takes an empty `x` for one vector.
+    /// A vector has the same outputs, bit for bit, in every batch, whatever adapters the other vectors use. If one of its
+    /// values is NaN or infinite, all its outputs are [`f32::NAN`] (with [`crate::Arithmetic::F32`], they are what IEEE 754
+    /// says). If the layer has no inputs, an empty `x` counts as one vector.
     ///
     /// # Panics
     /// Where [`Self::try_forward`] returns an error.
@@ -35,29 +36,29 @@ impl MultiAdapterLayer {
         or_panic(self.try_forward(x, adapters))
     }
 
-    /// As [`Self::forward`].
+    /// Like [`Self::forward`], but returns errors.
     ///
     /// # Errors
-    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::OutOfMemory`]; with
-    /// [`Adapters::PerVector`] also [`Error::Shape`] if there is not one entry for each vector, and
-    /// [`Error::RemovedAdapter`] if the adapter of one was removed.
+    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; with [`Adapters::PerVector`] also
+    /// [`Error::Shape`] if there is not one entry for each vector, and [`Error::RemovedAdapter`] if a chosen adapter was
+    /// removed; and [those of all layers](crate#errors).
     pub fn try_forward(&self, x: &Tensor, adapters: Adapters<'_>) -> Result<Tensor, Error> {
         let forward = self.linear.forward()?;
         self.check_choice(adapters, forward.batch_of_tensor(x.len())?)?;
         forward.of_tensor(x, self.sum_of_ranks(), &|n| self.terms(adapters, n))
     }
 
-    /// As [`Self::forward`], in buffers of the caller, without allocation, with inputs and outputs in f32, f16 or bf16.
-    /// Inputs are converted to f32 exactly; outputs are those for f32, rounded once to nearest even.
+    /// Like [`Self::forward`], but in buffers that the caller provides, without allocating, and with inputs and outputs in
+    /// f32, f16 or bf16. Inputs are converted to f32 exactly; outputs are computed in f32 and rounded once, to nearest even.
     ///
-    /// `scratch` comes from [`Self::scratch`] for at least this batch and these adapters, or was grown for them. A layer
-    /// without inputs counts vectors by their outputs.
+    /// `scratch` must be large enough for the batch and its adapters: [`Self::scratch`] makes one, [`Scratch::reserve`]
+    /// grows one. If the layer has no inputs, the length of `y` gives the batch.
     ///
     /// # Errors
     /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `y` does not have
     /// `batch * d_out` values or `scratch` is too small; with [`Adapters::PerVector`] also [`Error::Shape`] if there is
-    /// not one entry for each vector, and [`Error::RemovedAdapter`] if the adapter of one was removed. `y` may have been
-    /// written to.
+    /// not one entry for each vector, and [`Error::RemovedAdapter`] if a chosen adapter was removed; and
+    /// [those of all layers](crate#errors). `y` may then be partly written.
     pub fn forward_into<X: Float, Y: Float>(
         &self,
         x: &[X],
@@ -70,14 +71,15 @@ impl MultiAdapterLayer {
         forward.of_slice(x, &|n| self.terms(adapters, n), scratch, y)
     }
 
-    /// As [`Self::forward_into`], with inputs that [`Self::quantize_inputs`] of this layer, or of another one, prepared.
-    /// The bits are the same.
+    /// Like [`Self::forward_into`], but with inputs that [`Self::quantize_inputs`] of this or another layer prepared. The
+    /// bits are the same.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the inputs do not have `d_in` values or were quantized for another group or by other kernels,
-    /// if `y` does not have `batch * d_out` values, or if `scratch` is too small; [`Error::Arithmetic`] if they were
-    /// quantized for another arithmetic; with [`Adapters::PerVector`] also [`Error::Shape`] if there is not one entry for
-    /// each vector, and [`Error::RemovedAdapter`] if the adapter of one was removed. `y` may have been written to.
+    /// [`Error::Shape`] if a vector of the inputs does not have `d_in` values, if the inputs were quantized for another
+    /// group or by other kernels, if `y` does not have `batch * d_out` values, or if `scratch` is too small;
+    /// [`Error::Arithmetic`] if the inputs were quantized for another arithmetic; with [`Adapters::PerVector`] also
+    /// [`Error::Shape`] if there is not one entry for each vector, and [`Error::RemovedAdapter`] if a chosen adapter was
+    /// removed; and [those of all layers](crate#errors). `y` may then be partly written.
     pub fn forward_shared<Y: Float>(
         &self,
         inputs: &Inputs<'_>,
@@ -89,21 +91,21 @@ impl MultiAdapterLayer {
         self.linear.forward()?.run(inputs, &|n| self.terms(adapters, n), &mut scratch.work, y)
     }
 
-    /// Converts and quantizes inputs `[batch, d_in]` for [`Self::forward_shared`], of this layer and of others with the
-    /// same `d_in`, group ([`nf4_kernels::BlockSize::group`]), arithmetic and kernels.
+    /// Converts and quantizes inputs `[batch, d_in]` for [`Self::forward_shared`] of this layer, and of every layer with
+    /// the same `d_in`, group ([`nf4_kernels::BlockSize::group`]), arithmetic and kernels.
     ///
     /// # Errors
-    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `buffers` are too small, see
-    /// [`InputsBuf::reserve`].
+    /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `buffers` are too small
+    /// ([`InputsBuf::reserve`] grows them).
     pub fn quantize_inputs<'b, X: Float>(&self, x: &[X], buffers: &'b mut InputsBuf) -> Result<Inputs<'b>, Error> {
         self.linear.quantize_inputs(x, buffers)
     }
 
-    /// Working memory for forwards of up to `batch` vectors with any choice of the adapters that there are now: as
-    /// [`Scratch`] says, where the rank is the sum of all.
+    /// Allocates working memory for forwards of up to `batch` vectors with any choice of the present adapters: it has room
+    /// for the sum of their ranks.
     ///
     /// # Panics
-    /// If there is no memory for it; [`Scratch::reserve`] returns an error instead.
+    /// If there is no memory for it. [`Scratch::reserve`] returns an error instead.
     #[must_use]
     #[track_caller]
     pub fn scratch(&self, batch: usize) -> Scratch {
@@ -114,7 +116,7 @@ impl MultiAdapterLayer {
         self.adapters.iter().fold(0, |sum, named| sum.saturating_add(named.adapter.adapter().rank()))
     }
 
-    /// `Ok` if there is a choice for each vector, and every adapter that was chosen.
+    /// `Ok` if there is a choice for each vector, and every chosen adapter exists.
     fn check_choice(&self, adapters: Adapters<'_>, batch: usize) -> Result<(), Error> {
         let Adapters::PerVector(ids) = adapters else { return Ok(()) };
         check_len("adapters of the batch", batch, ids.len())?;

@@ -22,16 +22,17 @@ pub use forward::Adapters;
 pub use set::AdapterId;
 use set::AdapterSet;
 
-/// A linear layer with a frozen NF4 base weight `W` `[d_out, d_in]` and any number of named adapters, each with a
-/// weight: `y = W x + sum of weight * scale * B (A x) + bias` over the active ones, or over the one that was chosen for
-/// a vector.
+/// A linear layer with a frozen NF4 base weight and any number of named adapters, which can be combined, or chosen for each
+/// vector of a batch.
 ///
-/// The base is held once, and no adapter is ever merged into it: adapters are added, switched, weighted and removed at
-/// the cost of the adapter alone. All forwards take `&self`, so threads share one layer, each with a [`crate::Scratch`]
-/// of its own. Without an active adapter it is the quantized linear layer alone.
+/// It computes `y = W x + sum of weight * scale * B (A x) + bias`, where `W` is `[d_out, d_in]`, over the active adapters or
+/// over the one that was chosen for a vector. Every adapter has a weight; without adapters, this is a plain quantized
+/// linear layer. The base is in memory once, and no adapter is ever merged into it, so adding, switching, weighting and
+/// removing adapters is cheap. All forwards take `&self`, so threads can share one layer, each with its own
+/// [`crate::Scratch`].
 ///
-/// The arithmetic is that of [`crate::QLoRALayer`]; with one adapter of weight 1 the bits are the same too. Adapters
-/// are added up in the order of their names, so it does not matter in which order they came.
+/// The arithmetic is that of [`crate::QLoRALayer`], and with one adapter of weight 1 the bits are the same too. Adapters
+/// are summed in the order of their names, whatever the order in which they were added.
 ///
 /// ```
 /// use nf4::{Adapters, BlockSize, LoRAAdapter, LoRAScaling, MultiAdapterLayer, Quantized4Bit, Tensor};
@@ -64,35 +65,35 @@ pub struct MultiAdapterLayer {
 
 /// Construction.
 impl MultiAdapterLayer {
-    /// A layer without adapters and bias.
+    /// A layer without adapters and without bias.
     #[must_use]
     pub fn new(base: Quantized4Bit) -> Self {
         Self { linear: Linear::new(base), adapters: AdapterSet::default() }
     }
 
-    /// The same layer with a bias, `[d_out]`, instead of the one that it had, if any.
+    /// Sets the bias, `[d_out]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `bias` does not have `d_out` values; [`Error::NotFinite`] if one is NaN or infinite.
+    /// [`Error::Shape`] if `bias` does not have `d_out` values; [`Error::NotFinite`] if one of them is NaN or infinite.
     pub fn with_bias(self, bias: Vec<f32>) -> Result<Self, Error> {
         Ok(Self { linear: self.linear.with_bias(bias)?, ..self })
     }
 
-    /// The same layer with another arithmetic of the base product than [`Arithmetic::SixteenByFour`].
+    /// Sets how the base product is computed; without this, by [`Arithmetic::SixteenByFour`].
     #[must_use]
     pub fn with_arithmetic(mut self, arithmetic: Arithmetic) -> Self {
         self.linear.arithmetic = arithmetic;
         self
     }
 
-    /// The same layer on other kernels than those of [`Kernels::detect`]. That changes the speed, never a bit.
+    /// Sets the kernels; without this, those of [`Kernels::detect`]. They change the speed, never a bit.
     #[must_use]
     pub fn with_kernels(mut self, kernels: Kernels) -> Self {
         self.linear.executor.kernels = kernels;
         self
     }
 
-    /// The same layer on these threads; see [`Threads`]. That changes the speed of large operations, never a bit.
+    /// Sets the threads on which large operations run. They change the speed, never a bit.
     #[cfg(target_has_atomic = "ptr")]
     #[must_use]
     pub fn with_threads(mut self, threads: Arc<dyn Threads>) -> Self {
@@ -103,12 +104,12 @@ impl MultiAdapterLayer {
 
 /// Adapters.
 impl MultiAdapterLayer {
-    /// Adds an adapter, with weight 1 and not active, and returns its id.
+    /// Adds an adapter, which has weight 1 and is not active, and returns its id.
     ///
     /// # Errors
-    /// [`Error::DuplicateAdapter`] if there is one of this name; [`Error::Adapter`] around [`Error::Mismatch`] if it
-    /// was made for another `[d_out, d_in]`, or around [`Error::MatrixLength`] or [`Error::Shape`] if a tensor of it was
-    /// replaced by one of another length; [`Error::OutOfMemory`] for the norms of `DoRA`.
+    /// [`Error::DuplicateAdapter`] if the layer has an adapter of this name; [`Error::Adapter`], which contains
+    /// [`Error::Mismatch`] if the adapter was made for another `[d_out, d_in]`, or [`Error::MatrixLength`] or
+    /// [`Error::Shape`] if one of its tensors was replaced by one of another length; [`Error::OutOfMemory`].
     pub fn add(&mut self, name: &str, adapter: LoRAAdapter) -> Result<AdapterId, Error> {
         self.adapters.add(name, adapter, &self.linear.base()?)
     }
@@ -116,39 +117,38 @@ impl MultiAdapterLayer {
     /// Removes an adapter and returns it.
     ///
     /// # Errors
-    /// [`Error::UnknownAdapter`] if there is none of this name.
+    /// [`Error::UnknownAdapter`] if the layer has no adapter of this name.
     pub fn remove(&mut self, name: &str) -> Result<LoRAAdapter, Error> {
         self.adapters.remove(name)
     }
 
-    /// Gives an adapter another name. It keeps its id and its weight, and stays active if it was.
+    /// Renames an adapter. It keeps its id and its weight, and stays active if it was.
     ///
     /// # Errors
-    /// [`Error::UnknownAdapter`] if there is none of this name; [`Error::DuplicateAdapter`] if there is another of the
-    /// new name.
+    /// [`Error::UnknownAdapter`] if the layer has no adapter of this name; [`Error::DuplicateAdapter`] if it has another
+    /// one of the new name.
     pub fn rename(&mut self, name: &str, new_name: &str) -> Result<(), Error> {
         self.adapters.rename(name, new_name)
     }
 
-    /// Makes exactly these adapters active; none if there are no names.
+    /// Makes these adapters active, and all others inactive.
     ///
     /// # Errors
-    /// [`Error::UnknownAdapter`] with the first name that no adapter has; nothing has changed then.
+    /// [`Error::UnknownAdapter`] with the first name that no adapter has; nothing has then changed.
     pub fn set_active(&mut self, names: &[&str]) -> Result<(), Error> {
         self.adapters.set_active(names)
     }
 
-    /// Sets the weight of an adapter: what its scale is multiplied by, in f32, in every forward. It may be zero or
-    /// negative.
+    /// Sets the weight of an adapter, by which every forward multiplies its scale, in f32. It may be zero or negative.
     ///
     /// # Errors
-    /// [`Error::UnknownAdapter`] if there is none of this name; [`Error::Adapter`] around [`Error::NotFinite`] if the
-    /// weight or its product with the scale is NaN or infinite.
+    /// [`Error::UnknownAdapter`] if the layer has no adapter of this name; [`Error::Adapter`], which contains
+    /// [`Error::NotFinite`], if the weight or its product with the scale is NaN or infinite.
     pub fn set_weight(&mut self, name: &str, weight: f32) -> Result<(), Error> {
         self.adapters.set_weight(name, weight)
     }
 
-    /// The id of an adapter, for [`Adapters::PerVector`].
+    /// The id of the adapter with this name, for [`Adapters::PerVector`].
     #[must_use]
     pub fn id(&self, name: &str) -> Option<AdapterId> {
         self.adapters.id(name)
@@ -164,13 +164,13 @@ impl MultiAdapterLayer {
         self.adapters.iter().filter(|named| named.active).map(|named| &*named.name)
     }
 
-    /// An adapter.
+    /// The adapter with this name.
     #[must_use]
     pub fn adapter(&self, name: &str) -> Option<&LoRAAdapter> {
         Some(self.adapters.find(name)?.adapter.adapter())
     }
 
-    /// The weight of an adapter.
+    /// The weight of the adapter with this name.
     #[must_use]
     pub fn weight(&self, name: &str) -> Option<f32> {
         Some(self.adapters.find(name)?.weight)
@@ -203,7 +203,7 @@ impl MultiAdapterLayer {
         self.linear.d_in()
     }
 
-    /// What the layer holds in memory: the base once, and all adapters.
+    /// The memory that the layer takes: the base once, and all adapters.
     #[must_use]
     pub fn memory_stats(&self) -> MemoryStats {
         MemoryStats::new(&self.linear, self.adapters.iter().map(|named| named.adapter.memory_bytes()).sum())

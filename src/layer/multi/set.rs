@@ -9,15 +9,15 @@ use crate::error::Error;
 use crate::layer::forward::Term;
 use crate::weight::base::Base;
 
-/// An adapter of a [`crate::MultiAdapterLayer`], for forwards that choose one for each vector.
+/// The id of an adapter of a [`crate::MultiAdapterLayer`], for forwards that choose one for each vector.
 ///
-/// It stays valid while others come and go, and when its adapter is renamed; once that is removed, it stands for none. It
-/// belongs to the layer that gave it and to clones of it. Layers whose adapters were added and removed in the same order
-/// have the same ids.
+/// It stays valid while other adapters are added and removed, and when the adapter is renamed; once the adapter is removed,
+/// no other one gets its id. It belongs to the layer that returned it and to the clones of that layer. Layers whose adapters
+/// were added and removed in the same order have the same ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct AdapterId {
     slot: usize,
-    /// How many adapters the slot had before.
+    /// The number of adapters that the slot had before.
     generation: u64,
 }
 
@@ -145,7 +145,7 @@ fn unknown(name: &str) -> Error {
 
 fn in_adapter(name: &str, error: Error) -> Error {
     if let Error::OutOfMemory { .. } = error {
-        // There may be no memory for a name either.
+        // There may be no memory for the name either.
         return error;
     }
     Error::Adapter { name: name.into(), error: Box::new(error) }

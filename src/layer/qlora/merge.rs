@@ -15,15 +15,15 @@ use crate::weight::base::Base;
 
 /// Merge.
 impl QLoRALayer {
-    /// The merged weight `dequantize(base) + scale * B A`, row-major `[d_out, d_in]`; with `DoRA` each row times its
-    /// magnitude over its norm, which is computed anew and so never stale.
+    /// Returns the merged weight `dequantize(base) + scale * B A`, row-major `[d_out, d_in]`. With `DoRA`, each row is
+    /// multiplied by its magnitude and divided by its norm, which is recomputed and so never stale.
     ///
-    /// The base is exact, products and sums are f64 in the order of the rank, and each weight is rounded once to f32;
-    /// the same bits everywhere. One row is held beside the result.
+    /// The base is exact, products and sums are f64 in the order of the rank, and each weight is rounded once to f32, so
+    /// the bits are the same everywhere. One row is held in memory beside the result.
     ///
     /// # Panics
-    /// If the result does not fit in memory ([`Self::merge_rows_into`] merges in parts), or if the adapter or a tensor
-    /// of it was replaced by one that does not fit.
+    /// If the result does not fit in memory ([`Self::merge_rows_into`] merges in parts), or if the adapter, or one of its
+    /// tensors, was replaced by one that does not fit.
     #[must_use]
     pub fn merge_to_f32(&self) -> Vec<f32> {
         let mut merged = vec![0.0; self.base_weight_quantized().len()];
@@ -31,15 +31,14 @@ impl QLoRALayer {
         merged
     }
 
-    /// Some rows of the merged weight, `[rows.len(), d_in]`, in a buffer of the caller: for merging in small memory.
+    /// Writes some rows of the merged weight, `[rows.len(), d_in]`, to `out`, for merging in little memory.
     ///
-    /// For f32 these are rows of [`Self::merge_to_f32`]; for [`nf4_kernels::f16`] and [`nf4_kernels::bf16`] the same
-    /// values, rounded to nearest even. One row of f32 is allocated per thread.
+    /// For f32 these are rows of [`Self::merge_to_f32`]; for [`nf4_kernels::f16`] and [`nf4_kernels::bf16`] they are the
+    /// same values, rounded to nearest even. It allocates one row of f32 per thread.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are no such rows or `out` does not have `rows.len() * d_in` values;
-    /// [`Error::MatrixLength`], [`Error::Mismatch`] or [`Error::Shape`] if the adapter or a tensor of it was replaced by
-    /// one that does not fit; [`Error::OutOfMemory`].
+    /// [`Error::Shape`] if there are no such rows or `out` does not have `rows.len() * d_in` values; and
+    /// [those of all layers](crate#errors).
     pub fn merge_rows_into<T: Float>(&self, rows: Range<usize>, out: &mut [T]) -> Result<(), Error> {
         let count = self.linear.weight.try_view()?.row_range(rows.clone())?.rows();
         check_len("merged weights", count * self.d_in(), out.len())?;
@@ -56,7 +55,7 @@ impl QLoRALayer {
         })
     }
 
-    /// What merges rows, if the adapter fits the base.
+    /// Base and adapter, if they fit each other.
     pub(super) fn merger(&self) -> Result<Merger<'_>, Error> {
         let base = self.linear.base()?;
         Ok(Merger { pair: self.adapter.pair(&base)?, base })

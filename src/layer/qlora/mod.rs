@@ -25,16 +25,15 @@ use crate::weight::quantized::Quantized4Bit;
 
 pub use requantize::RequantizationStats;
 
-/// A linear layer with a frozen NF4 base weight `W` `[d_out, d_in]`, a `LoRA` adapter and, if [`Self::with_bias`] gave it
-/// one, a frozen bias: `y = W x + scale * B (A x) + bias`.
+/// A linear layer with a frozen NF4 base weight and a `LoRA` adapter: `y = W x + scale * B (A x) + bias`.
 ///
-/// The base product is 16x4 on the packed bytes (see [`nf4_kernels::spec`]; about as precise as f16 activations), or
-/// f32 where blocks straddle rows or [`Arithmetic::F32`] was chosen; adapter and bias are f32. No weight is ever
-/// dequantized for it, and the bits of the result are the same on each machine, with each choice of [`Kernels`] and in
-/// each batch.
+/// `W` is `[d_out, d_in]`, and the bias is frozen too ([`Self::with_bias`]; a layer starts without one). The base product
+/// is computed directly on the packed bytes, in an [`Arithmetic`] that is by default about as precise as f16 activations.
+/// Adapter and bias are f32. No weight is dequantized in memory, and the result has the same bits on every machine, with
+/// all [`Kernels`] and in every batch.
 ///
-/// Constructors quantize with block size 64, the default of `bitsandbytes`. For another one, for an existing base or
-/// for a given adapter there is [`Self::from_parts`]:
+/// The constructors quantize with block size 64, the default of `bitsandbytes`. [`Self::from_parts`] takes another block
+/// size, an existing base or a given adapter:
 ///
 /// ```
 /// use nf4::{BlockSize, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit};
@@ -59,64 +58,63 @@ pub struct QLoRALayer {
 
 /// Construction.
 impl QLoRALayer {
-    /// A layer with a fresh adapter of scale `alpha / rank`: `A` as by [`LoRAAdapter::new`] with [`DEFAULT_SEED`],
-    /// `B` zero. `base_weight` is row-major `[d_out, d_in]`; its scales are not double-quantized.
+    /// Quantizes a base weight, row-major `[d_out, d_in]`, and adds a fresh adapter with scale `alpha / rank`: random `A`
+    /// (see [`LoRAAdapter::new`]; the seed is [`DEFAULT_SEED`]) and `B` zero. The scales are not double-quantized.
     ///
     /// # Panics
-    /// Where [`Self::try_new`] gives an error.
+    /// Where [`Self::try_new`] returns an error.
     #[must_use]
     #[track_caller]
     pub fn new(base_weight: Tensor, d_out: usize, d_in: usize, rank: usize, alpha: f32) -> Self {
         or_panic(Self::try_new(base_weight, d_out, d_in, rank, alpha))
     }
 
-    /// As [`Self::new`].
+    /// Like [`Self::new`], but returns errors.
     ///
     /// # Errors
     /// [`Error::MatrixLength`] if there are not `d_out * d_in` weights; [`Error::NotFinite`] if one of them is NaN or
-    /// infinite; [`Error::RankZero`]; [`Error::Alpha`] if alpha or the scale is NaN or infinite; [`Error::Shape`] if a
-    /// shape does not fit in `usize`; [`Error::OutOfMemory`].
+    /// infinite; [`Error::RankZero`] if `rank` is 0; [`Error::Alpha`] if alpha or the scale is NaN or infinite;
+    /// [`Error::Shape`] if the number of elements of a matrix does not fit in `usize`; [`Error::OutOfMemory`].
     pub fn try_new(base_weight: Tensor, d_out: usize, d_in: usize, rank: usize, alpha: f32) -> Result<Self, Error> {
         let base = Quantized4Bit::quantize(base_weight.data(), d_out, d_in, BlockSize::default(), false)?;
         let adapter = LoRAAdapter::new(d_out, d_in, rank, alpha.into(), LoRAScaling::Standard, DEFAULT_SEED)?;
         Self::from_parts(base, adapter)
     }
 
-    /// Quantizes the base of a `LoRA` layer and keeps its adapter and bias. If the layer is merged, the weight before
-    /// the merge is what is quantized, so the adapter counts once.
+    /// Quantizes the base weight of a `LoRA` layer and keeps its adapter and bias. If the layer is merged, the weight
+    /// before the merge is quantized, so that the adapter does not count twice.
     ///
     /// # Panics
-    /// Where [`Self::try_from_lora`] gives an error.
+    /// Where [`Self::try_from_lora`] returns an error.
     #[must_use]
     #[track_caller]
     pub fn from_lora(lora_layer: LoRALayer) -> Self {
         or_panic(Self::try_from_lora(lora_layer))
     }
 
-    /// As [`Self::from_lora`].
+    /// Like [`Self::from_lora`], but returns errors.
     ///
     /// # Errors
-    /// [`Error::MatrixLength`] or [`Error::Shape`] if a tensor of the adapter was replaced by one of another length;
-    /// [`Error::OutOfMemory`].
+    /// [Those of all layers](crate#errors).
     pub fn try_from_lora(lora_layer: LoRALayer) -> Result<Self, Error> {
         Self::quantize_lora(lora_layer, false)
     }
 
-    /// As [`Self::from_lora`], with double-quantized scales: 4.127 bits per weight instead of 4.5.
+    /// Like [`Self::from_lora`], with double-quantized scales: 4.127 bits per weight instead of 4.5.
     ///
     /// # Panics
-    /// Where [`Self::try_from_lora_double_quant`] gives an error.
+    /// Where [`Self::try_from_lora_double_quant`] returns an error.
     #[must_use]
     #[track_caller]
     pub fn from_lora_double_quant(lora_layer: LoRALayer) -> Self {
         or_panic(Self::try_from_lora_double_quant(lora_layer))
     }
 
-    /// As [`Self::from_lora_double_quant`].
+    /// Like [`Self::from_lora_double_quant`], but returns errors.
     ///
     /// # Errors
-    /// As [`Self::try_from_lora`]; [`Error::NotFinite`] if weights are so large (above `1e30`, say) that their
-    /// double-quantized scales are not finite.
+    /// [`Error::NotFinite`] if weights are so large (above `1e30`, say) that their double-quantized scales are not
+    /// finite; and [those of all layers](crate#errors).
     pub fn try_from_lora_double_quant(lora_layer: LoRALayer) -> Result<Self, Error> {
         Self::quantize_lora(lora_layer, true)
     }
@@ -132,40 +130,39 @@ impl QLoRALayer {
         }
     }
 
-    /// A layer from a quantized base, of any block size, and an adapter for its shape.
+    /// Joins a quantized base weight, of any block size, and an adapter of its shape.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if base and adapter differ in `[d_out, d_in]`; [`Error::MatrixLength`] or [`Error::Shape`] if
-    /// a tensor of the adapter was replaced by one of another length; [`Error::OutOfMemory`] for the norms of `DoRA`.
+    /// [`Error::Mismatch`] if base and adapter differ in `[d_out, d_in]`; and [those of all layers](crate#errors).
     pub fn from_parts(base: Quantized4Bit, adapter: LoRAAdapter) -> Result<Self, Error> {
         let linear = Linear::new(base);
         let adapter = Joined::new(adapter, &linear.base()?)?;
         Ok(Self { linear, adapter })
     }
 
-    /// The same layer with a bias, `[d_out]`, instead of the one that it had, if any.
+    /// Sets the bias, `[d_out]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `bias` does not have `d_out` values; [`Error::NotFinite`] if one is NaN or infinite.
+    /// [`Error::Shape`] if `bias` does not have `d_out` values; [`Error::NotFinite`] if one of them is NaN or infinite.
     pub fn with_bias(self, bias: Vec<f32>) -> Result<Self, Error> {
         Ok(Self { linear: self.linear.with_bias(bias)?, ..self })
     }
 
-    /// The same layer with another arithmetic of the base product than [`Arithmetic::SixteenByFour`].
+    /// Sets how the base product is computed; without this, by [`Arithmetic::SixteenByFour`].
     #[must_use]
     pub fn with_arithmetic(mut self, arithmetic: Arithmetic) -> Self {
         self.linear.arithmetic = arithmetic;
         self
     }
 
-    /// The same layer on other kernels than those of [`Kernels::detect`]. That changes the speed, never a bit.
+    /// Sets the kernels; without this, those of [`Kernels::detect`]. They change the speed, never a bit.
     #[must_use]
     pub fn with_kernels(mut self, kernels: Kernels) -> Self {
         self.linear.executor.kernels = kernels;
         self
     }
 
-    /// The same layer on these threads; see [`Threads`]. That changes the speed of large operations, never a bit.
+    /// Sets the threads on which large operations run. They change the speed, never a bit.
     #[cfg(target_has_atomic = "ptr")]
     #[must_use]
     pub fn with_threads(mut self, threads: Arc<dyn Threads>) -> Self {
@@ -188,8 +185,8 @@ impl QLoRALayer {
         self.adapter.adapter()
     }
 
-    /// The adapter, to be changed, or replaced by another one for the same shape. With `DoRA`, norms are stale from here
-    /// on: see [`Self::refresh_dora`].
+    /// The adapter, for changing it, or for replacing it by another one of the same shape. With `DoRA`, its norms are
+    /// stale afterwards, until [`Self::refresh_dora`].
     pub fn adapter_mut(&mut self) -> &mut LoRAAdapter {
         self.adapter.adapter_mut()
     }
@@ -200,7 +197,7 @@ impl QLoRALayer {
         self.adapter().a()
     }
 
-    /// `A`, to be changed; see [`Self::adapter_mut`].
+    /// `A`, mutably. With `DoRA`, norms are stale afterwards, until [`Self::refresh_dora`].
     pub fn lora_a_mut(&mut self) -> &mut Tensor {
         self.adapter_mut().a_mut()
     }
@@ -211,12 +208,13 @@ impl QLoRALayer {
         self.adapter().b()
     }
 
-    /// `B`, to be changed; see [`Self::adapter_mut`].
+    /// `B`, mutably. With `DoRA`, norms are stale afterwards, until [`Self::refresh_dora`].
     pub fn lora_b_mut(&mut self) -> &mut Tensor {
         self.adapter_mut().b_mut()
     }
 
-    /// `A`, `B` and, with `DoRA`, the magnitude, to be trained; see [`Self::adapter_mut`].
+    /// The tensors that are trained: `A`, `B` and, with `DoRA`, the magnitude. With `DoRA`, norms are stale afterwards,
+    /// until [`Self::refresh_dora`].
     pub fn trainable_params(&mut self) -> Vec<&mut Tensor> {
         self.adapter_mut().trainable_params()
     }
@@ -227,7 +225,7 @@ impl QLoRALayer {
         self.adapter().rank()
     }
 
-    /// The factor of the adapter.
+    /// The factor of `B A`: `alpha / rank` or `alpha / sqrt(rank)`.
     #[must_use]
     pub fn scale(&self) -> f32 {
         self.adapter().scale()
@@ -272,7 +270,7 @@ impl QLoRALayer {
         self.linear.d_in()
     }
 
-    /// Always false: an adapter is never merged into packed weights, see [`Self::merge_to_f32`].
+    /// Always false, because an adapter is never merged into packed weights; see [`Self::merge_to_f32`].
     #[must_use]
     pub fn is_merged(&self) -> bool {
         false
@@ -284,7 +282,7 @@ impl QLoRALayer {
         self.linear.weight.is_double_quantized()
     }
 
-    /// What the layer holds in memory.
+    /// The memory that the layer takes.
     #[must_use]
     pub fn memory_stats(&self) -> MemoryStats {
         MemoryStats::new(&self.linear, self.adapter.memory_bytes())

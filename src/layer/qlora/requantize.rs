@@ -9,11 +9,10 @@ use crate::error::{Error, check_finite};
 use crate::weight::absmax::AbsmaxBuf;
 use crate::weight::quantized::Quantized4Bit;
 
-/// How much quantizing a merged weight changed it. All are measured over the whole matrix, in f64; 0 if it has no
-/// weights.
+/// How far quantization moved a merged weight: errors over the whole matrix, in f64, and 0 if it has no weights.
 ///
-/// An adapter survives if [`Self::rms_error`] is well below [`Self::rms_change`]; if it is as large, the adapter is
-/// lost in the rounding, and the merged weight is better kept in f16 or bf16 ([`QLoRALayer::merge_rows_into`]).
+/// An adapter survives if [`Self::rms_error`] is well below [`Self::rms_change`]. If it is about as large, the adapter is
+/// lost in rounding, and the merged weight is better kept in f16 or bf16 ([`QLoRALayer::merge_rows_into`]).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RequantizationStats {
     /// Largest `|quantized - merged|`, where `merged` is [`QLoRALayer::merge_to_f32`].
@@ -36,16 +35,15 @@ impl RequantizationStats {
 
 /// Merge and requantization.
 impl QLoRALayer {
-    /// Merges the adapter and quantizes the result, bit for bit as [`Quantized4Bit::quantize`] does with
-    /// [`Self::merge_to_f32`], and measures the error of that. The bias is not part of it.
+    /// Merges the adapter, quantizes the result, and measures the error of the quantization. The bias is left out.
     ///
-    /// The merged weight is never held: beside the result this takes one row and a block of f32, and two rows for the
-    /// measurement, for which all rows are merged once more.
+    /// The bits are those of [`Quantized4Bit::quantize`] on [`Self::merge_to_f32`], but the merged weight is never held in
+    /// memory: beside the result, this takes one row and one block of f32, and then two rows for the measurement, for
+    /// which all rows are merged a second time.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] with the flat index of the first merged weight that is NaN or infinite, or if weights are
-    /// so large that their double-quantized scales are not finite; [`Error::MatrixLength`], [`Error::Mismatch`] or
-    /// [`Error::Shape`] if the adapter or a tensor of it was replaced by one that does not fit; [`Error::OutOfMemory`].
+    /// [`Error::NotFinite`] with the flat index of the first merged weight that is NaN or infinite, or if weights are so
+    /// large that their double-quantized scales are not finite; and [those of all layers](crate#errors).
     pub fn merge_requantized(
         &self,
         block_size: BlockSize,
@@ -56,8 +54,7 @@ impl QLoRALayer {
         let mut packed = zeros(1, packed_len(self.linear.weight.len()))?;
         let mut absmax = zeros(1, block_size.blocks(self.linear.weight.len()))?;
 
-        // Rows are merged into `pending`, and its whole blocks quantized; what is left of a block waits for the next
-        // row.
+        // Rows are merged into `pending`, and its whole blocks are quantized; the rest of a block waits for the next row.
         let (mut pending, mut waiting) = (zeros(1, d_in.saturating_add(block))?, 0);
         let (mut packed_rest, mut absmax_rest) = (&mut *packed, &mut *absmax);
         for row in 0..d_out {
@@ -80,7 +77,7 @@ impl QLoRALayer {
         Ok((quantized, stats))
     }
 
-    /// How far `quantized` lies from the merged weight.
+    /// Measures how far `quantized` is from the merged weight.
     fn measure(&self, quantized: &Quantized4Bit, merge: &Merger<'_>) -> Result<RequantizationStats, Error> {
         let (mut merged, mut other) = (zeros(1, self.d_in())?, zeros::<f32>(1, self.d_in())?);
         let (mut max_abs_error, [mut error, mut weight, mut change]) = (0.0_f64, [0.0_f64; 3]);
