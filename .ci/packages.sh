@@ -1,14 +1,20 @@
 # What the steps need beyond a rustup toolchain: Debian packages, and Debian's compiler among them.
 
-# needs PACKAGE...: installs those that are not there.
+# needs PACKAGE...: installs those that are not there. One step at a time, and the lists are fetched once.
 needs() {
     local there
     there=$(dpkg-query -W -f '${db:Status-Status}\n' "$@" 2>/dev/null | grep -cx installed || true)
     if ((there < $#)); then
         export DEBIAN_FRONTEND=noninteractive
-        dpkg --add-architecture arm64 # for the standard library of aarch64
-        apt-get update -qq -o Acquire::Retries=3
-        apt-get install -qq -y --no-install-recommends -o Acquire::Retries=3 "$@" >/dev/null
+        (
+            flock 9
+            if [[ ! -e $notes/lists ]]; then
+                dpkg --add-architecture arm64 # for the standard library of aarch64
+                apt-get update -qq -o Acquire::Retries=3
+                touch "$notes/lists"
+            fi
+            apt-get install -qq -y --no-install-recommends -o Acquire::Retries=3 "$@" >/dev/null
+        ) 9>"$notes/lock"
     fi
 }
 
