@@ -81,7 +81,9 @@ impl Sealed {
         let Self(Output { place, mut staging }) = self;
         place.put(&mut staging)?;
         let parent = parent(&place.path);
-        sync(parent).with_context(|| format!("{}: cannot sync", parent.display()))?;
+        sync(parent).with_context(|| {
+            format!("{} is complete, but may not survive a power failure: {}", place.shown.display(), parent.display())
+        })?;
         let path = staging.path.clone();
         let removed = staging.remove();
         Ok(removed.err().map(|error| format!("{}: what was replaced cannot be removed: {error}", path.display())))

@@ -81,13 +81,18 @@ fn list(names: impl Iterator<Item = String>) -> String {
     format!("[{}]", names.join(","))
 }
 
-/// Many modules, each of which is none of many parameters of many modules.
+/// Many modules, many parameters that any module may have, and many modules that have pairs of their own.
 #[test]
 fn parameters_times_modules() {
     let tensors = pairs((0..500).map(|i| format!("layers.{i}.q_proj")));
-    let [parameters, modules] = ["p", "m"].map(|kind| list((0..10_000).map(|i| format!("{kind}{i}"))));
+    let names = |kind: &str| (0..10_000).map(|i| format!("{kind}{i}")).collect::<Vec<_>>().into_iter();
+    let parameters = list(names("p"));
+    let modules = list(names("m").chain(core::iter::once("q_proj".to_owned())));
     let config = format!(r#"{{"r": 4, "target_parameters": {parameters}, "target_modules": {modules}}}"#);
-    // What no list names is a parameter of some module.
+    let adapter = in_time(|| PeftAdapter::load(config.as_bytes(), &tensors)).unwrap();
+    assert_eq!((adapter.modules().count(), adapter.parameters().count()), (500, 0));
+    // Where no list names the modules, these are pairs of parameters.
+    let config = format!(r#"{{"r": 4, "target_parameters": {parameters}, "target_modules": []}}"#);
     let adapter = in_time(|| PeftAdapter::load(config.as_bytes(), &tensors)).unwrap();
     assert_eq!((adapter.modules().count(), adapter.parameters().count()), (0, 500));
     in_time(|| MergedModel::new(&tensors, Some(&adapter), &MergeOptions::new())).unwrap_err();
