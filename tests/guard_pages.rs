@@ -170,7 +170,7 @@ impl Case {
                 results.extend(bytes(out));
             }
             let out = out.take::<f32>(blocks - blocks / 2, place);
-            absmax.restore(blocks / 2, out).unwrap();
+            absmax.dequantize(blocks / 2, out).unwrap();
             results.extend(bytes(out));
         }
         results

@@ -52,7 +52,7 @@ fn a_double_quantized_absmax_that_is_nan_is_the_one_nan() {
         let (map, nested, codes) = ([map; 256], [absmax; 2], [7; 300]);
         let absmax = Absmax::Nested(NestedAbsmax::new(&codes, &map, &nested, offset).unwrap());
         let mut all = [0.0; 300];
-        absmax.restore(0, &mut all).unwrap();
+        absmax.dequantize(0, &mut all).unwrap();
         let one_by_one = (0..300).map(|block| absmax.get(block));
         for value in one_by_one.chain(all) {
             assert_eq!(value.to_bits(), f32::NAN.to_bits(), "map {}, absmax {}, offset {offset}", map[7], nested[0]);

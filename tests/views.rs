@@ -51,11 +51,11 @@ fn nested_absmax_have_consistent_parts() {
     let absmax = Absmax::Nested(nested);
     assert_eq!((absmax.len(), absmax.is_empty()), (257, false));
     let mut out = [0.0; 2];
-    absmax.restore(255, &mut out).unwrap();
+    absmax.dequantize(255, &mut out).unwrap();
     assert_eq!(out, [DYNAMIC_MAP[0] + 0.5; 2]);
-    let past_the_end = ShapeError::Length { what: "restored absmax", expected: 1, got: 2 };
-    assert_eq!(absmax.restore(256, &mut out).unwrap_err(), past_the_end);
-    assert!(absmax.restore(usize::MAX, &mut out).is_err());
+    let past_the_end = ShapeError::Length { what: "dequantized absmax", expected: 1, got: 2 };
+    assert_eq!(absmax.dequantize(256, &mut out).unwrap_err(), past_the_end);
+    assert!(absmax.dequantize(usize::MAX, &mut out).is_err());
     assert_eq!((Absmax::Plain(&[]).len(), Absmax::Plain(&[]).is_empty()), (0, true));
     assert_eq!((Absmax::Plain(&[1.0]).len(), Absmax::Plain(&[1.0]).is_empty()), (1, false));
 }

@@ -1,19 +1,20 @@
-//! The scales of the blocks: plain, or quantized a second time.
+//! The scales of the blocks, plain or double-quantized.
 
 use crate::error::{ShapeError, check_len};
 use crate::format::{NESTED_BLOCK, canonical, get_or};
 
-/// One absmax for each block: plain f32, or nested (double quantization).
+/// The absmax of each block: plain f32, or nested (double quantization).
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub enum Absmax<'a> {
-    /// One f32 a block.
+    /// One f32 per block.
     Plain(&'a [f32]),
-    /// One byte a block, to be looked up and scaled.
+    /// One byte per block, which is looked up in a map and scaled.
     Nested(NestedAbsmax<'a>),
 }
 
-/// Double-quantized absmax: block `b` has `map[codes[b]] * absmax[b / 256] + offset`, both operations rounded to f32.
+/// Double-quantized absmax: that of block `b` is `map[codes[b]] * absmax[b / 256] + offset`, with both operations rounded to
+/// f32.
 #[derive(Debug, Clone, Copy)]
 pub struct NestedAbsmax<'a> {
     codes: &'a [u8],
@@ -23,10 +24,10 @@ pub struct NestedAbsmax<'a> {
 }
 
 impl<'a> NestedAbsmax<'a> {
-    /// A view of double-quantized absmax: `codes` has one byte a block, `absmax` one f32 for each [`NESTED_BLOCK`] of
-    /// them, `map` is the 256-entry quant map of the file ([`crate::DYNAMIC_MAP`] for what this library writes).
+    /// A view of double-quantized absmax: `codes` has one byte per block, `absmax` one f32 per [`NESTED_BLOCK`] codes, and
+    /// `map` is the quant map of the file, with 256 entries ([`crate::DYNAMIC_MAP`] in files that this library writes).
     ///
-    /// Any value may be NaN or infinite; the arithmetic then gives what IEEE 754 says.
+    /// Values may be NaN or infinite; results are then what IEEE 754 says.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `absmax` does not have `ceil(codes.len() / 256)` values.
@@ -35,31 +36,31 @@ impl<'a> NestedAbsmax<'a> {
         Ok(Self { codes, map, absmax, offset })
     }
 
-    /// One code a block.
+    /// One code per block.
     #[must_use]
     pub fn codes(&self) -> &'a [u8] {
         self.codes
     }
 
-    /// The 256-entry quant map.
+    /// The quant map, with 256 entries.
     #[must_use]
     pub fn map(&self) -> &'a [f32; 256] {
         self.map
     }
 
-    /// One scale for each [`NESTED_BLOCK`] codes.
+    /// One scale per [`NESTED_BLOCK`] codes.
     #[must_use]
     pub fn absmax(&self) -> &'a [f32] {
         self.absmax
     }
 
-    /// The mean that was subtracted.
+    /// The mean that was subtracted before quantization.
     #[must_use]
     pub fn offset(&self) -> f32 {
         self.offset
     }
 
-    /// The absmax that each code stands for in a nested block.
+    /// The absmax of each code in a nested block.
     #[allow(dead_code, reason = "only instruction sets with vectors decode many at once")]
     #[inline(always)]
     pub(crate) fn values(&self, nested_block: usize) -> [f32; 256] {
@@ -102,8 +103,8 @@ impl Absmax<'_> {
         }
     }
 
-    /// As [`Self::get`], for a block that the checked shapes put inside: without a panic, see [`get_or`], and with the NaN
-    /// of the processor.
+    /// Like [`Self::get`], for a block that checked shapes guarantee to exist: without a panic (see [`get_or`]), and with
+    /// the processor's own NaN.
     #[inline(always)]
     pub(crate) fn get_inside(&self, block: usize) -> f32 {
         match self {
@@ -115,14 +116,14 @@ impl Absmax<'_> {
         }
     }
 
-    /// Writes the absmax of the blocks `first..first + out.len()`, with the bits of [`Self::get`].
+    /// Writes the absmax of the blocks `first..first + out.len()` to `out`, with the bits of [`Self::get`].
     ///
     /// # Errors
     /// [`ShapeError::Length`] if there are fewer blocks.
-    pub fn restore(&self, first: usize, out: &mut [f32]) -> Result<(), ShapeError> {
+    pub fn dequantize(&self, first: usize, out: &mut [f32]) -> Result<(), ShapeError> {
         if first > self.len() || out.len() > self.len() - first {
             let expected = self.len().saturating_sub(first);
-            return Err(ShapeError::Length { what: "restored absmax", expected, got: out.len() });
+            return Err(ShapeError::Length { what: "dequantized absmax", expected, got: out.len() });
         }
         for (block, o) in (first..).zip(out) {
             *o = self.get(block);
@@ -130,7 +131,7 @@ impl Absmax<'_> {
         Ok(())
     }
 
-    /// The absmax of the `N` blocks from `first` on, in few instructions: for the inner loops.
+    /// The absmax of the `N` blocks from `first` on, in few instructions, for inner loops.
     #[allow(dead_code, reason = "only instruction sets with vectors take several at once")]
     #[inline(always)]
     pub(crate) fn get_array<const N: usize>(&self, first: usize) -> [f32; N] {

@@ -8,21 +8,21 @@ use crate::spec::{GROUP_8X8, SPAN};
 /// fit in an `i32`.
 pub const ACTIVATION_MAX: i16 = 8191;
 
-/// The largest quantized activation of the 8x8 product. `-128` is never used: so the negative of a value is one too.
+/// The largest quantized activation of the 8x8 product. `-128` is never used, so the negative of a value is one too.
 pub const ACTIVATION_MAX_8X8: i8 = 127;
 
 const _: () = assert!(8 * 32767 * (ACTIVATION_MAX as i64) <= i32::MAX as i64, "a lane's sum of a span is exact");
 
-/// A batch of vectors, most often one, quantized in groups of 64 columns (32 for block size 32) to `i16` with one f32
-/// scale a group.
+/// A batch of vectors, often just one, quantized to `i16` with one f32 scale per group of 64 columns (32 for block size
+/// 32).
 ///
-/// Made by [`crate::Kernels::quantize_activations`] or [`crate::Kernels::quantize_activations_batch`] in buffers of the
-/// caller; see [`crate::spec`] for the arithmetic. The values stand in the order in which the instruction set of those
-/// kernels decodes weights, so only the same kernels multiply with them. The f32 inputs are kept too, because matrices
-/// whose blocks straddle rows are multiplied in f32.
+/// [`crate::Kernels::quantize_activations`] and [`crate::Kernels::quantize_activations_batch`] make it in buffers that the
+/// caller provides; see [`crate::spec`] for the arithmetic. The values are in the order in which the instruction set of
+/// these kernels decodes weights, so only the same kernels can multiply by them. The f32 inputs are kept too, because
+/// matrices whose blocks straddle rows are multiplied in f32.
 ///
-/// If the number of columns is not a multiple of the group, every matrix with so many columns has straddling blocks;
-/// then nothing is quantized and both buffers have length 0.
+/// If the number of columns is not a multiple of the group, then blocks straddle rows in every such matrix; nothing is
+/// quantized, and both buffers have length 0.
 #[derive(Debug, Clone, Copy)]
 pub struct Activations<'a> {
     vectors: Vectors<'a, i16>,
@@ -30,22 +30,22 @@ pub struct Activations<'a> {
 }
 
 impl<'a> Activations<'a> {
-    /// `i16` values that a vector of `cols` inputs needs: `cols` rounded up to a multiple of 64, or 0 if it is not a
-    /// multiple of the group; `usize::MAX`, which no slice has, if there is no such multiple. A batch needs so many for
+    /// The number of `i16` values per vector of `cols` inputs: `cols` rounded up to a multiple of 64, or 0 if it is not a
+    /// multiple of the group; `usize::MAX`, a length that no slice has, if rounding up overflows. A batch needs as many for
     /// each vector.
     #[must_use]
     pub const fn values_len(cols: usize, block_size: BlockSize) -> usize {
         values_len(cols, block_size.group())
     }
 
-    /// f32 scales that a vector of `cols` inputs needs: one a group, or 0 if `cols` is not a multiple of the group. A
-    /// batch needs so many for each vector.
+    /// The number of f32 scales per vector of `cols` inputs: one per group, or 0 if `cols` is not a multiple of the group. A
+    /// batch needs as many for each vector.
     #[must_use]
     pub const fn scales_len(cols: usize, block_size: BlockSize) -> usize {
         scales_len(cols, block_size.group())
     }
 
-    /// Joins the parts if they fit. `slots` is the order of the values.
+    /// Joins the parts, if they fit. `slots` is the order of the values.
     pub(crate) fn new(
         inputs: &'a [f32],
         cols: usize,
@@ -58,7 +58,7 @@ impl<'a> Activations<'a> {
         Ok(Self { vectors: Vectors::new(inputs, cols, group, values, scales, slots)?, group })
     }
 
-    /// Number of inputs of a vector.
+    /// Number of inputs per vector.
     #[must_use]
     pub fn cols(&self) -> usize {
         self.vectors.cols
@@ -85,13 +85,13 @@ impl<'a> Activations<'a> {
         self.vectors.inputs
     }
 
-    /// One scale a group, vector by vector; empty if nothing was quantized.
+    /// One scale per group, vector by vector; empty if nothing was quantized.
     #[must_use]
     pub fn scales(&self) -> &'a [f32] {
         self.vectors.scales
     }
 
-    /// Columns a scale.
+    /// Number of columns per scale.
     #[must_use]
     pub fn group(&self) -> usize {
         self.group
@@ -122,37 +122,37 @@ impl<'a> Activations<'a> {
     }
 }
 
-/// A batch of vectors, most often one, quantized in groups of 32 columns to `i8` with one f32 scale per group, for the
-/// 8x8 product with matrices of any block size.
+/// A batch of vectors, often just one, quantized to `i8` with one f32 scale per group of 32 columns, for the 8x8 product
+/// with matrices of any block size.
 ///
-/// Made by [`crate::Kernels::quantize_activations_8x8`] or [`crate::Kernels::quantize_activations_8x8_batch`] in buffers
-/// of the caller; see [`crate::spec`] for the arithmetic. The values stand in the order in which the instruction set of
-/// those kernels decodes weights, so only the same kernels multiply with them.
+/// [`crate::Kernels::quantize_activations_8x8`] and [`crate::Kernels::quantize_activations_8x8_batch`] make it in buffers
+/// that the caller provides; see [`crate::spec`] for the arithmetic. The values are in the order in which the instruction
+/// set of these kernels decodes weights, so only the same kernels can multiply by them.
 ///
-/// If the number of columns is not a multiple of 32, the product is the f32 one, of the inputs, which are kept for that;
-/// then nothing is quantized and both buffers have length 0.
+/// If the number of columns is not a multiple of 32, the product is computed in f32 from the inputs, which are kept for
+/// that; nothing is quantized, and both buffers have length 0.
 #[derive(Debug, Clone, Copy)]
 pub struct Activations8x8<'a> {
     vectors: Vectors<'a, i8>,
 }
 
 impl<'a> Activations8x8<'a> {
-    /// `i8` values that a vector of `cols` inputs needs: `cols` rounded up to a multiple of 64, or 0 if it is not a
-    /// multiple of 32; `usize::MAX`, which no slice has, if there is no such multiple. A batch needs as many for each
+    /// The number of `i8` values per vector of `cols` inputs: `cols` rounded up to a multiple of 64, or 0 if it is not a
+    /// multiple of 32; `usize::MAX`, a length that no slice has, if rounding up overflows. A batch needs as many for each
     /// vector.
     #[must_use]
     pub const fn values_len(cols: usize) -> usize {
         values_len(cols, GROUP_8X8)
     }
 
-    /// f32 scales that a vector of `cols` inputs needs: one per 32, or 0 if `cols` is not a multiple of 32. A batch
+    /// The number of f32 scales per vector of `cols` inputs: one per 32, or 0 if `cols` is not a multiple of 32. A batch
     /// needs as many for each vector.
     #[must_use]
     pub const fn scales_len(cols: usize) -> usize {
         scales_len(cols, GROUP_8X8)
     }
 
-    /// Joins the parts if they fit. `slots` is the order of the values.
+    /// Joins the parts, if they fit. `slots` is the order of the values.
     pub(crate) fn new(
         inputs: &'a [f32],
         cols: usize,
@@ -163,7 +163,7 @@ impl<'a> Activations8x8<'a> {
         Ok(Self { vectors: Vectors::new(inputs, cols, GROUP_8X8, values, scales, slots)? })
     }
 
-    /// Number of inputs of a vector.
+    /// Number of inputs per vector.
     #[must_use]
     pub fn cols(&self) -> usize {
         self.vectors.cols
@@ -215,24 +215,24 @@ impl<'a> Activations8x8<'a> {
     }
 }
 
-/// Values of a vector of `cols` inputs that is quantized in groups: whole spans, or none.
+/// Number of values of a vector of `cols` inputs that is quantized in groups: whole spans, or none.
 const fn values_len(cols: usize, group: usize) -> usize {
     if cols.is_multiple_of(group) { cols.div_ceil(SPAN).saturating_mul(SPAN) } else { 0 }
 }
 
-/// Scales of a vector of `cols` inputs that is quantized in groups.
+/// Number of scales of a vector of `cols` inputs that is quantized in groups.
 const fn scales_len(cols: usize, group: usize) -> usize {
     if cols.is_multiple_of(group) { cols / group } else { 0 }
 }
 
-/// What the activations of both products are: inputs, and the values of type `T` and scales made of them.
+/// The activations of both products: inputs, and the values of type `T` and the scales that were made from them.
 #[derive(Debug, Clone, Copy)]
 struct Vectors<'a, T> {
     inputs: &'a [f32],
     cols: usize,
     values: &'a [T],
     scales: &'a [f32],
-    /// Where each column of a span stands in its values.
+    /// The position of each column of a span in its values.
     slots: &'static [u8; SPAN],
 }
 

@@ -1,17 +1,17 @@
 //! Double quantization: the absmax vector, quantized to 8 bits in blocks of 256.
 //!
-//! This is portable code that every ISA shares: it touches one value a block, so it costs little beside the rest, and
-//! it must follow `bitsandbytes` and `PyTorch` through steps (a cascaded sum, a look-up grid) that leave vector units
-//! nothing to win.
+//! This is portable code that all instruction sets share. It handles one value per block, so it costs little compared to
+//! the rest, and it must reproduce steps of `bitsandbytes` and `PyTorch` (a cascaded sum, a look-up grid) from which vector
+//! units would gain nothing.
 
 use crate::format::{NESTED_BLOCK, absmax_from_bits, canonical};
 
-/// The signed dynamic map of `bitsandbytes` (`create_dynamic_map()`, 256 sorted values), with which absmax are coded.
+/// The quant map for absmax: the signed dynamic map of `bitsandbytes` (`create_dynamic_map()`), 256 sorted values.
 ///
-/// Seven decades: decade `10^(i-6)`, `i` in 0..7, holds `2^i` values of each sign; then 0 and 1. The table is stored,
-/// not computed: `PyTorch` makes the points with fused multiply-adds on some machines and without on others, and 42
-/// entries depend on that. These are the entries with them, which published checkpoints hold. Reading always uses a
-/// file's own map.
+/// It has seven decades, of which decade `10^(i-6)`, `i` in 0..7, holds `2^i` values of each sign, and the values 0 and 1.
+/// The table is stored, not computed, because `PyTorch` makes the points with fused multiply-adds on some machines and
+/// without them on others, and 42 entries depend on that. These are the entries with fused multiply-adds, as in published
+/// checkpoints. Reading always uses the map in the file.
 pub static DYNAMIC_MAP: [f32; 256] = {
     let mut map = [0.0; 256];
     let mut k = 0;
@@ -22,7 +22,7 @@ pub static DYNAMIC_MAP: [f32; 256] = {
     map
 };
 
-/// Midpoints between neighbours of the dynamic map.
+/// Midpoints between neighbouring values of the dynamic map.
 static MIDPOINTS: [f32; 255] = {
     let mut mid = [0.0; 255];
     let mut k = 0;
@@ -33,9 +33,9 @@ static MIDPOINTS: [f32; 255] = {
     mid
 };
 
-/// Quantizes `absmax - offset` in blocks of [`NESTED_BLOCK`]: one code a value, one scale a block.
+/// Quantizes `absmax - offset` in blocks of [`NESTED_BLOCK`]: one code per value, one scale per block.
 ///
-/// A block with a NaN or an infinity in it gets the scale NaN and the codes 0.
+/// A block that contains NaN or infinity gets the scale NaN and the codes 0.
 pub(crate) fn quantize_absmax(absmax: &[f32], offset: f32, codes: &mut [u8], nested_absmax: &mut [f32]) {
     let blocks = absmax.chunks(NESTED_BLOCK).zip(codes.chunks_mut(NESTED_BLOCK)).zip(nested_absmax);
     for ((values, codes), scale) in blocks {
@@ -55,15 +55,15 @@ pub(crate) fn quantize_absmax(absmax: &[f32], offset: f32, codes: &mut [u8], nes
     }
 }
 
-/// The 8-bit code of a scaled value: `bitsandbytes` on the CPU does not round to the nearest entry, it looks the value
-/// up on a grid of 65,536 points in `[-1, 1]`, where each point has the number of midpoints strictly below it.
+/// The 8-bit code of a scaled value.
 ///
-/// `bitsandbytes` holds the grid as a table of 64 KB; searching the midpoints gives the same codes and suits small
-/// machines.
+/// `bitsandbytes` on the CPU does not round to the nearest entry: it looks the value up on a grid of 65,536 points in
+/// `[-1, 1]`, whose codes are the number of midpoints strictly below the point. It has the grid as a table of 64 KB; a
+/// search among the midpoints gives the same codes and suits small machines.
 #[inline]
 fn nested_code(scaled: f32) -> u8 {
-    // `1/scale` overflows for a subnormal scale, and 0 * infinity is NaN; the grid's first point is the code 0 of bad
-    // input.
+    // `1/scale` overflows for a subnormal scale, and 0 * infinity is NaN; the first point of the grid gives bad input the
+    // code 0.
     let t = if scaled.is_nan() { -1.0 } else { scaled.clamp(-1.0, 1.0) };
     #[allow(
         clippy::cast_possible_truncation,
@@ -74,7 +74,7 @@ fn nested_code(scaled: f32) -> u8 {
     let at = -1.0 + 2.0 * point as f32 / 65535.0;
     let mut below = 0;
     let mut step = 128;
-    // A binary search without branches: they would be mispredicted half of the time.
+    // A binary search without branches, half of which would be mispredicted.
     while step > 0 {
         below += if MIDPOINTS[below + step - 1] < at { step } else { 0 };
         step /= 2;
@@ -90,13 +90,13 @@ const ACCUMULATORS: usize = 4;
 const LEVELS: usize = 4;
 const LANES: usize = 8;
 
-/// The f32 mean as `PyTorch` computes it for a contiguous vector on one thread, bit for bit: `bitsandbytes` stores it
-/// as the offset of double quantization. (From 32,768 values on `PyTorch` may split the sum over threads; this does
+/// The f32 mean as `PyTorch` computes it for a contiguous vector on one thread, bit for bit; `bitsandbytes` stores it as
+/// the offset of double quantization. (With 32,768 values or more, `PyTorch` may split the sum over threads; this does
 /// not.)
 ///
-/// Source: `aten/src/ATen/native/cpu/SumKernel.cpp` (`cascade_sum`). Vectors of 8 lanes are summed by [`cascade`],
-/// values beyond a multiple of 8 from 0 in order, and to that sum the lanes are added in order; fewer than 8 values are
-/// vectors of one lane. The mean of no values is NaN.
+/// Source: `aten/src/ATen/native/cpu/SumKernel.cpp` (`cascade_sum`). Vectors of 8 lanes are summed by [`cascade`]. The
+/// values beyond a multiple of 8 are summed from 0 in order, and the lanes are added to that sum in order. Fewer than 8
+/// values are treated as vectors of one lane. The mean of no values is NaN.
 pub(crate) fn mean(values: &[f32]) -> f32 {
     let (vectors, rest) = values.as_chunks::<LANES>();
     let sum = if vectors.is_empty() {
@@ -111,9 +111,9 @@ pub(crate) fn mean(values: &[f32]) -> f32 {
     canonical(sum / count)
 }
 
-/// Sums vectors of `W` lanes: vector `v` goes to accumulator `v % 4`, and each accumulator is a cascade of four levels,
-/// of which each is emptied into the next after `2^max(4, ceil(log2(additions)) / 4)` additions. At the end the levels
-/// are added in order, then the vectors beyond a multiple of four, then accumulators 1, 2, 3.
+/// Sums vectors of `W` lanes: vector `v` goes to accumulator `v % 4`. Each accumulator is a cascade of four levels, each of
+/// which is emptied into the next after `2^max(4, ceil(log2(additions)) / 4)` additions. At the end, the levels are added
+/// in order, then the vectors beyond a multiple of four, then accumulators 1, 2, 3.
 fn cascade<const W: usize>(vectors: &[[f32; W]]) -> [f32; W] {
     let (rows, rest) = vectors.as_chunks::<ACCUMULATORS>();
     let log2 = if rows.len() <= 2 { 1 } else { usize::BITS - (rows.len() - 1).leading_zeros() };
@@ -122,7 +122,7 @@ fn cascade<const W: usize>(vectors: &[[f32; W]]) -> [f32; W] {
     let mut levels = [[[0.0; W]; ACCUMULATORS]; LEVELS];
     for (done, row) in (1_usize..).zip(rows) {
         add_row(&mut levels[0], row);
-        // A level is full when the count of additions has zeros where that level counts.
+        // A level is full when the bits of the count that belong to it are zero.
         let mut counted = done;
         for level in 1..LEVELS {
             if counted & mask != 0 {

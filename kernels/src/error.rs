@@ -1,8 +1,8 @@
-//! What did not fit, with the numbers.
+//! The error of operations whose arguments do not fit each other.
 
 use core::fmt;
 
-/// A shape, length or block size that does not fit the operation.
+/// The error of an operation whose arguments have shapes that do not fit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ShapeError {
@@ -22,28 +22,28 @@ pub enum ShapeError {
         /// Columns of the matrix.
         cols: usize,
     },
-    /// A block size other than 32, 64, 128, 256, 512, 1024, 2048, 4096.
+    /// A block size is not 32, 64, 128, 256, 512, 1024, 2048 or 4096.
     BlockSize {
         /// The number that was given.
         got: usize,
     },
-    /// A range of rows that does not lie in the matrix.
+    /// A range of rows is out of bounds.
     Rows {
-        /// First row asked for.
+        /// First row of the range.
         start: usize,
-        /// One past the last row asked for.
+        /// One past the last row of the range.
         end: usize,
-        /// Rows there are.
+        /// Rows of the matrix.
         rows: usize,
     },
-    /// Activations that were quantized in groups of another length than the matrix needs.
+    /// Activations were quantized in groups of another length than the matrix needs.
     Group {
         /// Group length of the matrix ([`crate::BlockSize::group`]).
         expected: usize,
         /// Group length of the activations.
         got: usize,
     },
-    /// Activations that were quantized by the kernels of an instruction set that has them in another order.
+    /// Activations were quantized by the kernels of another instruction set, which need them in another order.
     Order,
 }
 

@@ -1,21 +1,22 @@
-//! The element types that weights come in.
+//! The element types of weights.
 
 use half::{bf16, f16};
 
-/// An element type that weights can be quantized from and restored to: `f32`, [`struct@f16`], [`bf16`]. Sealed.
+/// An element type of weights before quantization and after dequantization: `f32`, [`struct@f16`] or [`bf16`]. This trait
+/// is sealed.
 pub trait Float: Copy + Send + Sync + sealed::Sealed {
-    /// The value as f32; exact.
+    /// Converts to f32, exactly.
     fn to_f32(self) -> f32;
 
-    /// The nearest value of this type, ties to even, subnormals kept, overflow to infinity; every NaN becomes the one
-    /// quiet NaN `0x7fc0_0000` (f32), `0x7e00` (f16), `0x7fc0` (bf16).
+    /// Rounds to the nearest value of this type, ties to even, keeping subnormals and overflowing to infinity. Every NaN
+    /// becomes the quiet NaN `0x7fc0_0000` (f32), `0x7e00` (f16) or `0x7fc0` (bf16).
     fn from_f32(x: f32) -> Self;
 }
 
 pub(crate) mod sealed {
     use half::{bf16, f16};
 
-    /// Picks, of what exists for each element type, what is there for this one.
+    /// Picks what belongs to this element type from something that exists for each.
     pub trait Sealed: Sized + 'static {
         #[doc(hidden)]
         fn pick<P: PerFloat>(of: &P) -> &P::Of<Self>;

@@ -1,18 +1,16 @@
-//! Facts of the format: block sizes, codebook, decision thresholds, nibble order.
+//! The format: block sizes, codebook, decision thresholds and nibble order.
 //!
-//! Everything here was fixed by `bitsandbytes`; this file is the only place that states it. The packed bytes hold two
-//! codes each, **the first in the high four bits**; blocks are cut from the flat, row-major tensor and do not care
-//! about rows.
+//! All of it is defined by `bitsandbytes`, and this file is the only place in the code that states it. A packed byte holds
+//! two codes, **the first in the high four bits**. Blocks run over the flat, row-major tensor, regardless of rows.
 
 use core::ops::Range;
 
 use crate::ShapeError;
 
-/// The NF4 codebook of `bitsandbytes` 0.50 (`get_4bit_type("nf4")`), as f32: code `k` stands for `CODEBOOK[k] *
-/// absmax`.
+/// The NF4 codebook: code `k` stands for the weight `CODEBOOK[k] * absmax`.
 ///
-/// The sixteen values are quantiles of the normal distribution, scaled to `[-1, 1]` and with an exact zero at code 7
-/// (Dettmers et al., "`QLoRA`: Efficient Finetuning of Quantized LLMs", 2023, appendix E).
+/// The sixteen f32 values are those of `bitsandbytes` 0.50 (`get_4bit_type("nf4")`): quantiles of the normal distribution,
+/// scaled to `[-1, 1]`, with an exact zero at code 7 (Dettmers et al., "`QLoRA`: Efficient Finetuning of Quantized LLMs", 2023, appendix E).
 pub const CODEBOOK: [f32; 16] = [
     -1.0,
     f32::from_bits(0xbf32_39b1),
@@ -32,8 +30,9 @@ pub const CODEBOOK: [f32; 16] = [
     1.0,
 ];
 
-/// The decision thresholds: `THRESHOLDS[k]` lies midway between `CODEBOOK[k]` and `CODEBOOK[k + 1]` (the f32 sum,
-/// rounded, then halved). A scaled value's code is the number of thresholds strictly below it.
+/// The decision thresholds: the code of a scaled value is the number of thresholds strictly below it.
+///
+/// `THRESHOLDS[k]` is midway between `CODEBOOK[k]` and `CODEBOOK[k + 1]`: their sum, rounded to f32, and halved.
 pub const THRESHOLDS: [f32; 15] = {
     let mut t = [0.0; 15];
     let mut k = 0;
@@ -44,17 +43,16 @@ pub const THRESHOLDS: [f32; 15] = {
     t
 };
 
-/// The code of zero, which also fills the last half byte of a tensor with an odd number of elements.
+/// The code of zero, which also pads the last byte of a tensor with an odd number of elements.
 pub(crate) const ZERO_CODE: u8 = 7;
 
-/// The floor that `bitsandbytes` puts under absmax before it divides: `1e-38` rounded to f32, a subnormal.
+/// The lower bound that `bitsandbytes` imposes on absmax before dividing: `1e-38` rounded to f32, a subnormal number.
 pub(crate) const ABSMAX_FLOOR: f32 = 1e-38;
 
-/// Number of absmax values that share one nested absmax (the block size of double quantization; fixed in
-/// `bitsandbytes`).
+/// The block size of double quantization: this many absmax share one nested absmax. It is fixed in `bitsandbytes`.
 pub const NESTED_BLOCK: usize = 256;
 
-/// Number of weights in a block that shares one absmax.
+/// The number of weights in a block, which share one absmax.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[non_exhaustive]
 #[repr(u16)]
@@ -91,13 +89,13 @@ impl BlockSize {
         Self::ALL.into_iter().find(|b| b.get() == weights).ok_or(ShapeError::BlockSize { got: weights })
     }
 
-    /// Weights in a block.
+    /// The number of weights in a block.
     #[must_use]
     pub const fn get(self) -> usize {
         self as usize
     }
 
-    /// Columns that share one activation scale in the 16x4 multiply: 64, or 32 when the block is 32.
+    /// The number of columns that share one activation scale in the 16x4 product: 64, or 32 for block size 32.
     #[must_use]
     pub const fn group(self) -> usize {
         match self {
@@ -106,7 +104,7 @@ impl BlockSize {
         }
     }
 
-    /// Blocks that `elements` weights occupy; the last may be partial.
+    /// The number of blocks of `elements` weights; the last one may be partial.
     #[must_use]
     pub const fn blocks(self, elements: usize) -> usize {
         elements.div_ceil(self.get())
@@ -121,7 +119,7 @@ impl TryFrom<usize> for BlockSize {
     }
 }
 
-/// Bytes that hold `elements` packed codes.
+/// The number of bytes of `elements` packed codes.
 #[must_use]
 pub const fn packed_len(elements: usize) -> usize {
     elements.div_ceil(2)
@@ -134,34 +132,33 @@ pub(crate) fn code_at(packed: &[u8], index: usize) -> usize {
     usize::from(if index.is_multiple_of(2) { byte >> 4 } else { byte & 15 })
 }
 
-/// `values[index]`, for an index that the checked shapes put inside.
+/// `values[index]`, for an index that checked shapes guarantee to be in bounds.
 ///
-/// Should it lie outside nevertheless, a build with debug assertions panics, and any other takes `missing`: so that the
-/// products contain no panic, and firmware that only multiplies links nothing of that machinery.
+/// If it is out of bounds nevertheless, this panics with debug assertions and returns `missing` without. So the products
+/// contain no panic, and firmware that only multiplies does not link the machinery of panics.
 #[inline(always)]
 pub(crate) fn get_or<T: Copy>(values: &[T], index: usize, missing: T) -> T {
     debug_assert!(index < values.len(), "index {index} of {}", values.len());
     values.get(index).copied().unwrap_or(missing)
 }
 
-/// As [`get_or`], for a range; what is missing is an empty slice.
+/// Like [`get_or`], for a range; if that is out of bounds, the result is an empty slice.
 #[inline(always)]
 pub(crate) fn get_range<T>(values: &[T], range: Range<usize>) -> &[T] {
     debug_assert!(range.start <= range.end && range.end <= values.len(), "range {range:?} of {}", values.len());
     values.get(range).unwrap_or_default()
 }
 
-/// The code of a value already divided by its block's absmax: the number of thresholds strictly below it, and 15 for
-/// NaN, for which no comparison holds (as in `bitsandbytes`).
+/// The code of a value that was divided by the absmax of its block: the number of thresholds strictly below it. As in
+/// `bitsandbytes`, that of NaN is 15, because no comparison holds for it.
 #[inline(always)]
 #[allow(clippy::neg_cmp_op_on_partial_ord, reason = "NaN must count")]
 pub(crate) fn nearest_code(scaled: f32) -> u8 {
     THRESHOLDS.iter().map(|&t| u8::from(!(scaled <= t))).sum()
 }
 
-/// The largest absolute value of a block from the bits of all absolute values, the largest taken as integers: that is
-/// the order of non-negative floats, with every NaN above infinity. All NaNs become the one NaN that this library
-/// writes.
+/// The absmax of a block, from the largest of the bits of all absolute values as integers, which are ordered like
+/// non-negative floats, with NaN above infinity. Every NaN becomes the one that this library writes.
 #[inline(always)]
 pub(crate) fn absmax_from_bits(bits: u32) -> f32 {
     canonical(f32::from_bits(bits))
@@ -169,21 +166,21 @@ pub(crate) fn absmax_from_bits(bits: u32) -> f32 {
 
 /// The factor that scales a full block to `[-1, 1]`; NaN stays NaN and infinity gives 0.
 ///
-/// That of a block of zeros may be any finite number. It is 0, because the inverse of the floor, which is subnormal, would
-/// be infinite where subnormal numbers count as zeros.
+/// The factor of a block of zeros may be any finite number. It is 0, because the inverse of the floor, which is subnormal,
+/// would be infinite in an environment that flushes subnormal numbers to zero.
 #[inline(always)]
 pub(crate) fn inverse_absmax(absmax: f32) -> f32 {
     if absmax == 0.0 { 0.0 } else { 1.0 / floored(absmax) }
 }
 
-/// `max(absmax, 1e-38)` that keeps NaN, of an absmax that is not negative. As integers, because where subnormal numbers
-/// count as zeros the floor would be lost.
+/// `max(absmax, 1e-38)`, or NaN, of an absmax that is not negative. Integers are compared, because an environment that
+/// flushes subnormal numbers to zero would lose the floor.
 #[inline(always)]
 pub(crate) fn floored(absmax: f32) -> f32 {
     f32::from_bits(absmax.to_bits().max(ABSMAX_FLOOR.to_bits()))
 }
 
-/// Replaces every NaN by [`f32::NAN`]: processors disagree on sign and payload of the NaNs that they make.
+/// Replaces every NaN by [`f32::NAN`], because processors disagree on the sign and payload of NaN.
 #[inline(always)]
 pub(crate) fn canonical(x: f32) -> f32 {
     if x.is_nan() { f32::NAN } else { x }

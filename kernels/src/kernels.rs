@@ -1,4 +1,4 @@
-//! The operations: each checks its arguments once, and then calls the function of an instruction set.
+//! The operations, each of which checks its arguments and then calls the function of an instruction set.
 
 #![expect(unsafe_code, reason = "calls functions of instruction sets that this CPU was found to have")]
 
@@ -13,11 +13,11 @@ use crate::format::{BlockSize, NESTED_BLOCK, packed_len};
 use crate::isa::{Isa, PORTABLE, TABLES, Table};
 use crate::matrix::Nf4Matrix;
 
-/// The operations on one instruction set, and the proof that this CPU has it: a value exists only where it was
-/// detected.
+/// The operations, implemented for one instruction set: to quantize, to dequantize, and to multiply by packed weights.
 ///
-/// All results are the same bits on every instruction set; see [`crate::spec`] for the products and for what NaN and
-/// infinity do. All buffers are the caller's. Copies are cheap: a value is one pointer.
+/// A value proves that this CPU has the instruction set. Results have the same bits on every instruction set; see
+/// [`crate::spec`] for the products and for what NaN and infinity do. Operations work in buffers that the caller provides.
+/// A value is one pointer, so copies are cheap.
 ///
 /// ```
 /// use nf4_kernels::{Absmax, Activations, BlockSize, Kernels, Nf4Matrix};
@@ -65,14 +65,14 @@ impl Default for Kernels {
     }
 }
 
-/// Which kernels to use.
+/// Selection.
 impl Kernels {
-    /// The fastest kernels that this CPU supports. The CPU is asked once, then remembered; this does not need `std`.
+    /// The fastest kernels that this CPU supports. Detection runs once, and does not need `std`.
     #[must_use]
     pub fn detect() -> Self {
         match TABLES[0] {
             (_, Some(_)) => Self::available().next().unwrap_or(Self::scalar()),
-            // The target decides, and this is a constant: firmware then links only the operations that it calls.
+            // The target decides, and this is a constant, so that firmware links only the operations that it calls.
             (table, None) => Self { table },
         }
     }
@@ -97,13 +97,14 @@ impl Kernels {
 
 /// Conversions.
 impl Kernels {
-    /// Quantizes a flat tensor as `bitsandbytes` does on the CPU, bit for bit.
+    /// Quantizes a flat tensor, bit for bit as `bitsandbytes` does on a CPU.
     ///
-    /// `packed` gets two codes a byte, the first in the high half ([`packed_len`] bytes); an odd last half byte is 7,
-    /// the code of zero. `absmax` gets one value a block; the last block may be partial.
+    /// `packed` receives two codes per byte ([`packed_len`] bytes), the first in the high half; an odd number of codes is
+    /// padded with 7, the code of zero. `absmax` receives one value per block; the last block may be partial.
     ///
-    /// A NaN makes the absmax of its block NaN and all codes 15. An infinity makes it infinite, infinite values of
-    /// either sign code 15 and finite ones code 7. A block of zeros has absmax 0 (`1e-38` if partial) and codes 7.
+    /// If a block contains NaN, its absmax is NaN and all its codes are 15. If it contains infinity, its absmax is
+    /// infinite, the codes of infinite values of either sign are 15, and those of finite ones 7. A block of zeros has
+    /// absmax 0 (`1e-38` if it is partial) and codes 7.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `packed` or `absmax` has the wrong length.
@@ -122,9 +123,9 @@ impl Kernels {
         Ok(())
     }
 
-    /// Restores the weights, row-major `[rows, cols]`: `CODEBOOK[code] * absmax`, one f32 product, for `f16` and `bf16`
-    /// then rounded to nearest even. The same bits as `bitsandbytes`, but that every NaN is the one of
-    /// [`Float::from_f32`].
+    /// Dequantizes the weights, row-major `[rows, cols]`: `CODEBOOK[code] * absmax`, rounded to f32, and for `f16` and
+    /// `bf16` rounded once more, to nearest even. The bits are those of `bitsandbytes`, except that every NaN is the quiet
+    /// NaN of [`Float::from_f32`].
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `out` does not have `rows * cols` elements.
@@ -136,14 +137,14 @@ impl Kernels {
         Ok(())
     }
 
-    /// Double quantization: codes the absmax of a tensor in 8 bits, with their mean as offset, and returns the offset.
+    /// Quantizes the absmax of a tensor to 8 bits (double quantization), bit for bit as `bitsandbytes` does on a CPU, and
+    /// returns the offset, which is their mean.
     ///
-    /// The mean is summed in the order of `PyTorch` on one thread, so that everything equals `bitsandbytes` bit for
-    /// bit. `codes` gets one byte a value, `nested_absmax` one f32 for each [`NESTED_BLOCK`] of them; they are to be
-    /// read with [`crate::DYNAMIC_MAP`].
+    /// `codes` receives one byte per value, `nested_absmax` one f32 per [`NESTED_BLOCK`] codes; the quant map is
+    /// [`crate::DYNAMIC_MAP`]. The mean is summed in the order of `PyTorch` on one thread.
     ///
-    /// A NaN or infinity makes the offset NaN or infinite; then every code is 0 and every nested absmax NaN. The mean
-    /// of no values is NaN.
+    /// NaN or infinity makes the offset NaN or infinite; then every code is 0 and every nested absmax is NaN. The mean of no
+    /// values is NaN.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `codes` or `nested_absmax` has the wrong length.
@@ -159,9 +160,9 @@ impl Kernels {
         Ok(offset)
     }
 
-    /// As [`Self::quantize_absmax`], with an offset that was computed elsewhere.
+    /// Like [`Self::quantize_absmax`], with a given offset.
     ///
-    /// A nested block with a NaN or infinity in it gets codes 0 and nested absmax NaN.
+    /// The codes of a nested block that contains NaN or infinity are 0, and its nested absmax is NaN.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `codes` or `nested_absmax` has the wrong length.
@@ -179,11 +180,11 @@ impl Kernels {
         Ok(())
     }
 
-    /// Quantizes a vector for [`Self::gemv`] in the caller's buffers.
+    /// Quantizes a vector for [`Self::gemv`], in buffers that the caller provides.
     ///
-    /// The lengths of `values` and `scales` are [`Activations::values_len`] and [`Activations::scales_len`]. The result
-    /// serves matrices of every block size with the same group ([`BlockSize::group`]). A group with a NaN or infinity
-    /// gets the scale NaN: every output is then NaN.
+    /// `values` and `scales` must have the lengths [`Activations::values_len`] and [`Activations::scales_len`]. The result
+    /// can be multiplied by matrices of every block size with the same group ([`BlockSize::group`]). The scale of a group
+    /// that contains NaN or infinity is NaN, which makes every output NaN.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if a buffer has the wrong length.
@@ -197,12 +198,12 @@ impl Kernels {
         self.quantize_activations_batch(inputs, inputs.len(), block_size, values, scales)
     }
 
-    /// Quantizes a batch of vectors, `inputs` `[batch, cols]`, for [`Self::gemm`]: each as
-    /// [`Self::quantize_activations`] does.
+    /// Quantizes a batch of vectors, `inputs` `[batch, cols]`, for [`Self::gemm`], each of them like
+    /// [`Self::quantize_activations`].
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if `inputs` does not hold whole vectors, or if `values` or `scales` does not have `batch`
-    /// times the length that one vector needs.
+    /// [`ShapeError::Length`] if the length of `inputs` is not a multiple of `cols`, or if `values` or `scales` does not
+    /// have `batch` times the length that one vector needs.
     pub fn quantize_activations_batch<'a>(
         &self,
         inputs: &'a [f32],
@@ -215,7 +216,7 @@ impl Kernels {
         Activations::new(inputs, cols, block_size, values, scales, slots)?;
         let (values_len, scales_len) =
             (Activations::values_len(cols, block_size), Activations::scales_len(cols, block_size));
-        // One of them is 0 only if all are; the compiler needs to hear it to drop the panics of `chunks`.
+        // If one of them is 0, all are. Saying so lets the compiler drop the panics of `chunks`.
         if cols > 0 && values_len > 0 && scales_len > 0 {
             let vectors = inputs.chunks(cols).zip(values.chunks_mut(values_len)).zip(scales.chunks_mut(scales_len));
             for ((inputs, values), scales) in vectors {
@@ -229,14 +230,14 @@ impl Kernels {
 
 /// Products.
 impl Kernels {
-    /// The 16x4 product `out = W x`; see [`crate::spec`] for every bit of it and for its error bound.
+    /// Computes the 16x4 product `out = W x`, which [`crate::spec`] defines to the bit, with an error bound.
     ///
-    /// Matrices whose blocks straddle rows ([`Nf4Matrix::is_row_aligned`]) are multiplied as by [`Self::gemv_f32`].
+    /// Matrices whose blocks straddle rows ([`Nf4Matrix::is_row_aligned`]) are multiplied like in [`Self::gemv_f32`].
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if `activations` does not have `cols` inputs or `out` not `rows` elements;
-    /// [`ShapeError::Group`] if the activations were quantized for another group; [`ShapeError::Order`] if by the
-    /// kernels of another instruction set.
+    /// [`ShapeError::Length`] if `activations` is not one vector of `cols` inputs or `out` does not have `rows` elements;
+    /// [`ShapeError::Group`] if the activations were quantized for another group; [`ShapeError::Order`] if they were
+    /// quantized by the kernels of another instruction set.
     pub fn gemv(
         &self,
         matrix: &Nf4Matrix<'_>,
@@ -258,16 +259,33 @@ impl Kernels {
         Ok(())
     }
 
-    /// The 16x4 product of a batch of vectors. Every output has the bits that [`Self::gemv`] gives for its row and
-    /// vector, whatever the batch.
+    /// Computes the 16x4 product of a matrix and a batch of vectors. Every output has the bits that [`Self::gemv`] returns
+    /// for its row and vector, whatever the batch.
     ///
-    /// `out` is `[rows, batch]`: the outputs of a row of the matrix stand together, so that it is split as the matrix
-    /// is. Up to 100 KB of stack hold what a tile needs.
+    /// `out` is `[rows, batch]`, so that the outputs of a row of the matrix are adjacent, and can be split like the matrix.
+    /// A tile takes up to 100 KB of stack.
+    ///
+    /// ```
+    /// use nf4_kernels::{Absmax, Activations, BlockSize, Kernels, Nf4Matrix};
+    /// let (kernels, rows, cols, batch, block) = (Kernels::detect(), 2, 64, 3, BlockSize::B64);
+    /// let (packed, absmax) = ([0xff; 64], [1.0, 2.0]); // all weights are 1 in the first row, 2 in the second
+    /// let matrix = Nf4Matrix::new(&packed, Absmax::Plain(&absmax), rows, cols, block)?;
+    ///
+    /// let x = [[0.5; 64], [1.0; 64], [-1.0; 64]];
+    /// let mut values = vec![0; batch * Activations::values_len(cols, block)];
+    /// let mut scales = vec![0.0; batch * Activations::scales_len(cols, block)];
+    /// let x = kernels.quantize_activations_batch(x.as_flattened(), cols, block, &mut values, &mut scales)?;
+    /// let mut out = [0.0; 6];
+    /// kernels.gemm(&matrix, &x, &mut out)?;
+    /// let expected = [32.0, 64.0, -64.0, 64.0, 128.0, -128.0]; // [rows, batch]
+    /// assert!(out.iter().zip(expected).all(|(y, e)| (y - e).abs() < 0.1), "{out:?}");
+    /// # Ok::<(), nf4_kernels::ShapeError>(())
+    /// ```
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if the activations do not have `cols` inputs or `out` not `rows * batch` elements;
-    /// [`ShapeError::Group`] if the activations were quantized for another group; [`ShapeError::Order`] if by the
-    /// kernels of another instruction set.
+    /// [`ShapeError::Length`] if the activations do not have `cols` inputs or `out` does not have `rows * batch` elements;
+    /// [`ShapeError::Group`] if the activations were quantized for another group; [`ShapeError::Order`] if they were
+    /// quantized by the kernels of another instruction set.
     pub fn gemm(
         &self,
         matrix: &Nf4Matrix<'_>,
@@ -291,10 +309,10 @@ impl Kernels {
         Ok(())
     }
 
-    /// The f32 product `out = W x`; see [`crate::spec`]. It does not depend on how the rows are split.
+    /// Computes the f32 product `out = W x`, which [`crate::spec`] defines. It does not depend on how the rows are split.
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if `inputs` does not have `cols` elements or `out` not `rows`.
+    /// [`ShapeError::Length`] if `inputs` does not have `cols` elements or `out` does not have `rows` elements.
     pub fn gemv_f32(&self, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
         check_len("inputs", matrix.cols(), inputs.len())?;
         check_len("outputs", matrix.rows(), out.len())?;
@@ -303,11 +321,12 @@ impl Kernels {
         Ok(())
     }
 
-    /// The f32 product of a batch of vectors, `inputs` `[batch, cols]`, `out` `[rows, batch]` as in [`Self::gemm`].
-    /// Every output has the bits that [`Self::gemv_f32`] gives for its row and vector.
+    /// Computes the f32 product of a matrix and a batch of vectors, `inputs` `[batch, cols]`; `out` is `[rows, batch]`. Every
+    /// output has the bits that [`Self::gemv_f32`] returns for its row and vector.
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if `inputs` does not hold whole vectors or `out` does not have `rows * batch` elements.
+    /// [`ShapeError::Length`] if the length of `inputs` is not a multiple of `cols` or `out` does not have `rows * batch`
+    /// elements.
     pub fn gemm_f32(&self, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
         let batch = inputs.len().checked_div(matrix.cols()).unwrap_or(0);
         check_len("inputs", batch * matrix.cols(), inputs.len())?;
@@ -322,14 +341,14 @@ impl Kernels {
         Ok(())
     }
 
-    /// The f32 product with the transposed matrix, `out = W^T x`, for gradients; see [`crate::spec`]. `inputs` has one
-    /// element a row, `out` one a column.
+    /// Computes the f32 product with the transposed matrix, `out = W^T x`, for gradients; [`crate::spec`] defines it.
+    /// `inputs` has one element per row of the matrix, `out` one per column.
     ///
-    /// Rows are summed in chunks of [`crate::spec::ROW_CHUNK`], so a sum of the results of views that were cut at
-    /// multiples of it, in order, has the same bits.
+    /// Rows are summed in chunks of [`crate::spec::ROW_CHUNK`]. So if a matrix is split at multiples of it, the results of
+    /// the parts, summed in order, have the same bits.
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if `inputs` does not have `rows` elements or `out` not `cols`.
+    /// [`ShapeError::Length`] if `inputs` does not have `rows` elements or `out` does not have `cols` elements.
     pub fn gemv_transposed_f32(
         &self,
         matrix: &Nf4Matrix<'_>,
@@ -343,14 +362,15 @@ impl Kernels {
         Ok(())
     }
 
-    /// The f32 product of a batch with the transposed matrix, `inputs` `[batch, rows]`, `out` `[batch, cols]`: the
-    /// gradients of inputs from those of outputs. Every vector of `out` has the bits that [`Self::gemv_transposed_f32`]
-    /// gives for its inputs, whatever the batch. About 40 KB of stack hold what a tile needs.
+    /// Computes the f32 product of the transposed matrix and a batch of vectors, `inputs` `[batch, rows]`; `out` is
+    /// `[batch, cols]`. So gradients of outputs give gradients of inputs. Every vector of `out` has the bits that
+    /// [`Self::gemv_transposed_f32`] returns for its inputs, whatever the batch. A tile takes about 40 KB of stack.
+    ///
+    /// If the matrix has no rows, `out` may have any number of vectors, and becomes zeros.
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if `inputs` does not hold whole vectors or `out` does not have `batch * cols` elements;
-    /// [`ShapeError::Overflow`] if that product does not fit in `usize`. Without rows, `out` may hold any number of whole
-    /// vectors, and becomes zeros.
+    /// [`ShapeError::Length`] if the length of `inputs` is not a multiple of `rows` or `out` does not have `batch * cols`
+    /// elements; [`ShapeError::Overflow`] if that number does not fit in `usize`.
     pub fn gemm_transposed_f32(
         &self,
         matrix: &Nf4Matrix<'_>,
@@ -371,14 +391,15 @@ impl Kernels {
         Ok(())
     }
 
-    /// `out += A^T x` with a dense row-major f32 matrix `[rows, cols]` and a batch of vectors, `x` `[batch, rows]`, `out`
-    /// `[batch, cols]`: what the gradients of an adapter consist of; see [`crate::spec`].
+    /// Computes `out += A^T x` with a dense f32 matrix `[rows, cols]`, row-major, and a batch of vectors, `x`
+    /// `[batch, rows]`; `out` is `[batch, cols]`. Gradients of adapters consist of such products; [`crate::spec`] defines
+    /// them.
     ///
-    /// The numbers of rows and columns are those of `x` and `out` divided by `batch`.
+    /// `rows` is the length of `x` divided by `batch`, and `cols` is the length of `out` divided by `batch`.
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if `x` or `out` cannot be divided by `batch`, or if `a` does not have `rows * cols`
-    /// elements; [`ShapeError::Overflow`] if that product does not fit in `usize`.
+    /// [`ShapeError::Length`] if the length of `x` or `out` is not a multiple of `batch`, or if `a` does not have
+    /// `rows * cols` elements; [`ShapeError::Overflow`] if that number does not fit in `usize`.
     pub fn gemm_transposed_dense_add(
         &self,
         a: &[f32],
@@ -389,7 +410,7 @@ impl Kernels {
         let (rows, cols) = (x.len().checked_div(batch).unwrap_or(0), out.len().checked_div(batch).unwrap_or(0));
         check_len("inputs", rows * batch, x.len())?;
         check_len("outputs", cols * batch, out.len())?;
-        // Without vectors nothing says what shape the matrix has.
+        // Without vectors, the shape of the matrix is not known.
         if batch > 0 {
             check_dense(rows, cols, a)?;
         }
@@ -400,32 +421,33 @@ impl Kernels {
         Ok(())
     }
 
-    /// The product `out = A x` with a dense row-major matrix `[out.len(), x.len()]` of any element type, whose elements
-    /// are converted to f32 as they are read; see [`crate::spec`].
+    /// Computes `out = A x` with a dense matrix `[out.len(), x.len()]`, row-major, of any element type; [`crate::spec`]
+    /// defines it. The elements are converted to f32 as they are read.
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if `a` does not have `out.len() * x.len()` elements; [`ShapeError::Overflow`] if that
-    /// product does not fit in `usize`.
+    /// [`ShapeError::Length`] if `a` does not have `out.len() * x.len()` elements; [`ShapeError::Overflow`] if that number
+    /// does not fit in `usize`.
     pub fn gemv_dense<T: Float>(&self, a: &[T], x: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
         self.dense(a, x, None, out)
     }
 
-    /// `out += factor * (A x)` with a dense row-major matrix; the rest as [`Self::gemv_dense`].
+    /// Computes `out += factor * (A x)` with a dense matrix, like [`Self::gemv_dense`].
     ///
     /// # Errors
-    /// As [`Self::gemv_dense`].
+    /// [`ShapeError::Length`] if `a` does not have `out.len() * x.len()` elements; [`ShapeError::Overflow`] if that number
+    /// does not fit in `usize`.
     pub fn gemv_dense_add<T: Float>(&self, a: &[T], x: &[f32], factor: f32, out: &mut [f32]) -> Result<(), ShapeError> {
         self.dense(a, x, Some(factor), out)
     }
 
-    /// The product of a dense row-major matrix `[rows, cols]` and a batch of vectors, `x` `[batch, cols]`, `out` `[rows,
-    /// batch]` as in [`Self::gemm`]. Every output has the bits that [`Self::gemv_dense`] gives for its row and vector.
+    /// Computes the product of a dense matrix `[rows, cols]`, row-major, and a batch of vectors, `x` `[batch, cols]`; `out` is
+    /// `[rows, batch]`. Every output has the bits that [`Self::gemv_dense`] returns for its row and vector.
     ///
-    /// The numbers of columns and rows are those of `x` and `out` divided by `batch`.
+    /// `cols` is the length of `x` divided by `batch`, and `rows` is the length of `out` divided by `batch`.
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if `x` or `out` cannot be divided by `batch`, or if `a` does not have `rows * cols`
-    /// elements; [`ShapeError::Overflow`] if that product does not fit in `usize`.
+    /// [`ShapeError::Length`] if the length of `x` or `out` is not a multiple of `batch`, or if `a` does not have
+    /// `rows * cols` elements; [`ShapeError::Overflow`] if that number does not fit in `usize`.
     pub fn gemm_dense<T: Float>(&self, a: &[T], x: &[f32], batch: usize, out: &mut [f32]) -> Result<(), ShapeError> {
         if batch == 1 {
             return self.gemv_dense(a, x, out);
@@ -433,7 +455,7 @@ impl Kernels {
         let (rows, cols) = (out.len().checked_div(batch).unwrap_or(0), x.len().checked_div(batch).unwrap_or(0));
         check_len("inputs", cols * batch, x.len())?;
         check_len("outputs", rows * batch, out.len())?;
-        // Without vectors nothing says what shape the matrix has.
+        // Without vectors, the shape of the matrix is not known.
         if batch > 0 {
             check_dense(rows, cols, a)?;
         }

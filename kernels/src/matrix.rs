@@ -1,4 +1,4 @@
-//! The borrowed, validated view of a packed matrix.
+//! A borrowed, checked view of a packed matrix.
 
 use core::ops::Range;
 
@@ -7,11 +7,11 @@ use crate::error::{ShapeError, check_len};
 use crate::format::{BlockSize, code_at, get_range, packed_len};
 use crate::spec::{GROUP_8X8, HALF_SPAN};
 
-/// A borrowed NF4 matrix of `rows` x `cols` weights, row-major: packed codes and the absmax of their blocks.
+/// A borrowed matrix of NF4 weights `[rows, cols]`, row-major: packed codes and the absmax of their blocks.
 ///
-/// The constructor checks every relation between the parts, so an operation on a view cannot read out of bounds. A view
-/// can be cut by rows ([`Self::row_range`], [`Self::split_at_row`]); the parts share the same bytes, and that is how
-/// threads share work. Blocks may straddle rows and rows may start in the middle of a byte.
+/// The constructor checks that the parts fit each other, so operations on a view cannot read out of bounds. A view can be
+/// split by rows ([`Self::row_range`], [`Self::split_at_row`]) without copying, for instance to share work among threads.
+/// Blocks may straddle rows, and a row may start in the middle of a byte.
 ///
 /// ```
 /// use nf4_kernels::{Absmax, BlockSize, Nf4Matrix};
@@ -34,7 +34,7 @@ pub struct Nf4Matrix<'a> {
 }
 
 impl<'a> Nf4Matrix<'a> {
-    /// A view of `rows` x `cols` weights.
+    /// A view of weights `[rows, cols]`.
     ///
     /// # Errors
     /// [`ShapeError::Overflow`] if `rows * cols` does not fit in `usize`; [`ShapeError::Length`] if `packed` does not
@@ -64,19 +64,19 @@ impl<'a> Nf4Matrix<'a> {
         self.cols
     }
 
-    /// Weights in a block.
+    /// The number of weights in a block.
     #[must_use]
     pub fn block_size(&self) -> BlockSize {
         self.block_size
     }
 
-    /// The scales of the whole tensor that this view is a part of.
+    /// The scales of the whole tensor, of which this view is a part.
     #[must_use]
     pub fn absmax(&self) -> Absmax<'a> {
         self.absmax
     }
 
-    /// The view of some of the rows.
+    /// A view of some of the rows.
     ///
     /// # Errors
     /// [`ShapeError::Rows`] if `range` does not lie in `0..self.rows()`.
@@ -88,7 +88,7 @@ impl<'a> Nf4Matrix<'a> {
         Ok(Self { first_row: self.first_row + start, rows: end - start, ..*self })
     }
 
-    /// The rows before `row`, and the rows from `row` on.
+    /// Views of the rows before `row` and of the rows from `row` on.
     ///
     /// # Errors
     /// [`ShapeError::Rows`] if `row > self.rows()`.
@@ -96,15 +96,15 @@ impl<'a> Nf4Matrix<'a> {
         Ok((self.row_range(0..row)?, self.row_range(row..self.rows)?))
     }
 
-    /// Whether every row starts at the start of a block. If so each row's bytes and blocks are its own; if not, blocks
-    /// straddle rows (or the last one is partial) and the products take the portable path.
+    /// Whether every row starts at the start of a block, so that no two rows share a byte or a block. Otherwise blocks
+    /// straddle rows (or the last one is partial), and the 16x4 and f32 products run portable code.
     #[must_use]
     pub fn is_row_aligned(&self) -> bool {
         self.cols.is_multiple_of(self.block_size.get())
     }
 
-    /// Whether every row consists of whole groups of the 8x8 product, which are halves of spans. Then each of them lies
-    /// in one block, and its bytes are its own, whether blocks straddle rows or not.
+    /// Whether every row consists of whole groups of the 8x8 product, which are halves of spans. Then each group lies in one
+    /// block and shares no byte with others, even if blocks straddle rows.
     #[inline(always)]
     pub(crate) fn has_whole_groups(&self) -> bool {
         self.cols.is_multiple_of(GROUP_8X8)
@@ -138,8 +138,8 @@ impl<'a> Nf4Matrix<'a> {
         self.absmax.get_inside(first_block + (group >> self.groups_per_block_log2()))
     }
 
-    /// The absmax that belong to `N` activation groups of an aligned row, from `first_group` on, which is the first of
-    /// a block. The row's blocks start at `first_block`.
+    /// The absmax of `N` activation groups of an aligned row from `first_group` on, which is the first group of a block. The
+    /// blocks of the row start at `first_block`.
     #[allow(dead_code, reason = "only instruction sets with vectors take several at once")]
     #[inline(always)]
     pub(crate) fn group_absmax<const N: usize>(&self, first_block: usize, first_group: usize) -> [f32; N] {
@@ -152,7 +152,7 @@ impl<'a> Nf4Matrix<'a> {
         }
     }
 
-    /// As [`Self::group_absmax`], for any number of groups.
+    /// Like [`Self::group_absmax`], for any number of groups.
     #[allow(dead_code, reason = "only instruction sets with vectors take several at once")]
     #[inline(always)]
     pub(crate) fn group_absmax_rest(&self, first_block: usize, first_group: usize, out: &mut [f32]) {
@@ -206,13 +206,13 @@ impl<'a> Nf4Matrix<'a> {
         code_at(self.packed, index)
     }
 
-    /// Cuts the flat elements `start..end` of the whole tensor at the borders of blocks.
+    /// Splits the flat elements `start..end` of the whole tensor at block boundaries.
     #[inline(always)]
     pub(crate) fn segments(&self, start: usize, end: usize) -> Segments<'a> {
         Segments { matrix: *self, next: start, end }
     }
 
-    /// All elements of this view, cut at the borders of blocks.
+    /// All elements of this view, split at block boundaries.
     #[inline(always)]
     pub(crate) fn all_segments(&self) -> Segments<'a> {
         self.segments(self.row_start(0), self.row_start(self.rows))
@@ -228,7 +228,7 @@ pub(crate) struct Segment<'a> {
     pub len: usize,
     /// Scale of the block.
     pub absmax: f32,
-    /// The packed bytes if this is a whole block, which always starts at the start of a byte.
+    /// The packed bytes, if this is a whole block, which always starts on a byte boundary.
     #[allow(dead_code, reason = "only instruction sets with vectors take a block at once")]
     pub whole: Option<&'a [u8]>,
 }
@@ -249,7 +249,7 @@ impl<'a> Iterator for Segments<'a> {
         if self.next >= self.end {
             return None;
         }
-        // A power of two: shifts and masks in place of a division for each block.
+        // A power of two, so shifts and masks replace a division per block.
         let size = self.matrix.block_size.get();
         let (start, block) = (self.next, self.next >> size.trailing_zeros());
         let len = (size - (start & (size - 1))).min(self.end - start);

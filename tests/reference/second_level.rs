@@ -36,7 +36,7 @@ pub(crate) fn quantized(c: &mut Checker, absmax: &[f32], reference: &NestedScale
     c.equal("nested_absmax with the offset given", &ours.absmax, &reference.absmax);
 }
 
-/// The restored absmax, from the reference's codes.
+/// The dequantized absmax, from the reference's codes.
 pub(crate) fn restored(c: &mut Checker, nested: &NestedScales, reference: &[f32]) {
     c.equal("absmax_dequantized", &Scales::Nested(nested.clone()).restored(), reference);
 }

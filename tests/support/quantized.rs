@@ -49,7 +49,7 @@ impl Scales {
     pub(crate) fn restored(&self) -> Vec<f32> {
         let absmax = self.absmax();
         let mut out = vec![0.0; absmax.len()];
-        absmax.restore(0, &mut out).unwrap();
+        absmax.dequantize(0, &mut out).unwrap();
         out
     }
 }

@@ -1,12 +1,12 @@
-//! The 8x8 product: activations of 8 bits, quantized and multiplied.
+//! The 8x8 product, and quantization to 8-bit activations.
 
 use super::{Kernels, check_batch_outputs};
 use crate::activations::Activations8x8;
 use crate::error::{ShapeError, check_len};
 use crate::matrix::Nf4Matrix;
 
-/// The 8x8 product, for speed where 8 bits are precise enough: on CPUs with dot products of 8-bit integers it is the
-/// fastest one. [`Self::gemv`] is the precise one.
+/// The 8x8 product, which is the fastest one on CPUs with dot products of 8-bit integers, where 8 bits are precise enough.
+/// [`Self::gemv`] is the precise one.
 ///
 /// ```
 /// use nf4_kernels::{Absmax, Activations8x8, BlockSize, Kernels, Nf4Matrix};
@@ -29,11 +29,11 @@ use crate::matrix::Nf4Matrix;
 /// # Ok::<(), nf4_kernels::ShapeError>(())
 /// ```
 impl Kernels {
-    /// Quantizes a vector for [`Self::gemv_8x8`] in the caller's buffers.
+    /// Quantizes a vector for [`Self::gemv_8x8`], in buffers that the caller provides.
     ///
-    /// The lengths of `values` and `scales` are [`Activations8x8::values_len`] and [`Activations8x8::scales_len`]. The
-    /// result serves matrices of every block size. A group with a NaN or infinity gets the scale NaN: every output is
-    /// then NaN.
+    /// `values` and `scales` must have the lengths [`Activations8x8::values_len`] and [`Activations8x8::scales_len`]. The
+    /// result can be multiplied by matrices of every block size. The scale of a group that contains NaN or infinity is NaN,
+    /// which makes every output NaN.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if a buffer has the wrong length.
@@ -46,12 +46,12 @@ impl Kernels {
         self.quantize_activations_8x8_batch(inputs, inputs.len(), values, scales)
     }
 
-    /// Quantizes a batch of vectors, `inputs` `[batch, cols]`, for [`Self::gemm_8x8`]: each as
-    /// [`Self::quantize_activations_8x8`] does.
+    /// Quantizes a batch of vectors, `inputs` `[batch, cols]`, for [`Self::gemm_8x8`], each of them like
+    /// [`Self::quantize_activations_8x8`].
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if `inputs` does not hold whole vectors, or if `values` or `scales` does not have `batch`
-    /// times the length that one vector needs.
+    /// [`ShapeError::Length`] if the length of `inputs` is not a multiple of `cols`, or if `values` or `scales` does not
+    /// have `batch` times the length that one vector needs.
     pub fn quantize_activations_8x8_batch<'a>(
         &self,
         inputs: &'a [f32],
@@ -73,13 +73,13 @@ impl Kernels {
         Activations8x8::new(inputs, cols, values, scales, slots)
     }
 
-    /// The 8x8 product `out = W x`; see [`crate::spec`] for every bit of it and for its error bound.
+    /// Computes the 8x8 product `out = W x`, which [`crate::spec`] defines to the bit, with an error bound.
     ///
-    /// Matrices whose number of columns is not a multiple of 32 are multiplied as by [`Self::gemv_f32`]. All others are
-    /// multiplied at full speed, whether blocks straddle rows or not.
+    /// Matrices whose number of columns is not a multiple of 32 are multiplied like in [`Self::gemv_f32`]. All others are
+    /// multiplied at full speed, even if blocks straddle rows.
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if `activations` does not have `cols` inputs or `out` not `rows` elements;
+    /// [`ShapeError::Length`] if `activations` is not one vector of `cols` inputs or `out` does not have `rows` elements;
     /// [`ShapeError::Order`] if the activations were quantized by the kernels of another instruction set.
     pub fn gemv_8x8(
         &self,
@@ -105,13 +105,13 @@ impl Kernels {
         Ok(())
     }
 
-    /// The 8x8 product of a batch of vectors. Every output has the bits that [`Self::gemv_8x8`] gives for its row and
-    /// vector, whatever the batch.
+    /// Computes the 8x8 product of a matrix and a batch of vectors. Every output has the bits that [`Self::gemv_8x8`] returns
+    /// for its row and vector, whatever the batch.
     ///
-    /// `out` is `[rows, batch]`, as in [`Self::gemm`]. Up to 100 KB of stack hold what a tile needs.
+    /// `out` is `[rows, batch]`, as in [`Self::gemm`]. A tile takes up to 100 KB of stack.
     ///
     /// # Errors
-    /// [`ShapeError::Length`] if the activations do not have `cols` inputs or `out` not `rows * batch` elements;
+    /// [`ShapeError::Length`] if the activations do not have `cols` inputs or `out` does not have `rows * batch` elements;
     /// [`ShapeError::Order`] if the activations were quantized by the kernels of another instruction set.
     pub fn gemm_8x8(
         &self,

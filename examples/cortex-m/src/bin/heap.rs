@@ -43,7 +43,7 @@ fn main() -> ! {
 fn run(kernels: Kernels) -> Result<usize, Error> {
     let weight = layer::weight()?;
     let mut absmax = vec![0.0; weight.absmax().len()];
-    weight.absmax().restore(0, &mut absmax)?;
+    weight.absmax().dequantize(0, &mut absmax)?;
     let base = Quantized4Bit::from_parts(
         layer::PACKED.to_vec(),
         AbsmaxBuf::plain(absmax),
