@@ -4,7 +4,8 @@
     links.py --docs target/doc README.md docs/*.md
 
 A link that begins with a scheme is not followed; one to the project's own pages on GitHub is checked as the file that it
-names. Prints every link that leads nowhere; the status is 1 if there are any."""
+names, and one to this project's pages on docs.rs as the page in --docs. Prints every link that leads nowhere; the status
+is 1 if there are any."""
 
 import argparse
 import html.parser
@@ -55,7 +56,7 @@ def load(path):
     return Page(text) if path.suffix == ".html" else Markdown(text)
 
 
-def wrong(path, link, repository):
+def wrong(path, link, repository, docs):
     """Why a link of the page at `path` leads nowhere; None if it does not, or was not followed."""
     base = path.parent
     if repository and link.startswith(repository):
@@ -64,6 +65,9 @@ def wrong(path, link, repository):
         if not match:
             return None
         base, link = ROOT, match[1]
+    match = re.match(r"https://docs\.rs/nf4[a-z-]*/latest/(.*)", link)
+    if match and docs:
+        base, link = docs, match[1]
     if re.match(r"[a-z]+:|//", link):
         return None
     name, _, anchor = link.partition("#")
@@ -89,15 +93,15 @@ def main():
     repository = re.search(r'^repository = "(.*)"', manifest, flags=re.M)
     repository = repository[1] if repository else None
     pages = [page.resolve() for page in args.pages]
-    if args.docs:
-        docs = args.docs.resolve()
+    docs = args.docs.resolve() if args.docs else None
+    if docs:
         # Not the views of source files; nor pages that lead to an index, which rustdoc does not write.
         pages += [p for p in sorted(docs.rglob("*.html")) if p.relative_to(docs).parts[0] not in ("src", "help.html", "settings.html")]
     links, failures = 0, []
     for page in pages:
         for link in dict.fromkeys(load(page).links):
             links += 1
-            reason = wrong(page, link, repository)
+            reason = wrong(page, link, repository, docs)
             if reason:
                 failures.append(f"{page.relative_to(ROOT)}: {link}: {reason}")
     print(*failures, sep="\n", end="\n" if failures else "")

@@ -1,3 +1,9 @@
+// The first definition of a link counts: these are for rustdoc, those in the file for the web.
+//! [`Absmax`]: Absmax
+//! [`Kernels`]: Kernels
+//! [`Nf4Matrix`]: Nf4Matrix
+//! [`spec`]: spec
+//!
 #![doc = include_str!("../README.md")]
 #![no_std]
 

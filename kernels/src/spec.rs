@@ -1,3 +1,20 @@
+// The first definition of a link counts: these are for rustdoc, those in the file for the web.
+//! [`CODEBOOK`]: crate::CODEBOOK
+//! [`CODEBOOK_I16`]: CODEBOOK_I16
+//! [`CODEBOOK_I8`]: CODEBOOK_I8
+//! [`F32_SLOTS`]: F32_SLOTS
+//! [`Kernels::gemm`]: crate::Kernels::gemm
+//! [`Kernels::gemm_8x8`]: crate::Kernels::gemm_8x8
+//! [`Kernels::gemm_dense`]: crate::Kernels::gemm_dense
+//! [`Kernels::gemm_f32`]: crate::Kernels::gemm_f32
+//! [`Kernels::gemm_transposed_f32`]: crate::Kernels::gemm_transposed_f32
+//! [`PANEL`]: PANEL
+//! [`ROW_CHUNK`]: ROW_CHUNK
+//! [`WEIGHT_STEP`]: WEIGHT_STEP
+//! [`WEIGHT_STEP_8X8`]: WEIGHT_STEP_8X8
+//! [`add_lanes`]: add_lanes
+//! [`add_places`]: add_places
+//!
 #![doc = include_str!("../SPEC.md")]
 
 use crate::format::CODEBOOK;
@@ -17,7 +34,7 @@ pub const CODEBOOK_I16: [i16; 16] = {
     book
 };
 
-/// What a step of [`CODEBOOK_I16`] is worth: `1 / 32767`, rounded to f32.
+/// The weight of a step of [`CODEBOOK_I16`]: `1 / 32767`, rounded to f32.
 pub const WEIGHT_STEP: f32 = 1.0 / 32767.0;
 
 /// The 8x8 codebook: `round(CODEBOOK[k] * 124.11)`.
@@ -26,32 +43,33 @@ pub const WEIGHT_STEP: f32 = 1.0 / 32767.0;
 /// mean square (127: 0.61 %); `tests/codebook.rs` derives it.
 pub const CODEBOOK_I8: [i8; 16] = [-124, -86, -65, -49, -35, -23, -11, 0, 10, 20, 31, 42, 55, 70, 90, 124];
 
-/// What a step of [`CODEBOOK_I8`] is worth: `1 / 124.11`, rounded to f32.
+/// The weight of a step of [`CODEBOOK_I8`]: `1 / 124.11`, rounded to f32.
 pub const WEIGHT_STEP_8X8: f32 = 1.0 / 124.11;
 
 /// Columns of a group of the 8x8 product, which share a scale and whose products have one exact sum.
 pub const GROUP_8X8: usize = 32;
 
-/// The sum of the eight lanes of a row, in the one order that every product uses.
+/// The sum of the eight lanes of a row, in the order that every product uses.
 #[inline(always)]
 #[must_use]
 pub fn add_lanes(l: [f32; 8]) -> f32 {
     ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]))
 }
 
-/// Columns of a span: the step of every product along a row.
+/// The columns of a span, by which every product proceeds along a row.
 pub const SPAN: usize = 64;
 
 /// Half of a span: what a block has at least, and a step of the transposed products.
 pub(crate) const HALF_SPAN: usize = SPAN / 2;
 
-/// Columns of a panel of the f32 product. Its inputs are put into decode order once for all rows, on the stack.
+/// The columns of a panel of the f32 product. Its inputs are arranged in the order of decoding once for all rows, on the
+/// stack.
 pub const PANEL: usize = 4096;
 
-/// Rows that the transposed f32 product sums before it adds to its output.
+/// The rows that the transposed f32 product sums before it adds the sum to its output.
 pub const ROW_CHUNK: usize = 512;
 
-/// Lane and place in the lane of each column of a span in the f32 product, as `place * 8 + lane`.
+/// The lane of each column of a span in the f32 product, and its place in the lane, as `place * 8 + lane`.
 ///
 /// The even columns come first, then the odd ones; the first 32 columns go to lanes 0-3, the others to lanes 4-7.
 pub const F32_SLOTS: [u8; SPAN] = {
@@ -69,7 +87,7 @@ pub const F32_SLOTS: [u8; SPAN] = {
     slots
 };
 
-/// The lane sums of the f32 product: eight places of eight lanes, added as a tree.
+/// The lane sums of the f32 product: eight places of eight lanes, summed as a tree.
 #[inline(always)]
 #[must_use]
 pub fn add_places(products: &[f32; SPAN]) -> [f32; 8] {

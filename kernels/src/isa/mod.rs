@@ -1,8 +1,8 @@
-//! The instruction sets: which there are, and what computes what.
+//! The instruction sets, and a map of their operations.
 //!
-//! A [`Table`] holds the functions of one instruction set. `scalar.rs` is portable Rust, the plainest to read, and what
-//! the others must equal to the bit. Those with vector registers share the loops over rows, columns and blocks, which
-//! stand in `simd/`; what is their own are the steps inside, and the entries that compile the loops for them.
+//! A [`Table`] holds the functions of one instruction set. `scalar.rs` is portable Rust and the easiest to read; all others
+//! must equal it to the bit. Instruction sets with vector registers share the loops over rows, columns and blocks in `simd/`,
+//! and have their own steps inside the loops, and entries that compile the loops for them.
 //!
 //! | operation | loops | steps, in the folder of the instruction set |
 //! |---|---|---|
@@ -34,12 +34,12 @@ pub(crate) use scalar::store_dense;
 pub use table::Isa;
 pub(crate) use table::Table;
 
-/// A table, and how to find out whether this CPU has its instruction set; `None` if the target already promises it.
+/// A table, and the function that detects whether this CPU has its instruction set; `None` if the target guarantees it.
 type Entry = (&'static Table, Option<fn() -> bool>);
 
-// Every instruction set that this target can have, the best first: this is the only place that says which that are.
+// Every instruction set that this target can have, the best first. Only this place lists them.
 cfg_if! {
-    // Soft-float targets have no registers for vectors in their calls, and assembly takes pointers of 64 bits.
+    // Soft-float targets do not pass vectors in registers, and the assembly needs 64-bit pointers.
     if #[cfg(all(target_arch = "x86_64", target_feature = "sse2", target_pointer_width = "64"))] {
         mod avx2;
         mod avx512;
@@ -68,5 +68,5 @@ cfg_if! {
     }
 }
 
-/// The one that every CPU has.
+/// The portable code, which runs on every CPU.
 pub(crate) const PORTABLE: Entry = (&scalar::TABLE, None);

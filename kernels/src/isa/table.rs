@@ -1,4 +1,4 @@
-//! What an instruction set is: a name, and a function for each operation.
+//! The table of an instruction set: its name, and a function for each operation.
 
 use core::fmt;
 
@@ -9,7 +9,7 @@ use crate::float::sealed::PerFloat;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
-/// The name of an instruction set. A name grants nothing: [`crate::Kernels`] is the proof that this CPU supports it.
+/// The name of an instruction set. [`crate::Kernels`], not this, proves that the CPU supports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Isa {
@@ -25,7 +25,7 @@ pub enum Isa {
     Neon,
     /// WebAssembly with 128-bit SIMD.
     Simd128,
-    /// Arm with the DSP extension: Cortex-M4 and M7, and M33 and newer where it was built in.
+    /// Arm with the DSP extension: Cortex-M4 and M7, and those M33 and newer that have it.
     CortexMDsp,
 }
 
@@ -52,10 +52,10 @@ impl fmt::Display for Isa {
     }
 }
 
-/// The functions of one instruction set. All are `unsafe` to call only because the CPU must have it; they take
-/// arguments whose shapes [`crate::Kernels`] has checked.
+/// The functions of an instruction set. They are `unsafe` to call only because the CPU must have it; [`crate::Kernels`] has
+/// checked the shapes of their arguments.
 ///
-/// An instruction set that only multiplies better than another names what differs:
+/// An instruction set that only multiplies faster than another overrides what differs:
 /// `Table { isa, gemv, gemm, ..avx2::TABLE }`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Table {
@@ -90,7 +90,7 @@ pub(crate) struct Table {
     pub gemm_transposed_dense_add: unsafe fn(a: &[f32], x: &[f32], batch: usize, out: &mut [f32]),
 }
 
-/// The functions that exist for each type of elements.
+/// The functions that exist for each element type.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FloatTable<T: 'static> {
     pub quantize: unsafe fn(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32]),
