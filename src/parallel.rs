@@ -97,6 +97,8 @@ pub(crate) mod cost {
     pub(crate) const PRODUCT_8X8: usize = 1;
     pub(crate) const PRODUCT_F32: usize = 2;
     pub(crate) const TRANSPOSED: usize = 3;
+    /// Transposed products of a batch, with packed and with dense weights.
+    pub(crate) const TRANSPOSED_BATCH: usize = 1;
     pub(crate) const DEQUANTIZE: usize = 3;
     pub(crate) const QUANTIZE: usize = 11;
     pub(crate) const DENSE: usize = 2;
@@ -267,6 +269,43 @@ impl Executor {
         let rows = out.len().checked_div(batch).unwrap_or(0);
         let work = a.len().saturating_mul(batch).saturating_mul(cost::DENSE);
         self.by_rows(work, 0..rows, batch, out, &run)
+    }
+
+    /// [`Kernels::gemm_transposed_f32`] of vectors and outputs that are not empty. Threads take vectors, each of them
+    /// whole: what they decode twice is little beside the products of a batch. A single vector is
+    /// [`Self::gemv_transposed_f32`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] as in [`Kernels::gemm_transposed_f32`]; [`Error::OutOfMemory`] for a single vector.
+    pub(crate) fn gemm_transposed_f32(&self, m: &Nf4Matrix<'_>, x: &[f32], out: &mut [f32]) -> Result<(), Error> {
+        let (rows, cols) = (m.rows(), m.cols());
+        let batch = x.len() / rows.max(1);
+        if batch == 1 {
+            return self.gemv_transposed_f32(m, x, out);
+        }
+        let work = work(m, batch, cost::TRANSPOSED_BATCH);
+        Ok(self.by_rows(work, 0..batch, cols, out, &|vectors: Range<usize>, out: &mut [f32]| {
+            self.kernels.gemm_transposed_f32(m, &x[vectors.start * rows..vectors.end * rows], out)
+        })?)
+    }
+
+    /// [`Kernels::gemm_transposed_dense_add`]. Threads take vectors.
+    pub(crate) fn gemm_transposed_dense_add(
+        &self,
+        a: &[f32],
+        x: &[f32],
+        batch: usize,
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        let (rows, cols) = (x.len() / batch.max(1), out.len() / batch.max(1));
+        let work = a.len().saturating_mul(batch).saturating_mul(cost::TRANSPOSED_BATCH);
+        if self.parts(work) == 1 || x.len() != rows * batch || out.len() != cols * batch {
+            return self.kernels.gemm_transposed_dense_add(a, x, batch, out);
+        }
+        self.by_rows(work, 0..batch, cols, out, &|vectors: Range<usize>, out: &mut [f32]| {
+            let x = &x[vectors.start * rows..vectors.end * rows];
+            self.kernels.gemm_transposed_dense_add(a, x, vectors.len(), out)
+        })
     }
 
     /// [`Kernels::dequantize`].

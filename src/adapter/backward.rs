@@ -3,28 +3,31 @@
 //! With upstream gradients `dy` `[batch, d_out]` of the outputs for inputs `x` `[batch, d_in]`:
 //!
 //! ```text
-//! dA = scale * B^T dy^T x        dB = scale * dy^T (x A^T)        dx = dy W + scale * (dy B) A
+//! u = scale * x A^T              v = scale * dy B
+//! dA = v^T x                     dB = dy^T u                      dx = dy W + v A
 //! ```
 //!
-//! With `DoRA` and the gains `g` of the rows, `dy` stands for `g dy` in these, and the magnitude gets
-//! `dm = sum over the batch of dy * (W x + scale * B (A x)) / norm`, from the f32 product; the norm counts as a
-//! constant.
+//! With `DoRA` and the gains `g` of the rows, `g dy` stands for `dy` in `v` and `dx`, `dB` is `g (dy^T u)`, and the
+//! magnitude gets `dm = sum over the batch of dy * (W x + B u) / norm`, from the f32 product; the norm counts as a constant.
+//!
+//! All but `u` and `dm` are transposed products of a batch, for `dA` and `dB` of `rank` vectors, and share their order of
+//! additions.
 
 use alloc::vec::Vec;
 
 use nf4_kernels::Float;
 
 use crate::adapter::joined::{Fresh, Joined};
+use crate::adapter::lora::LoRAAdapter;
 use crate::buffer::{grow, take};
 use crate::error::{Error, check_batch, check_len};
 use crate::tensor::Tensor;
 use crate::weight::base::Base;
-use crate::weight::row_sums::add_rows;
 
 /// Working memory for [`crate::QLoRALayer::backward_into`]; any number of steps and layers can use it in turn.
 ///
-/// A batch of `n` vectors on a layer `[d_out, d_in]` of rank `r` needs `2 * n * r + max(d_out, d_in)` f32. A backward reads
-/// nothing that an earlier one left behind.
+/// A batch of `n` vectors on a layer `[d_out, d_in]` of rank `r` needs `3 * n * r + max(d_out * max(r, min(n, 64) + 1),
+/// d_in)` f32. A backward reads nothing that an earlier one left behind.
 #[derive(Debug, Clone, Default)]
 pub struct BackwardScratch {
     values: Vec<f32>,
@@ -42,7 +45,7 @@ impl BackwardScratch {
     /// # Errors
     /// [`Error::OutOfMemory`].
     pub fn reserve(&mut self, d_out: usize, d_in: usize, rank: usize, batch: usize) -> Result<(), Error> {
-        grow(&mut self.values, low_rank_len(rank, batch).saturating_add(d_out.max(d_in)))
+        grow(&mut self.values, low_rank_len(rank, batch).saturating_add(buffer_len(d_out, d_in, rank, batch)))
     }
 
     /// Bytes on the heap.
@@ -51,17 +54,38 @@ impl BackwardScratch {
         self.values.capacity() * size_of::<f32>()
     }
 
-    /// Two low-rank products of a batch, and a row of inputs or a column of outputs.
-    fn parts(&mut self, base: &Base<'_>, rank: usize, batch: usize) -> Result<(&mut [f32], &mut [f32]), Error> {
-        let (low_rank, row) = (low_rank_len(rank, batch), base.d_out().max(base.d_in()));
-        let values = take("scratch for the backward", &mut self.values, low_rank.saturating_add(row))?;
-        Ok(values.split_at_mut(low_rank))
+    /// Three low-rank matrices of a batch, and a buffer for what is larger.
+    fn parts(&mut self, base: &Base<'_>, rank: usize, batch: usize) -> Result<(LowRank<'_>, &mut [f32]), Error> {
+        let (low_rank, buffer) = (low_rank_len(rank, batch), buffer_len(base.d_out(), base.d_in(), rank, batch));
+        let values = take("scratch for the backward", &mut self.values, low_rank.saturating_add(buffer))?;
+        let (low_rank, buffer) = values.split_at_mut(low_rank);
+        let (u, rest) = low_rank.split_at_mut(batch * rank);
+        let (v, transposed) = rest.split_at_mut(batch * rank);
+        Ok((LowRank { u, v, transposed }, buffer))
     }
 }
 
-fn low_rank_len(rank: usize, batch: usize) -> usize {
-    batch.saturating_mul(rank).saturating_mul(2)
+/// Low-rank matrices of a batch.
+struct LowRank<'a> {
+    /// `scale * A x^T`, `[rank, batch]`.
+    u: &'a mut [f32],
+    /// `scale * dy B`, `[batch, rank]`.
+    v: &'a mut [f32],
+    /// One of them, transposed.
+    transposed: &'a mut [f32],
 }
+
+fn low_rank_len(rank: usize, batch: usize) -> usize {
+    batch.saturating_mul(rank).saturating_mul(3)
+}
+
+/// The gradient of `B`, transposed; upstream gradients or outputs of a tile, and a vector of outputs; a row of the base.
+fn buffer_len(d_out: usize, d_in: usize, rank: usize, batch: usize) -> usize {
+    d_out.saturating_mul(rank.max(batch.min(TILE) + 1)).max(d_in)
+}
+
+/// Vectors that `DoRA` takes at a time.
+const TILE: usize = 64;
 
 impl Joined {
     /// The number of vectors in `x` `[batch, d_in]` and `dy` `[batch, d_out]`, if all lengths fit.
@@ -97,30 +121,30 @@ impl Joined {
         if let Some(dx) = &dx {
             check_len("input gradient", x.len(), dx.len())?;
         }
-        let (low_rank, buffer) = scratch.parts(base, rank, batch)?;
+        let (mut low_rank, buffer) = scratch.parts(base, rank, batch)?;
         if d_in == 0 || d_out == 0 {
             dx.into_iter().for_each(|dx| dx.fill(0.0));
             return Ok(());
         }
         self.refresh_with(base, &mut buffer[..d_in])?;
         self.gradients_mut().make_gradients()?;
-        let column = &mut buffer[..d_out];
-        let fresh = self.fresh(base)?;
-        if let Some(dx) = &mut dx {
-            let gained = gained(dy, d_out, fresh.gains);
-            for (n, dx) in dx.chunks_exact_mut(d_in).enumerate() {
-                column.iter_mut().enumerate().for_each(|(row, value)| *value = gained(n, row));
-                base.transposed(column, dx)?;
+        let Fresh { pair, gains } = self.fresh(base)?;
+        base.executor().gemm_dense(pair.a, x, [batch, d_in], low_rank.u)?;
+        low_rank.u.iter_mut().for_each(|u| *u *= pair.scale);
+        low_rank.v.fill(0.0);
+        // Without gains nothing has to be copied, and all vectors are one tile.
+        let tile = if gains.is_some() { TILE } else { batch.max(1) };
+        for (i, (dy, v)) in dy.chunks(tile * d_out).zip(low_rank.v.chunks_mut(tile * rank)).enumerate() {
+            let (dy, n) = (gained(dy, gains, buffer), dy.len() / d_out);
+            base.executor().gemm_transposed_dense_add(pair.b, dy, n, v)?;
+            v.iter_mut().for_each(|v| *v *= pair.scale);
+            if let Some(dx) = &mut dx {
+                let dx = &mut dx[i * tile * d_in..][..n * d_in];
+                base.transposed(dy, dx)?;
+                base.executor().gemm_transposed_dense_add(pair.a, v, n, dx)?;
             }
         }
-        let (u, v) = low_rank.split_at_mut(batch * rank);
-        low_rank_products(base, fresh, x, dy, u, v)?;
-        if let Some(dx) = dx {
-            for (v, dx) in v.chunks_exact(rank).zip(dx.chunks_exact_mut(d_in)) {
-                add_rows(dx, |k| v[k], fresh.pair.a);
-            }
-        }
-        self.add_gradients(base, x, dy, u, v, column)
+        self.add_gradients(base, x, dy, &mut low_rank, buffer)
     }
 
     /// Adds to the gradients of `A`, `B` and the magnitude, where these are trained.
@@ -129,66 +153,86 @@ impl Joined {
         base: &Base<'_>,
         x: &[f32],
         dy: &[f32],
-        u: &[f32],
-        v: &[f32],
-        column: &mut [f32],
+        low_rank: &mut LowRank<'_>,
+        buffer: &mut [f32],
     ) -> Result<(), Error> {
-        let (d_out, d_in) = (base.d_out(), base.d_in());
+        let d_out = base.d_out();
         let (adapter, norms, gains) = self.parts_mut();
-        let (rank, gained) = (adapter.rank(), gained(dy, d_out, gains));
-        if let Some(grad) = adapter.b_mut().grad_mut()? {
-            for (row, grad) in grad.chunks_exact_mut(rank).enumerate() {
-                add_rows(grad, |n| gained(n, row), u);
-            }
-        }
+        let rank = adapter.rank();
         if let Some(grad) = adapter.a_mut().grad_mut()? {
-            for (k, grad) in grad.chunks_exact_mut(d_in).enumerate() {
-                add_rows(grad, |n| v[n * rank + k], x);
+            transpose(low_rank.v, rank, low_rank.transposed);
+            base.executor().gemm_transposed_dense_add(x, low_rank.transposed, rank, grad)?;
+        }
+        if let Some(grad) = adapter.b_mut().grad_mut()? {
+            let sums = &mut buffer[..d_out * rank];
+            match gains {
+                None => transpose(grad, rank, sums),
+                Some(_) => sums.fill(0.0),
+            }
+            base.executor().gemm_transposed_dense_add(dy, low_rank.u, rank, sums)?;
+            for (k, sums) in sums.chunks_exact(d_out).enumerate() {
+                for (row, (grad, sum)) in grad.iter_mut().skip(k).step_by(rank).zip(sums).enumerate() {
+                    *grad = gains.map_or(*sum, |gains| f32::from_f32(*grad + gains[row] * sum));
+                }
             }
         }
         if !adapter.magnitude().is_some_and(Tensor::requires_grad) {
             return Ok(());
         }
-        // dm = sum over the batch of dy * (V x) / |V|.
-        for ((x, u), dy) in x.chunks_exact(d_in).zip(u.chunks_exact(rank)).zip(dy.chunks_exact(d_out)) {
-            base.product_f32(x, column)?;
-            base.kernels().gemv_dense_add(adapter.b().data(), u, 1.0, column)?;
-            let grad = adapter.magnitude_mut().map(Tensor::grad_mut).transpose()?.flatten();
-            for (((grad, y), dy), norm) in grad.into_iter().flatten().zip(&*column).zip(dy).zip(norms) {
-                if *norm != 0.0 {
-                    *grad = f32::from_f32(*grad + dy * y / norm);
-                }
-            }
+        transpose(low_rank.u, x.len() / base.d_in(), low_rank.transposed);
+        let (y, column) = buffer.split_at_mut(buffer.len().min(d_out * TILE.min(x.len() / base.d_in())));
+        let tiles =
+            x.chunks(TILE * base.d_in()).zip(low_rank.transposed.chunks(TILE * rank)).zip(dy.chunks(TILE * d_out));
+        for ((x, u), dy) in tiles {
+            add_magnitude_gradient(base, adapter, norms, [x, u, dy], y, &mut column[..d_out])?;
         }
         Ok(())
     }
 }
 
-/// `u = scale * x A^T` and `v = scale * dy B`, each `[batch, rank]`.
-fn low_rank_products(
+/// Adds to the gradient of the magnitude `dy * (V x) / |V|` of a tile of vectors: `x` `[n, d_in]`, `u` `[n, rank]`, `dy` `[n,
+/// d_out]`. `y` and `column` are buffers for `n` vectors of outputs and for one.
+fn add_magnitude_gradient(
     base: &Base<'_>,
-    Fresh { pair, gains }: Fresh<'_>,
-    x: &[f32],
-    dy: &[f32],
-    u: &mut [f32],
-    v: &mut [f32],
+    adapter: &mut LoRAAdapter,
+    norms: &[f32],
+    [x, u, dy]: [&[f32]; 3],
+    y: &mut [f32],
+    column: &mut [f32],
 ) -> Result<(), Error> {
-    for (x, u) in x.chunks_exact(base.d_in()).zip(u.chunks_exact_mut(pair.rank)) {
-        base.kernels().gemv_dense(pair.a, x, u)?;
+    let n = x.len() / base.d_in();
+    let y = &mut y[..n * base.d_out()];
+    base.product_f32(x, y)?;
+    for (v, (u, dy)) in u.chunks_exact(adapter.rank()).zip(dy.chunks_exact(base.d_out())).enumerate() {
+        column.iter_mut().zip(y.iter().skip(v).step_by(n)).for_each(|(out, y)| *out = *y);
+        base.kernels().gemv_dense_add(adapter.b().data(), u, 1.0, column)?;
+        let grad = adapter.magnitude_mut().map(Tensor::grad_mut).transpose()?.flatten();
+        for (((grad, y), dy), norm) in grad.into_iter().flatten().zip(&*column).zip(dy).zip(norms) {
+            if *norm != 0.0 {
+                *grad = f32::from_f32(*grad + dy * y / norm);
+            }
+        }
     }
-    v.fill(0.0);
-    let gained = gained(dy, base.d_out(), gains);
-    for (n, v) in v.chunks_exact_mut(pair.rank).enumerate() {
-        add_rows(v, |row| gained(n, row), pair.b);
-    }
-    u.iter_mut().chain(v).for_each(|value| *value *= pair.scale);
     Ok(())
 }
 
-/// The upstream gradient of the product `V x` for vector `n` and row `row`, which with `DoRA` includes the gain.
-fn gained<'a>(dy: &'a [f32], d_out: usize, gains: Option<&'a [f32]>) -> impl Fn(usize, usize) -> f32 + use<'a> {
-    move |n, row| {
-        let dy = dy[n * d_out + row];
-        gains.map_or(dy, |gains| gains[row] * dy)
+/// The upstream gradients of the products `V x` of a tile, `[n, d_out]`, which `DoRA` multiplies by the gains.
+fn gained<'a>(dy: &'a [f32], gains: Option<&[f32]>, buffer: &'a mut [f32]) -> &'a [f32] {
+    let Some(gains) = gains else { return dy };
+    for (dy, out) in dy.chunks_exact(gains.len()).zip(buffer.chunks_exact_mut(gains.len())) {
+        for ((out, dy), gain) in out.iter_mut().zip(dy).zip(gains) {
+            *out = gain * dy;
+        }
+    }
+    &buffer[..dy.len()]
+}
+
+/// A matrix of rows of `cols` values, transposed.
+fn transpose(matrix: &[f32], cols: usize, out: &mut [f32]) {
+    let rows = matrix.len() / cols.max(1);
+    for (r, row) in matrix.chunks_exact(cols.max(1)).enumerate() {
+        for (value, out) in row.iter().zip(out.iter_mut().skip(r).step_by(rows)) {
+            *out = *value;
+        }
     }
 }

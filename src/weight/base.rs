@@ -5,7 +5,6 @@ use nf4_kernels::{Float, Kernels, Nf4Matrix};
 use crate::error::Error;
 use crate::parallel::Executor;
 use crate::weight::inputs::{Arithmetic, Inputs, InputsBuf};
-use crate::weight::row_sums::add_rows;
 
 /// A weight `[d_out, d_in]`, and how to multiply by it.
 #[derive(Debug, Clone, Copy)]
@@ -86,21 +85,23 @@ impl<'a> Base<'a> {
         Ok(())
     }
 
-    /// `y = W x` for one vector, in f32 whatever the arithmetic of the layer.
+    /// `y = W x` for a batch, in f32 whatever the arithmetic of the layer; `y` is `[d_out, batch]`.
     pub(crate) fn product_f32(&self, x: &[f32], y: &mut [f32]) -> Result<(), Error> {
         match &self.weight {
             Weight::Packed(weight, _) => Ok(self.executor.gemm_f32(weight, x, y)?),
-            Weight::Dense(weight) => Ok(self.kernels().gemv_dense(weight, x, y)?),
+            Weight::Dense(weight) => {
+                Ok(self.executor.gemm_dense(weight, x, [x.len() / self.d_in.max(1), self.d_in], y)?)
+            }
         }
     }
 
-    /// `dx = W^T dy` for one vector, in f32.
+    /// `dx = W^T dy` for a batch, in f32: `dy` is `[batch, d_out]`, `dx` `[batch, d_in]`, neither of them empty.
     pub(crate) fn transposed(&self, dy: &[f32], dx: &mut [f32]) -> Result<(), Error> {
         match &self.weight {
-            Weight::Packed(weight, _) => self.executor.gemv_transposed_f32(weight, dy, dx)?,
+            Weight::Packed(weight, _) => self.executor.gemm_transposed_f32(weight, dy, dx)?,
             Weight::Dense(weight) => {
                 dx.fill(0.0);
-                add_rows(dx, |row| dy[row], weight);
+                self.executor.gemm_transposed_dense_add(weight, dy, dy.len() / self.d_out, dx)?;
             }
         }
         Ok(())

@@ -4,5 +4,4 @@ pub(crate) mod absmax;
 pub(crate) mod base;
 pub(crate) mod inputs;
 pub(crate) mod quantized;
-pub(crate) mod row_sums;
 pub(crate) mod store;

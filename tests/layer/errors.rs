@@ -123,8 +123,8 @@ fn of_memory() {
     let (mut forward, mut backward) = (Scratch::new(), BackwardScratch::new());
     assert_eq!(message(forward.reserve(rows, 64, BlockSize::B64, 1, 1)), overflow);
     assert_eq!(message(forward.reserve(3, rows, BlockSize::B64, 1, 1)), overflow);
-    assert_eq!(message(backward.reserve(rows, 64, 0, 1)), overflow);
-    assert_eq!(message(backward.reserve(64, rows, 0, 1)), overflow);
+    assert_eq!(message(backward.reserve(rows, 64, 0, 0)), overflow);
+    assert_eq!(message(backward.reserve(64, rows, 0, 0)), overflow);
     // What a layer of the same number of inputs needs was taken; it can be used for one that fits.
     assert!(forward.reserve(3, 64, BlockSize::B64, 1, 1).is_ok());
     assert!(backward.reserve(3, 64, 1, 1).is_ok());

@@ -224,7 +224,7 @@ fn a_batch_gives_the_input_gradients_of_its_vectors() {
     let (x, dy) = (normal(batch * d_in, 1.0, 4), normal(batch * d_out, 1.0, 5));
     let (mut scratch, mut dx) = (BackwardScratch::new(), vec![f32::NAN; x.len()]);
     scratch.reserve(d_out, d_in, rank, batch).unwrap();
-    assert_eq!(scratch.memory_bytes(), (2 * batch * rank + d_in) * 4);
+    assert_eq!(scratch.memory_bytes(), (3 * batch * rank + d_out * rank) * 4);
     layer.backward_into(&x, &dy, &mut scratch, Some(&mut dx)).unwrap();
     let with_dx = bits(layer.lora_a().grad().unwrap());
     for ((x, dy), dx) in x.chunks(d_in).zip(dy.chunks(d_out)).zip(dx.chunks(d_in)) {
@@ -250,7 +250,7 @@ fn wrong_shapes_are_errors_and_change_no_gradient() {
     let got = layer.backward_into(&x[..64], &dy[..3], &mut scratch, Some(&mut [0.0; 63]));
     assert_eq!(got.unwrap_err().to_string(), "input gradient: expected length 64, got 63");
     let got = layer.backward_into(&x, &dy, &mut scratch, None);
-    assert_eq!(got.unwrap_err().to_string(), "scratch for the backward: expected length 72, got 68");
+    assert_eq!(got.unwrap_err().to_string(), "scratch for the backward: expected length 76, got 70");
     assert!(layer.lora_a().grad().is_none() && layer.lora_b().grad().is_none());
     assert_eq!(layer.backward(&tensor(0), &tensor(0)).len(), 0);
     *layer.lora_b_mut() = tensor(5);

@@ -13,13 +13,13 @@ use crate::tensor::Tensor;
 /// dA = scale * B^T dy^T x        dB = scale * dy^T (x A^T)        dx = dy W + scale * (dy B) A
 /// ```
 ///
-/// With `DoRA` and the gains `g` of the rows, `dy` stands for `g dy` in these, and the magnitude gets
+/// With `DoRA` and the gains `g` of the rows, `g dy` stands for `dy` in these, and the magnitude gets
 /// `dm = sum over the batch of dy * (W x + scale * B (A x)) / norm`, from the f32 product; the norm counts as a
 /// constant.
 ///
 /// Everything is computed in f32, with every operation rounded on its own in a fixed order, so that the bits are the same
 /// on every machine and with all kernels and threads. `dy W` is computed from the packed bytes
-/// ([`nf4_kernels::Kernels::gemv_transposed_f32`]); no weight is dequantized in memory. These are the gradients of the f32
+/// ([`nf4_kernels::Kernels::gemm_transposed_f32`]); no weight is dequantized in memory. These are the gradients of the f32
 /// forward, from which the 16x4 forward differs only by rounding.
 ///
 /// The base weight and the bias are frozen, as in `QLoRA`, and have no gradient. There is no dropout; a training loop can
@@ -49,7 +49,7 @@ impl QLoRALayer {
     }
 
     /// Like [`Self::try_backward`], but writes the gradient of the input to a buffer that the caller provides, and does not
-    /// allocate once `A` and `B` have gradients (except that large products with `W^T` on several threads do). Without
+    /// allocate once `A` and `B` have gradients (except that a large product of a single vector with `W^T` on several threads does). Without
     /// `dx`, as in the first layer of a model, the packed weights are read only for the magnitude of `DoRA`.
     ///
     /// # Errors
