@@ -40,7 +40,7 @@ impl Dequantize {
         let start = Instant::now();
         let model = Model::open(&self.model)?;
         let plan = self.types.plan(&model, None)?;
-        if plan.restored() == 0 {
+        if plan.dequantized() == 0 {
             bail!("{}: no 4-bit layers in {} tensors", model.path.display(), model.names().count());
         }
         let planned = Planned::new(&model, &plan, Vec::new());
@@ -52,7 +52,7 @@ impl Dequantize {
         text.line(format_args!(
             "{}: {} tensors restored, {} -> {}, {seconds:.2} s",
             self.target.out.display(),
-            plan.restored(),
+            plan.dequantized(),
             bytes(model.data_len()),
             bytes(built.bytes),
         ));

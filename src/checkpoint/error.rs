@@ -1,4 +1,4 @@
-//! What a file had that does not fit, with the names of tensors and the numbers.
+//! The error of reading and writing files.
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -6,9 +6,9 @@ use core::fmt;
 
 use safetensors::Dtype;
 
-/// Why a checkpoint, a layer of it or an adapter could not be read or written.
+/// The error of reading or writing a checkpoint, one of its layers, or an adapter.
 ///
-/// The file is the caller's: a program that knows its path puts that before the message.
+/// It does not name the file, so a program that knows the path should put that before the message.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum CheckpointError {
@@ -21,21 +21,21 @@ pub enum CheckpointError {
         /// Bytes that it has.
         got: u64,
     },
-    /// A header longer than the format allows.
+    /// The header is longer than the format allows.
     HeaderTooLong {
         /// Bytes that the file says its header has.
         got: u64,
         /// The limit of the format.
         limit: u64,
     },
-    /// Text that should be JSON of a certain form and is not.
+    /// A text is not the JSON that it should be.
     Json {
         /// The text: a file or a tensor.
         what: String,
         /// What the parser said, with line and column.
         reason: String,
     },
-    /// A tensor whose bytes do not start where those before it end: it overlaps, or leaves a gap.
+    /// The bytes of a tensor do not start where those of the one before it end, but overlap or leave a gap.
     Offset {
         /// The tensor.
         tensor: String,
@@ -44,7 +44,7 @@ pub enum CheckpointError {
         /// Where it starts.
         got: u64,
     },
-    /// A tensor, or the data of a file, with another number of bytes than shape and type need.
+    /// A tensor, or the data of a file, does not have the number of bytes that shapes and types need.
     Bytes {
         /// The tensor, or what else.
         what: String,
@@ -53,19 +53,19 @@ pub enum CheckpointError {
         /// Bytes that there are.
         got: u64,
     },
-    /// A shape whose product does not fit in the address space.
+    /// A tensor is larger than the address space.
     Overflow {
         /// The tensor.
         tensor: String,
         /// Its shape.
         shape: Vec<usize>,
     },
-    /// A tensor that has to be there.
+    /// A tensor is missing.
     Missing {
         /// The tensor.
         tensor: String,
     },
-    /// A tensor of a type that it cannot have.
+    /// A tensor has a type that it cannot have.
     Type {
         /// The tensor.
         tensor: String,
@@ -74,7 +74,7 @@ pub enum CheckpointError {
         /// The type that it has.
         got: Dtype,
     },
-    /// A tensor of another shape than the rest of the layer needs.
+    /// A tensor does not have the shape that the rest of the layer needs.
     Shape {
         /// The tensor.
         tensor: String,
@@ -83,7 +83,7 @@ pub enum CheckpointError {
         /// The shape that it has.
         got: Vec<usize>,
     },
-    /// A field of a JSON object with a value that it cannot have.
+    /// A field of a JSON object has a value that it cannot have.
     Field {
         /// The file or tensor that holds the object.
         what: String,
@@ -94,7 +94,7 @@ pub enum CheckpointError {
         /// What it is.
         got: String,
     },
-    /// A codebook that is not that of NF4.
+    /// A codebook is not that of NF4.
     Codebook {
         /// The tensor.
         tensor: String,
@@ -105,28 +105,28 @@ pub enum CheckpointError {
         /// The value in the file.
         got: f32,
     },
-    /// A variant of the format that this library does not implement. Reading on without it would give wrong weights.
+    /// A file uses a variant of the format that this library does not implement, and would be misread without it.
     Unsupported {
         /// The file, layer or module.
         what: String,
         /// The variant, by the name that it has in the file.
         variant: String,
     },
-    /// A tensor that no part of the file's description explains.
+    /// A tensor cannot be used.
     Unexpected {
         /// The tensor.
         tensor: String,
         /// Why it cannot be used.
         reason: String,
     },
-    /// A module or tensor that an adapter changes and that the model does not have under any name that fits.
+    /// The model does not have a module or tensor that an adapter changes, under any name that fits.
     NotInModel {
         /// The module or tensor, as the adapter calls it.
         name: String,
         /// The most similar name in the model.
         nearest: Option<String>,
     },
-    /// Packed weights, or a part of them, in a format that this library does not decode.
+    /// Weights are packed in a format that this library does not decode.
     Foreign {
         /// The tensor, or the section of the configuration.
         tensor: String,
@@ -135,7 +135,7 @@ pub enum CheckpointError {
         /// What shows it, and why the tensor cannot stay as it is.
         reason: String,
     },
-    /// A finite value that the type of the output turns into infinity.
+    /// A finite value would become infinite in the type of the output.
     TooLarge {
         /// The tensor.
         tensor: String,
@@ -146,14 +146,14 @@ pub enum CheckpointError {
         /// The type.
         dtype: Dtype,
     },
-    /// No memory for what a file holds.
+    /// There is no memory for the contents of a file.
     Memory {
-        /// What it was to hold.
+        /// What the memory is for.
         what: String,
-        /// Bytes that were asked for.
+        /// Bytes that are needed.
         bytes: u64,
     },
-    /// Parts of a layer that do not fit each other, or are not finite.
+    /// The parts of a layer do not fit each other, or are not finite.
     Layer {
         /// The layer or module.
         layer: String,
@@ -167,7 +167,7 @@ pub enum CheckpointError {
     },
     /// The source of the bytes failed.
     Read {
-        /// The tensor that was asked for.
+        /// The tensor that was to be read.
         tensor: String,
         /// What the source said.
         reason: String,
@@ -229,7 +229,7 @@ impl core::error::Error for CheckpointError {
     }
 }
 
-/// A shape in a message, of which no more is shown than the first dimensions.
+/// A shape in a message, which shows only the first dimensions.
 struct Dims<'a>(&'a [usize]);
 
 impl fmt::Display for Dims<'_> {

@@ -1,11 +1,11 @@
-//! The float types of files, and the one conversion between bytes and f32.
+//! The float types of files, and their conversion between bytes and f32.
 
 use alloc::vec::Vec;
 
 use nf4_kernels::{Float, bf16, f16};
 use safetensors::Dtype;
 
-/// A float type that weights, biases and adapters are kept in.
+/// A float type in which files keep weights, biases and adapters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum FloatType {
     /// IEEE 754 binary32.
@@ -30,13 +30,13 @@ impl FloatType {
         }
     }
 
-    /// The type of this [`Self::torch_name`].
+    /// The type with this [`Self::torch_name`].
     #[must_use]
     pub fn from_torch_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|t| t.torch_name() == name)
     }
 
-    /// The type of safetensors.
+    /// The same type in safetensors.
     #[must_use]
     pub const fn dtype(self) -> Dtype {
         match self {
@@ -46,13 +46,13 @@ impl FloatType {
         }
     }
 
-    /// The type of this [`Self::dtype`].
+    /// The type with this [`Self::dtype`].
     #[must_use]
     pub fn from_dtype(dtype: Dtype) -> Option<Self> {
         Self::ALL.into_iter().find(|t| t.dtype() == dtype)
     }
 
-    /// Bytes of a value.
+    /// Bytes per value.
     #[must_use]
     pub const fn size(self) -> usize {
         match self {
@@ -63,7 +63,7 @@ impl FloatType {
 
     /// Appends values in this type, little endian, rounded once to nearest even: [`Float::from_f32`].
     ///
-    /// Where `bytes` has no room left it grows, and without memory for that the process ends.
+    /// If `bytes` has no room left, it grows, which aborts the process if there is no memory.
     pub fn extend_bytes(self, values: &[f32], bytes: &mut Vec<u8>) {
         bytes.reserve(values.len() * self.size());
         match self {
@@ -75,7 +75,7 @@ impl FloatType {
 
     /// Appends the values of bytes in this type, exact; an incomplete last value is dropped.
     ///
-    /// Where `values` has no room left it grows, and without memory for that the process ends.
+    /// If `values` has no room left, it grows, which aborts the process if there is no memory.
     pub fn extend_values(self, bytes: &[u8], values: &mut Vec<f32>) {
         match self {
             Self::F32 => values.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),

@@ -1,5 +1,5 @@
-//! Weights that something else than `bitsandbytes`' 4-bit format packed: by the names of tensors, and by types that no
-//! plain weight has.
+//! Weights in packed formats other than the 4 bits of `bitsandbytes`, recognized by the names of tensors, and by types that
+//! no plain weight has.
 //!
 //! Names are those that the loaders of transformers 5 look for (`quantizers/`, `integrations/`), and of `compressed-tensors`
 //! and `ModelOpt`.
@@ -17,7 +17,7 @@ use super::names::join;
 use super::quant_state::described;
 use super::source::TensorSource;
 
-/// A tensor in a packed format that this library does not decode, or a part of one.
+/// A tensor, or a part of one, in a packed format that this library does not decode.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ForeignTensor {
     /// Its name.
@@ -31,7 +31,7 @@ pub struct ForeignTensor {
 }
 
 impl ForeignTensor {
-    /// The error that nothing can be done with this tensor.
+    /// The error for this tensor.
     #[must_use]
     pub fn error(&self, why: &str) -> CheckpointError {
         let reason = format!("{} {:?} {why}", self.dtype, self.shape);
@@ -39,7 +39,7 @@ impl ForeignTensor {
     }
 }
 
-/// All tensors of a source in a packed format other than `bitsandbytes`' 4 bits, sorted by name.
+/// Finds all tensors of a source in packed formats other than the 4 bits of `bitsandbytes`, sorted by name.
 #[must_use]
 pub fn foreign_tensors(source: &dyn TensorSource) -> Vec<ForeignTensor> {
     let packed: alloc::collections::BTreeSet<&str> = source.names().filter_map(described).collect();

@@ -7,8 +7,8 @@
 //! type (u32) and offset into the data (u64). Source: `docs/gguf.md` of the `ggml` project; the numbers of types are
 //! those of `enum ggml_type` and `enum gguf_type` there, those of file types of `enum llama_ftype` in `llama.h`.
 //!
-//! Small and without `std`, unlike the crates there are. Names of tensors are not changed: programs that look for their
-//! own (`blk.0.attn_q.weight`) need them translated.
+//! Unlike the crates for GGUF, this is small and does not need `std`. The names of tensors are not changed; programs that
+//! expect names of their own (`blk.0.attn_q.weight`) need them translated.
 
 use alloc::borrow::ToOwned;
 use alloc::format;
@@ -33,9 +33,9 @@ const DIMENSIONS_LIMIT: usize = 4;
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum GgufValue {
-    /// An unsigned integer of 32 bits.
+    /// A 32-bit unsigned integer.
     U32(u32),
-    /// A float of 32 bits.
+    /// A 32-bit float.
     F32(f32),
     /// True or false.
     Bool(bool),
@@ -43,7 +43,7 @@ pub enum GgufValue {
     String(String),
 }
 
-/// Writes a GGUF file of tensors of type F32, F16 and BF16, one at a time: what `sink` is given, in order, is the file.
+/// Writes a GGUF file of F32, F16 and BF16 tensors, one tensor at a time, by passing the bytes to `sink` in order.
 ///
 /// `architecture` is `general.architecture`, which every file must have; `general.file_type` is set from the types of
 /// the matrices. `metadata` comes after them.

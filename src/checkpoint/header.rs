@@ -1,11 +1,11 @@
-//! The header of a safetensors file: names, types, shapes and places of its tensors.
+//! The header of a safetensors file: names, types, shapes and offsets of its tensors.
 //!
 //! A file is `n` (u64, little endian), `n` bytes of JSON, and the data. The JSON has an entry for each tensor, `dtype`,
 //! `shape` and `data_offsets`, and perhaps `__metadata__`, strings by name; the tensors cover the data without gap or
 //! overlap (README of the `safetensors` project, section "Format", where the limit of 100 MB is stated too).
 //!
-//! The crate `safetensors` gives the types, and writes. Its own validation neither names the tensor nor gives the
-//! numbers, and adds lengths from the file without a check for overflow; so the relations are checked here.
+//! The crate `safetensors` provides the types, and writes files. Its validation neither names the tensor nor gives the
+//! numbers, and adds lengths from the file without a check for overflow, so everything is checked here.
 
 use alloc::collections::BTreeMap;
 use alloc::format;
@@ -33,7 +33,7 @@ const PARTS_LIMIT: usize = 64;
 /// Bytes before the JSON.
 const LENGTH_BYTES: u64 = 8;
 
-/// What a safetensors file says of its tensors; every relation is checked.
+/// The checked header of a safetensors file: the types, shapes and offsets of its tensors.
 #[derive(Debug, Clone, Default)]
 pub struct Header {
     tensors: BTreeMap<String, TensorInfo>,
@@ -43,8 +43,8 @@ pub struct Header {
 }
 
 impl Header {
-    /// The number of bytes at the start of a file that [`Self::parse`] needs, from the first 8 of them and the length
-    /// of the whole file: for readers that stream, so that they take no length from the file unchecked.
+    /// Computes the number of bytes at the start of a file that [`Self::parse`] needs, from the first 8 of them and the
+    /// length of the whole file. Readers that stream need it.
     ///
     /// # Errors
     /// [`CheckpointError::Truncated`] if the file is shorter than its header; [`CheckpointError::HeaderTooLong`] above
@@ -63,7 +63,7 @@ impl Header {
         usize::try_from(len).map_err(|_| CheckpointError::HeaderTooLong { got: json, limit: LIMIT })
     }
 
-    /// Parses the start of a file, [`Self::len_from`] bytes or more, that has `file_len` bytes in all.
+    /// Parses the start of a file of `file_len` bytes: at least the first [`Self::len_from`] bytes.
     ///
     /// # Errors
     /// Those of [`Self::len_from`]; [`CheckpointError::Json`]; [`CheckpointError::Overflow`] for a shape too large for
@@ -85,7 +85,7 @@ impl Header {
         Ok(Self { tensors, metadata, data_start: len as u64, data_len })
     }
 
-    /// Type and shape of a tensor, and its place in the data.
+    /// The type and shape of a tensor, and its offsets in the data.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&TensorInfo> {
         self.tensors.get(name)
@@ -96,20 +96,20 @@ impl Header {
         self.tensors.iter().map(|(name, info)| (name.as_str(), info))
     }
 
-    /// Where the bytes of a tensor lie in the file.
+    /// The range of the bytes of a tensor in the file.
     #[must_use]
     pub fn file_range(&self, name: &str) -> Option<Range<u64>> {
         let (start, end) = self.get(name)?.data_offsets;
         Some(self.data_start + start as u64..self.data_start + end as u64)
     }
 
-    /// The file's own metadata: strings by name, `format` = `pt` in files of `PyTorch`.
+    /// The metadata of the file: strings by name, such as `format` = `pt` in files of `PyTorch`.
     #[must_use]
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
 
-    /// Bytes of all tensors.
+    /// The number of bytes of all tensors.
     #[must_use]
     pub fn data_len(&self) -> usize {
         self.data_len

@@ -21,7 +21,7 @@ use crate::weight::quantized::Quantized4Bit;
 const WEIGHT: &str = "weight";
 const BIAS: &str = "bias";
 
-/// A 4-bit layer as `bitsandbytes` keeps it: packed weight, bias, and what is needed to write the same bytes again.
+/// A 4-bit layer of `bitsandbytes`: the packed weight, the bias, and what is needed to write the same bytes again.
 #[derive(Debug, Clone)]
 pub struct Linear4bit {
     weight: Quantized4Bit,
@@ -33,9 +33,9 @@ pub struct Linear4bit {
 impl Linear4bit {
     /// Reads the layer with this prefix (`model.layers.0.mlp.up_proj`; empty for a file with one layer).
     ///
-    /// Scales are plain or nested, and nested ones are decoded with the map in the file. The packed bytes may have any
-    /// type, a bias any float type (F64 is rounded to f32). A weight that is not a matrix becomes one by
-    /// [`QuantState::matrix_shape`].
+    /// Scales may be double-quantized; they are then decoded with the quant map in the file. The packed bytes may have any
+    /// type, and a bias any float type (F64 is rounded to f32). A weight that is not a matrix becomes one as
+    /// [`QuantState::matrix_shape`] says.
     ///
     /// # Errors
     /// Those of [`QuantState::load`]; [`CheckpointError::Codebook`]; [`CheckpointError::Shape`] for the bias;
@@ -51,7 +51,8 @@ impl Linear4bit {
         layer.with_bias(values, float).map_err(|error| CheckpointError::Layer { layer: bias, error })
     }
 
-    /// Reads the packed tensor of this name, whatever it is called ([`super::packed_tensors`]), without a bias.
+    /// Reads the packed tensor with this name, which need not end in `.weight` ([`super::packed_tensors`] lists them), without
+    /// a bias.
     ///
     /// # Errors
     /// Those of [`QuantState::load`]; [`CheckpointError::Codebook`]; [`CheckpointError::Memory`];
@@ -74,8 +75,8 @@ impl Linear4bit {
 
 /// Writing.
 impl Linear4bit {
-    /// A layer of this weight, without a bias. `dtype` is the type that the weight had before it was quantized, which
-    /// `bitsandbytes` restores it to; the packed bytes are stored as `U8`.
+    /// A layer with this weight and without a bias. `dtype` is the type of the weight before quantization, to which
+    /// `bitsandbytes` dequantizes it; the packed bytes are stored as `U8`.
     #[must_use]
     pub fn new(weight: Quantized4Bit, dtype: FloatType) -> Self {
         let nested_offset = match weight.absmax().view() {
@@ -89,18 +90,19 @@ impl Linear4bit {
         Self { weight, state: QuantState { shape, block_size, dtype, quant_storage, nested_offset }, bias: None }
     }
 
-    /// The same layer with a bias, `[rows]`, which is written in the type `dtype`.
+    /// Sets the bias, `[rows]`, which is written in the type `dtype`.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] if there are not as many values as rows; [`crate::Error::NotFinite`].
+    /// [`crate::Error::Shape`] if `bias` does not have `rows` values; [`crate::Error::NotFinite`] if one of them is NaN or
+    /// infinite.
     pub fn with_bias(self, bias: Vec<f32>, dtype: FloatType) -> Result<Self, crate::Error> {
         check_len("bias", self.weight.rows(), bias.len())?;
         check_finite("bias", &bias)?;
         Ok(Self { bias: Some((bias, dtype)), ..self })
     }
 
-    /// The same layer with packed bytes that are said to be of another type: `BF16`, say, for `FSDP`, which needs one
-    /// type for all tensors.
+    /// Sets the type that the file states for the packed bytes; for instance `BF16` for `FSDP`, which needs the same type for
+    /// all tensors.
     ///
     /// # Errors
     /// [`CheckpointError::Type`] for a type of less than a byte; [`CheckpointError::Bytes`] if the packed bytes are not
@@ -111,11 +113,10 @@ impl Linear4bit {
         Ok(self)
     }
 
-    /// The tensors of the layer, with the names and bytes that `bitsandbytes` gives them. The packed codes are
-    /// borrowed.
+    /// The tensors of the layer, with the names and bytes that `bitsandbytes` would write. The packed codes are borrowed.
     ///
-    /// The second quant map is that of the layer, [`nf4_kernels::DYNAMIC_MAP`] unless it came from a file with another
-    /// one.
+    /// The quant map of double quantization is that of the layer: [`nf4_kernels::DYNAMIC_MAP`], unless the layer came from a
+    /// file with another one.
     #[must_use]
     pub fn tensors(&self, prefix: &str) -> TensorMap<'_> {
         let mut tensors = TensorMap::new();
@@ -173,7 +174,7 @@ impl Linear4bit {
     }
 }
 
-/// `Ok` if so many packed bytes can be said to be of a type.
+/// `Ok` if this number of packed bytes is a whole number of elements of a type.
 fn check_storage(tensor: &str, bytes: usize, dtype: Dtype) -> Result<(), CheckpointError> {
     let bits = dtype.bitsize();
     if !bits.is_multiple_of(8) {

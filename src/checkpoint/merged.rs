@@ -1,4 +1,4 @@
-//! A model with plain weights only: 4-bit tensors restored, an adapter merged.
+//! A model with plain weights only: 4-bit tensors are dequantized, and an adapter is merged.
 
 use alloc::borrow::Cow;
 use alloc::boxed::Box;
@@ -15,9 +15,10 @@ use super::read::with_room;
 use super::reader::TensorReader;
 use super::source::TensorSource;
 
-/// The tensors of a model whose 4-bit weights are restored and to which an adapter, if there is one, is added. It is a
-/// [`TensorSource`]: types and shapes are known at once, each tensor is computed when it is read, and
-/// [`super::write_safetensors`] or [`super::write_gguf`] makes a file of them. [`Self::open`] computes a tensor in parts.
+/// A model whose 4-bit weights are dequantized and into which an adapter, if there is one, is merged.
+///
+/// It is a [`TensorSource`]: types and shapes are known at once, and each tensor is computed when it is read.
+/// [`super::write_safetensors`] and [`super::write_gguf`] write it to a file; [`Self::open`] computes a tensor in parts.
 ///
 /// A weight is `dequantize(base) + scale * B A`, with `DoRA` each row times its magnitude over its norm, rounded once
 /// to f32 and once more to f16 or bf16. Names, shapes and values are those of PEFT's model with the adapter: a tied output
@@ -41,7 +42,7 @@ impl core::fmt::Debug for MergedModel<'_> {
 }
 
 impl<'a> MergedModel<'a> {
-    /// The model in `source` with `adapter`. Only descriptions are read.
+    /// Merges `adapter` into the model in `source`. Only the descriptions of tensors are read here.
     ///
     /// # Errors
     /// Those of [`super::QuantState::load`] for a 4-bit tensor; [`CheckpointError::Json`] for the configuration;
@@ -59,7 +60,7 @@ impl<'a> MergedModel<'a> {
         Ok(Self { source, adapter, plan, allows_overflow: options.allows_overflow() })
     }
 
-    /// A tensor, to be computed in parts.
+    /// Opens a tensor for computing it in parts.
     ///
     /// # Errors
     /// Those of the source; [`CheckpointError::Missing`]; [`CheckpointError::Codebook`] and [`CheckpointError::Layer`] for
@@ -71,7 +72,7 @@ impl<'a> MergedModel<'a> {
         TensorReader::new(name, planned, self.source, self.adapter, self.allows_overflow)
     }
 
-    /// The tensor of the base in whose place a tensor stands: the one of its name, or the one that it starts from.
+    /// The tensor of the base that a tensor replaces: the one of the same name, or the one that it starts from.
     #[must_use]
     pub fn home(&self, name: &str) -> Option<&str> {
         let (name, planned) = self.plan.tensors.get_key_value(name)?;
@@ -90,7 +91,7 @@ impl<'a> MergedModel<'a> {
         self.plan.config()
     }
 
-    /// What is otherwise than in the base, beside values.
+    /// The differences from the base, other than values.
     #[must_use]
     pub fn notes(&self) -> &[Note] {
         &self.plan.notes
@@ -102,13 +103,13 @@ impl<'a> MergedModel<'a> {
         &self.plan.merged
     }
 
-    /// The number of tensors of the base in 4 bits.
+    /// The number of 4-bit tensors of the base.
     #[must_use]
-    pub fn restored(&self) -> usize {
-        self.plan.restored
+    pub fn dequantized(&self) -> usize {
+        self.plan.dequantized
     }
 
-    /// The type of the weights: that which was asked for, or that of most of them.
+    /// The type of the weights: the one that [`MergeOptions::with_dtype`] set, or that of most of them.
     #[must_use]
     pub fn dtype(&self) -> FloatType {
         self.plan.dtype

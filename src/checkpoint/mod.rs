@@ -1,10 +1,10 @@
-//! Checkpoints: 4-bit layers as `bitsandbytes` and transformers keep them, in safetensors files.
+//! Checkpoints: the 4-bit layers of `bitsandbytes` and transformers, and the adapters of PEFT, in safetensors files.
 //!
-//! Everything works on byte slices and needs no `std`, so a device can read a layer from flash. A [`TensorFile`] is a
-//! file in memory; whatever else has tensors by name is a [`TensorSource`]. Nothing is believed that a file says of
-//! itself: a [`CheckpointError`] names the tensor and the numbers that do not fit, and no memory is taken for a length
-//! that the file does not have. The patterns of PEFT are regular expressions; their crate needs atomic
-//! compare-and-swap, which the smallest processors (Cortex-M0) do not have.
+//! Everything works on byte slices and needs no `std`, so a device can read a layer from flash. A [`TensorFile`] is a file in
+//! memory; anything else that has tensors by name can be a [`TensorSource`]. Files are not trusted: every number in them is
+//! checked, a [`CheckpointError`] names the tensor and the numbers that do not fit, and memory is never allocated for more
+//! than the file contains. The patterns of PEFT are regular expressions, whose crate needs atomic compare-and-swap, which the
+//! smallest processors (Cortex-M0) do not have.
 //!
 //! ```
 //! use nf4::checkpoint::{FloatType, Linear4bit, TensorFile, to_safetensors};

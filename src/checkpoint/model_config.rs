@@ -1,4 +1,4 @@
-//! `config.json`: what it says of the weights of a model, and what has to change in it with them.
+//! `config.json`: its description of the weights of a model, and the changes that it needs when they change.
 
 use alloc::borrow::ToOwned;
 use alloc::format;
@@ -31,18 +31,18 @@ pub struct ModelConfig {
     fields: Map<String, Value>,
 }
 
-/// How the weights of a model are said to be packed.
+/// The format of the weights of a model, according to its configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Quantization {
-    /// Not at all.
+    /// Not quantized.
     None,
-    /// By `bitsandbytes`, to 4 bits.
+    /// The 4 bits of `bitsandbytes`.
     FourBit,
-    /// In another way.
+    /// Another format.
     Other {
-        /// Its name.
+        /// The name of the quantization method.
         method: String,
-        /// Modules that are not packed: names, ends of names or expressions, as the loader compares them.
+        /// Modules that are not quantized: names, ends of names or expressions, as the loader compares them.
         skipped: Vec<String>,
     },
 }
@@ -72,7 +72,7 @@ impl ModelConfig {
         &self.fields
     }
 
-    /// All fields, to be changed.
+    /// All fields, mutably.
     pub fn fields_mut(&mut self) -> &mut Map<String, Value> {
         &mut self.fields
     }
@@ -81,18 +81,18 @@ impl ModelConfig {
         Object::from_fields(CONFIG, self.fields.clone())
     }
 
-    /// The model types, of the whole and of its parts: `gemma3`, `gemma3_text`, `siglip_vision_model`.
+    /// The types of the model and of its parts, such as `gemma3`, `gemma3_text` and `siglip_vision_model`.
     pub fn model_types(&self) -> impl Iterator<Item = &str> {
         self.objects().into_iter().filter_map(|fields| fields.get("model_type")?.as_str())
     }
 
-    /// The first of the architectures: `LlamaForCausalLM`.
+    /// The first of the architectures, such as `LlamaForCausalLM`.
     #[must_use]
     pub fn architecture(&self) -> Option<&str> {
         self.fields.get("architectures")?.as_array()?.first()?.as_str()
     }
 
-    /// Whether input and output embeddings share a weight; `None` if nothing says so.
+    /// Whether input and output embeddings share a weight; `None` if the configuration does not say.
     #[must_use]
     pub fn is_tied(&self) -> Option<bool> {
         self.fields.get(TIED).and_then(Value::as_bool).or_else(|| {
@@ -101,14 +101,14 @@ impl ModelConfig {
         })
     }
 
-    /// The number of words, of the whole or of its text part.
+    /// The vocabulary size, of the model or of its text part.
     #[must_use]
     pub fn vocabulary(&self) -> Option<usize> {
         let size = |fields: &Map<String, Value>| usize::try_from(fields.get("vocab_size")?.as_u64()?).ok();
         self.objects().into_iter().find_map(size)
     }
 
-    /// How the weights are said to be packed.
+    /// The format of the weights.
     #[must_use]
     pub fn quantization(&self) -> Quantization {
         let sections = |fields: &Map<String, Value>| -> Vec<Map<String, Value>> {
@@ -156,7 +156,7 @@ pub(super) struct Edits {
     /// Whether all parts get this type; if not, those that had the type of the whole.
     pub(super) everywhere: bool,
     /// Whether nothing is quantized any longer.
-    pub(super) restored: bool,
+    pub(super) dequantized: bool,
     /// Whether input and output embeddings are no longer one weight.
     pub(super) untied: bool,
     /// The number of words before and now.
@@ -171,7 +171,7 @@ impl ModelConfig {
         let before = DTYPES.iter().find_map(|name| self.fields.get(*name)).cloned();
         let dtype = Value::from(edits.dtype.torch_name());
         each_part(&mut self.fields, DEPTH, &mut |fields| {
-            if edits.restored {
+            if edits.dequantized {
                 SECTIONS.iter().for_each(|name| drop(fields.remove(*name)));
             }
             for name in DTYPES {

@@ -10,7 +10,7 @@ pub(super) fn join(prefix: &str, name: &str) -> String {
     if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") }
 }
 
-/// The module that a tensor `module.part` is of; the empty one in a file with one layer.
+/// The module of a tensor `module.part`; it is empty in a file with one layer.
 pub(super) fn module_of<'n>(name: &'n str, part: &str) -> Option<&'n str> {
     let rest = name.strip_suffix(part)?;
     if rest.is_empty() { Some(rest) } else { rest.strip_suffix('.') }

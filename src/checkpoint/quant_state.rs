@@ -1,4 +1,4 @@
-//! What a `bitsandbytes` layer says of its packed weight.
+//! The quantization state of a `bitsandbytes` layer, which describes its packed weight.
 //!
 //! The names of the tensors and of the fields are those of `QuantState.as_dict(packed=True)` in
 //! `bitsandbytes/functional.py` (0.43 to 0.50). The JSON is what Python's `json.dumps` makes of the fields that are not
@@ -40,9 +40,10 @@ pub(super) fn described(name: &str) -> Option<&str> {
     [ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP].contains(&part).then_some(tensor)
 }
 
-/// The names of all tensors that `bitsandbytes` packed to 4 bits, sorted: usually weights (`up_proj.weight`), but also
-/// parameters of other names, such as those of fused experts (`experts.gate_up_proj`). Those of FP4 are among them, and
-/// those of which only a part is there, which [`QuantState::load`] has an error for.
+/// The names of all tensors that `bitsandbytes` packed to 4 bits, sorted.
+///
+/// Usually these are weights (`up_proj.weight`), but also parameters with other names, such as those of fused experts
+/// (`experts.gate_up_proj`). FP4 tensors and incomplete ones are listed too; [`QuantState::load`] returns an error for them.
 #[must_use]
 pub fn packed_tensors(source: &dyn TensorSource) -> Vec<String> {
     let mut tensors: Vec<String> = source.names().filter_map(described).map(str::to_owned).collect();
@@ -51,24 +52,24 @@ pub fn packed_tensors(source: &dyn TensorSource) -> Vec<String> {
     tensors
 }
 
-/// The description of a tensor of 4-bit weights: all that can be known without reading them.
+/// The description of a tensor of 4-bit weights, which is read without the weights.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantState {
     /// The shape of the weight before it was packed.
     pub shape: Vec<usize>,
-    /// Weights in a block.
+    /// The number of weights in a block.
     pub block_size: BlockSize,
-    /// The type of the weight before it was quantized, which `bitsandbytes` restores it to.
+    /// The type of the weight before quantization, to which `bitsandbytes` dequantizes it.
     pub dtype: FloatType,
-    /// The type that the packed bytes are said to have, `U8` unless `quant_storage` was set.
+    /// The type that the file states for the packed bytes: `U8` unless `quant_storage` was set.
     pub quant_storage: Dtype,
     /// The offset of double-quantized scales; `None` if they are plain.
     pub nested_offset: Option<f32>,
 }
 
 impl QuantState {
-    /// The state of the packed tensor of this name (`model.layers.0.mlp.up_proj.weight`). Only the JSON is read; type and
-    /// shape of every tensor that belongs to it are checked.
+    /// Reads the state of the packed tensor with this name (`model.layers.0.mlp.up_proj.weight`). Only the JSON is read; the
+    /// types and shapes of all tensors that belong to it are checked.
     ///
     /// # Errors
     /// [`CheckpointError::Unsupported`] for FP4 and for what is not known; [`CheckpointError::Missing`],
@@ -121,7 +122,7 @@ impl QuantState {
         }
     }
 
-    /// Rows and columns of the matrix that `y = x W^T` takes: the product of all dimensions before the last, and the
+    /// The rows and columns of the weight as a matrix in `y = x W^T`: the product of all dimensions but the last, and the
     /// last.
     ///
     /// # Errors

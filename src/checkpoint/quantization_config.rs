@@ -15,18 +15,18 @@ use super::float::FloatType;
 use super::json::{Object, to_strings};
 use super::model_config::{ModelConfig, SECTION, is_four_bit};
 
-/// How transformers is to load the 4-bit layers of a model.
+/// The section of a `config.json` by which transformers loads the 4-bit layers of a model.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct QuantizationConfig {
     /// Whether scales are double-quantized.
     pub double_quant: bool,
-    /// The type that transformers multiplies in; it does not change what is stored.
+    /// The type in which transformers multiplies; it does not change what is stored.
     pub compute_dtype: FloatType,
-    /// The type that packed bytes are said to have: `U8`, or a float type.
+    /// The type that the file states for packed bytes: `U8` or a float type.
     pub quant_storage: Dtype,
-    /// Modules that stay as they are, by full name or by the end of it. `None` is transformers' own choice, the output
-    /// layer (`lm_head`); with a list, that has to be in it.
+    /// Modules that are not quantized, by full name or by its end. `None` is the default of transformers, the output layer
+    /// (`lm_head`), which a list has to contain.
     pub skip_modules: Option<Vec<String>>,
 }
 
@@ -37,8 +37,8 @@ impl Default for QuantizationConfig {
 }
 
 impl QuantizationConfig {
-    /// The configuration in the text of a `config.json`; `None` if the model is not quantized by `bitsandbytes` to 4
-    /// bits. As in transformers, `load_in_4bit` says so without a `quant_method` too.
+    /// Parses the section in the text of a `config.json`; `None` if `bitsandbytes` did not quantize the model to 4 bits. As
+    /// in transformers, `load_in_4bit` suffices without a `quant_method`.
     ///
     /// # Errors
     /// [`CheckpointError::Json`]; [`CheckpointError::Field`]; [`CheckpointError::Unsupported`] for FP4.
@@ -99,8 +99,8 @@ impl QuantizationConfig {
         })
     }
 
-    /// The text of a `config.json` with this section instead of the one that it had, if any; sorted and indented as
-    /// transformers writes it.
+    /// Inserts this section into the text of a `config.json`, or replaces the one that it has. The result is sorted and
+    /// indented like transformers writes it.
     ///
     /// # Errors
     /// [`CheckpointError::Json`] if `config` is not a JSON object.

@@ -1,4 +1,4 @@
-//! The bytes of a tensor of a merged model, computed in parts.
+//! A reader that computes the bytes of a tensor of a merged model in parts.
 
 use alloc::borrow::{Cow, ToOwned};
 use alloc::string::String;
@@ -21,8 +21,8 @@ use crate::Quantized4Bit;
 /// Rows whose values are held at a time where all of a tensor has to be gone through.
 const ROWS: usize = 64;
 
-/// A tensor of a merged model: [`Self::units`] units of [`Self::unit_bytes`] bytes each, of which any number can be
-/// computed at a time, by any number of threads.
+/// A tensor of a merged model that is computed in parts: [`Self::units`] units of [`Self::unit_bytes`] bytes, in any order
+/// and by any number of threads.
 pub struct TensorReader<'a> {
     name: &'a str,
     origin: Values<'a>,

@@ -14,8 +14,8 @@ use super::read::{check_vector, len_of, owned_bytes, read_f32};
 use super::source::TensorSource;
 use crate::weight::store::{SharedBytes, Store};
 
-/// A safetensors file in memory, such as a mapped one, that layers stay on: [`super::Linear4bit::load`] copies no packed
-/// codes from it, and scales only where their address is not a multiple of 4.
+/// A safetensors file in memory, such as a mapped one, whose bytes layers share: [`super::Linear4bit::load`] copies no packed
+/// codes from it, and scales only if their address is not a multiple of 4.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -52,7 +52,7 @@ impl SharedFile {
         Ok(Self { header, bytes, start })
     }
 
-    /// What the file says of its tensors.
+    /// The header of the file.
     #[must_use]
     pub fn header(&self) -> &Header {
         &self.header

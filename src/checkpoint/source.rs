@@ -1,4 +1,4 @@
-//! Where tensors come from: a byte slice, or whatever else has names, types, shapes and bytes.
+//! Sources of tensors: a byte slice, or anything else that has names, types, shapes and bytes.
 
 use alloc::borrow::{Cow, ToOwned};
 use alloc::boxed::Box;
@@ -15,30 +15,29 @@ use super::float::FloatType;
 use super::header::{Header, tensor_bytes};
 use crate::weight::store::SharedBytes;
 
-/// Tensors by name. A [`TensorFile`] is one on a byte slice; a reader of several files can be one too.
+/// A source of tensors by name, such as a [`TensorFile`] on a byte slice, or a reader of the shards of a model.
 ///
-/// Threads may share it, and so what borrows it: a reader that has a place in a file keeps that behind a lock.
+/// Threads may share a source, so a reader that has a position in a file must keep it behind a lock.
 pub trait TensorSource: Sync {
     /// The names of all tensors, in any order.
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_>;
 
-    /// Type and shape of a tensor, without reading its bytes; `None` if there is none of this name.
+    /// The type and shape of a tensor, without reading its bytes; `None` if there is no tensor of this name.
     fn info(&self, name: &str) -> Option<&TensorInfo>;
 
-    /// The bytes of a tensor, little endian; borrowed if they are in memory already.
+    /// Reads the bytes of a tensor, little endian; they are borrowed if they are in memory already.
     ///
     /// # Errors
     /// [`CheckpointError::Missing`]; [`CheckpointError::Read`] with the reason.
     fn read(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError>;
 
-    /// Where the bytes of a tensor are, if they are in memory that layers can share; else they are copied. A
-    /// [`super::SharedFile`] shares all.
+    /// The location of the bytes of a tensor, if layers can share them instead of copying, as from a [`super::SharedFile`].
     fn shared(&self, name: &str) -> Option<(SharedBytes, Range<usize>)> {
         let _ = name;
         None
     }
 
-    /// Some bytes of a tensor. A source whose tensors are not in memory reads no more than these.
+    /// Reads some bytes of a tensor. A source whose tensors are not in memory should read only these.
     ///
     /// # Errors
     /// Those of [`Self::read`]; [`CheckpointError::Bytes`] if the tensor does not have them.
@@ -59,7 +58,7 @@ pub trait TensorSource: Sync {
     }
 }
 
-/// A safetensors file in memory: nothing is copied.
+/// A safetensors file in memory, from which nothing is copied.
 #[derive(Debug, Clone)]
 pub struct TensorFile<'a> {
     header: Header,
@@ -77,7 +76,7 @@ impl<'a> TensorFile<'a> {
         Ok(Self { header, data })
     }
 
-    /// What the file says of its tensors.
+    /// The header of the file.
     #[must_use]
     pub fn header(&self) -> &Header {
         &self.header
@@ -103,7 +102,7 @@ fn missing(name: &str) -> CheckpointError {
     CheckpointError::Missing { tensor: name.to_owned() }
 }
 
-/// Tensors by name, in memory.
+/// Tensors in memory, by name.
 pub type TensorMap<'a> = BTreeMap<String, TensorData<'a>>;
 
 impl TensorSource for TensorMap<'_> {
@@ -121,7 +120,7 @@ impl TensorSource for TensorMap<'_> {
     }
 }
 
-/// A tensor to be written.
+/// A tensor in memory: type, shape and bytes.
 #[derive(Debug, Clone)]
 pub struct TensorData<'a> {
     info: TensorInfo,

@@ -1,4 +1,4 @@
-//! The layout of a safetensors file, and writing one.
+//! Layout and writing of safetensors files.
 
 use alloc::borrow::ToOwned;
 use alloc::collections::BTreeMap;
@@ -14,7 +14,7 @@ use super::header::{LIMIT, METADATA, check_name, tensor_bytes};
 use super::read::{bytes_of, info_of};
 use super::source::TensorSource;
 
-/// A tensor of a file that is to be written.
+/// A tensor in the [`Layout`] of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     /// The name.
@@ -35,7 +35,7 @@ impl Entry {
     }
 }
 
-/// The start of a safetensors file, and where the bytes of each tensor lie after it.
+/// The layout of a safetensors file: its header, and the offsets of the tensors after it.
 ///
 /// The order is that of the Python package: larger types first, then by name; the header is padded to a multiple of 8
 /// bytes. Tensors that may turn out shorter come last.
@@ -50,8 +50,7 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The layout of these tensors. Without `format` in `metadata`, without which transformers does not load a file, it
-    /// gets `pt`.
+    /// Lays out these tensors. If `metadata` has no `format`, which transformers needs to load a file, it is set to `pt`.
     ///
     /// # Errors
     /// [`CheckpointError::Unexpected`] for a name that stands twice, for one that the format reserves, for one that
@@ -86,7 +85,7 @@ impl Layout {
         Ok(Self { metadata, entries, places, header, data_len: end })
     }
 
-    /// The layout of all tensors of a source.
+    /// Lays out all tensors of a source.
     ///
     /// # Errors
     /// Those of [`Self::new`].
@@ -130,13 +129,13 @@ impl Layout {
         self.entries.iter()
     }
 
-    /// Where in the data the bytes of a tensor lie.
+    /// The range of the bytes of a tensor in the data.
     #[must_use]
     pub fn place(&self, name: &str) -> Option<Range<usize>> {
         self.places.get(name).cloned()
     }
 
-    /// Bytes of all tensors.
+    /// The number of bytes of all tensors.
     #[must_use]
     pub fn data_len(&self) -> u64 {
         self.data_len as u64
@@ -158,7 +157,7 @@ fn header(metadata: &BTreeMap<String, String>, infos: Vec<(String, TensorInfo)>)
     Ok(header)
 }
 
-/// Writes a safetensors file in pieces, one tensor at a time: what `sink` is given, in order, is the file.
+/// Writes a safetensors file, one tensor at a time, by passing the bytes to `sink` in order.
 ///
 /// # Errors
 /// Those of [`Layout::of`], of the source and of `sink`.
@@ -171,7 +170,7 @@ pub fn write_safetensors(
     layout.entries().try_for_each(|entry| sink(&bytes_of(source, &entry.name)?))
 }
 
-/// A safetensors file in memory; see [`Layout`].
+/// Writes a safetensors file in memory.
 ///
 /// # Errors
 /// Those of [`Layout::of`] and of the source.

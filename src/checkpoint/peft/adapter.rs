@@ -14,7 +14,7 @@ use super::PREFIX;
 use super::config::PeftConfig;
 use crate::{LoRAAdapter, QLoRALayer};
 
-/// What kind of module an adapter is for.
+/// The kind of module that an adapter is for.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum PeftModuleKind {
     /// A matrix `[d_out, d_in]`, or the transposed one of a `Conv1D`.
@@ -42,13 +42,13 @@ impl PeftModule {
         &self.adapter
     }
 
-    /// The bias of `B`, `[out]`, which counts `scale` times, as `B` does; there is one with `lora_bias`.
+    /// The bias of `B`, `[out]`, if `lora_bias` is set. It is multiplied by the scale, like `B`.
     #[must_use]
     pub fn lora_bias(&self) -> Option<&[f32]> {
         self.bias.as_deref()
     }
 
-    /// What kind of module it is for.
+    /// The kind of module that it is for.
     #[must_use]
     pub fn kind(&self) -> &PeftModuleKind {
         &self.kind
@@ -65,7 +65,7 @@ pub(in super::super) struct Factors {
     pub(in super::super) b_shape: [usize; 2],
 }
 
-/// Rows of an embedding that were trained.
+/// Trained rows of an embedding.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdaptedTokens {
     pub(in super::super) indices: Vec<usize>,
@@ -75,7 +75,7 @@ pub struct AdaptedTokens {
 }
 
 impl AdaptedTokens {
-    /// The tokens.
+    /// The tokens whose rows were trained.
     #[must_use]
     pub fn indices(&self) -> &[usize] {
         &self.indices
@@ -121,12 +121,12 @@ impl PeftAdapter {
         self.modules.get(name)
     }
 
-    /// Modules of which parameters have adapters (`target_parameters`), and the number of these.
+    /// The modules with adapters of parameters (`target_parameters`), and the number of these.
     pub fn parameters(&self) -> impl Iterator<Item = (&str, usize)> {
         self.parameters.iter().map(|(name, factors)| (name.as_str(), factors.len()))
     }
 
-    /// The pairs of a module's parameters, the outermost first.
+    /// The pairs of the parameters of a module, the outermost first.
     pub(in super::super) fn factors(&self, module: &str) -> &[Factors] {
         self.parameters.get(module).map_or(&[], Vec::as_slice)
     }
@@ -156,7 +156,7 @@ impl PeftAdapter {
         &self.bases
     }
 
-    /// The layer `module` of a model: the 4-bit base with this adapter, and with the bias that the adapter has for it.
+    /// Makes the layer `module` of a model: a 4-bit base with this adapter, and with the bias that the adapter has for it.
     ///
     /// # Errors
     /// [`CheckpointError::Missing`] if the adapter has nothing for this module; [`CheckpointError::Unsupported`] for an

@@ -15,7 +15,7 @@ use crate::LoRAScaling;
 
 pub(super) const CONFIG: &str = "adapter_config.json";
 
-/// The modules that an adapter was made for, as PEFT was told. Which ones it has, the tensors say.
+/// The `target_modules` of a configuration. The tensors tell which modules an adapter really has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TargetModules {
     /// Names, or ends of names.
@@ -24,15 +24,15 @@ pub enum TargetModules {
     Expression(String),
 }
 
-/// Which biases of the base were trained: `bias`.
+/// The biases of the base that were trained: the field `bias`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum BiasTraining {
     /// None.
     #[default]
     None,
-    /// All of the model.
+    /// All biases of the model.
     All,
-    /// Those of the modules with an adapter.
+    /// The biases of the modules with an adapter.
     LoraOnly,
 }
 
@@ -48,8 +48,8 @@ impl BiasTraining {
     }
 }
 
-/// What `adapter_config.json` says. Fields that change no result (`lora_dropout`, `task_type`,
-/// `base_model_name_or_path` and any unknown one) are kept and written again.
+/// The contents of an `adapter_config.json`. Fields that change no result (`lora_dropout`, `task_type`,
+/// `base_model_name_or_path` and unknown ones) are kept, and written again.
 #[derive(Debug, Clone)]
 pub struct PeftConfig {
     rank: usize,
@@ -239,13 +239,13 @@ impl PeftConfig {
         self.alphas.get(module).unwrap_or(self.alpha)
     }
 
-    /// How alpha and rank give the factor, `use_rslora`.
+    /// How the scale follows from alpha and rank: the field `use_rslora`.
     #[must_use]
     pub fn scaling(&self) -> LoRAScaling {
         self.scaling
     }
 
-    /// Whether there is a magnitude, `use_dora`.
+    /// Whether adapters have a magnitude: the field `use_dora`.
     #[must_use]
     pub fn is_dora(&self) -> bool {
         self.dora
@@ -269,7 +269,7 @@ impl PeftConfig {
         self.lora_bias
     }
 
-    /// What PEFT was told to adapt.
+    /// The modules to adapt: the field `target_modules`.
     #[must_use]
     pub fn target_modules(&self) -> Option<&TargetModules> {
         self.target_modules.as_ref()
@@ -314,7 +314,7 @@ impl PeftConfig {
         })
     }
 
-    /// All fields, also those that this library does nothing with.
+    /// All fields, including those that this library ignores.
     #[must_use]
     pub fn fields(&self) -> &Map<String, Value> {
         &self.fields
@@ -323,14 +323,14 @@ impl PeftConfig {
 
 /// Changes.
 impl PeftConfig {
-    /// The same configuration for other target modules.
+    /// Sets the target modules.
     #[must_use]
     pub fn with_target_modules(self, modules: TargetModules) -> Self {
         Self { target_modules: Some(modules), ..self }
     }
 
-    /// The same configuration with another value of a field that this library does nothing with: `task_type`,
-    /// `base_model_name_or_path` and the like. Of the other fields the typed value is what is written.
+    /// Sets a field that this library ignores, such as `task_type` or `base_model_name_or_path`. For other fields, this has no
+    /// effect on what is written.
     #[must_use]
     pub fn with_field(mut self, field: &str, value: Value) -> Self {
         self.fields.insert(field.to_owned(), value);

@@ -20,8 +20,8 @@ use crate::{LoRAAdapter, LoRAScaling};
 
 /// Making.
 impl PeftAdapter {
-    /// An adapter of these modules, by their names in the base model. The first one's rank and alpha become those of
-    /// the configuration; modules with others get patterns. The target modules are these very names.
+    /// An adapter for these modules, by their names in the base model. Rank and alpha of the first one become those of the
+    /// configuration, and modules with others get patterns. The target modules are exactly these names.
     ///
     /// # Errors
     /// [`CheckpointError::Unsupported`] if some have `rsLoRA` scaling or `DoRA` and others not, which PEFT cannot say;
@@ -61,14 +61,13 @@ impl PeftAdapter {
         })
     }
 
-    /// The same adapter with another value of a field that this library does nothing with; see
-    /// [`PeftConfig::with_field`].
+    /// Sets a field of the configuration that this library ignores; see [`PeftConfig::with_field`].
     #[must_use]
     pub fn with_field(self, field: &str, value: Value) -> Self {
         Self { config: self.config.with_field(field, value), ..self }
     }
 
-    /// The same adapter for other target modules, as PEFT is to be told.
+    /// Sets the target modules of the configuration.
     #[must_use]
     pub fn with_target_modules(self, modules: TargetModules) -> Self {
         Self { config: self.config.with_target_modules(modules), ..self }

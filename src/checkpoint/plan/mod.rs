@@ -131,7 +131,7 @@ pub(super) struct Plan {
     /// The modules with an adapter, by their names in the model.
     pub(super) merged: Vec<String>,
     /// The number of tensors that were in 4 bits.
-    pub(super) restored: usize,
+    pub(super) dequantized: usize,
     pub(super) dtype: FloatType,
     config: Option<ModelConfig>,
 }
@@ -169,7 +169,7 @@ struct Builder<'a> {
     plan: BTreeMap<String, Planned>,
     /// The type of most weights.
     main: FloatType,
-    restored: usize,
+    dequantized: usize,
     /// Modules of the model with an adapter.
     merged: Vec<String>,
     /// Modules whose weights are not those of the base, without embeddings.
@@ -193,7 +193,7 @@ impl<'a> Builder<'a> {
             foreign: foreign_tensors(source),
             plan: BTreeMap::new(),
             main: FloatType::F32,
-            restored: 0,
+            dequantized: 0,
             merged: Vec::new(),
             touched: Vec::new(),
             is_adapted: false,
@@ -212,7 +212,7 @@ impl<'a> Builder<'a> {
             count(state.dtype.dtype(), state.matrix_shape()?);
             let planned = builder.restored_tensor(&tensor, &state)?;
             builder.plan.insert(tensor, planned);
-            builder.restored += 1;
+            builder.dequantized += 1;
         }
         for name in source.names().filter(|name| described(name).is_none()) {
             if !builder.plan.contains_key(name) {
@@ -282,12 +282,12 @@ impl<'a> Builder<'a> {
         let dtype = options.dtype.unwrap_or(self.main);
         self.edits.dtype = dtype;
         self.edits.everywhere = options.dtype.is_some();
-        self.edits.restored = !keeps_foreign;
+        self.edits.dequantized = !keeps_foreign;
         if let Some(config) = &mut self.config {
             config.edit(&self.edits);
         }
-        let Self { plan, notes, merged, restored, config, .. } = self;
-        Ok(Plan { tensors: plan, notes, merged, restored, dtype, config })
+        let Self { plan, notes, merged, dequantized, config, .. } = self;
+        Ok(Plan { tensors: plan, notes, merged, dequantized, dtype, config })
     }
 
     /// Whether tensors in another format stay as they are; an error if they would lose their description, or if
@@ -298,7 +298,7 @@ impl<'a> Builder<'a> {
             self.check_described()?;
             return match self.foreign.first() {
                 None => Ok(false),
-                Some(tensor) => Err(tensor.error("cannot be restored, and config.json does not say how to load it")),
+                Some(tensor) => Err(tensor.error("cannot be dequantized, and config.json does not say how to load it")),
             };
         };
         let refused = |tensor: &str, reason: &str| {
@@ -318,7 +318,7 @@ impl<'a> Builder<'a> {
             );
         }
         if !self.is_adapted {
-            return refused("quantization_config", "these weights cannot be restored");
+            return refused("quantization_config", "these weights cannot be dequantized");
         }
         if options.dtype.is_some_and(|dtype| dtype != self.main) {
             return refused(

@@ -1,10 +1,10 @@
-//! What a merge did that may surprise.
+//! What a merge did that a user may not expect.
 
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
 
-/// Something that the merged model has otherwise than the base, or that was found out to merge it.
+/// A difference between a merged model and its base, or a decision that the merge took.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Note {
@@ -17,26 +17,26 @@ pub enum Note {
         /// The number of modules.
         modules: usize,
     },
-    /// A tensor that the base does not have.
+    /// The merged model has a tensor that the base does not have.
     Added {
         /// The tensor.
         tensor: String,
         /// Its shape.
         shape: Vec<usize>,
     },
-    /// A tensor that the merged model does not have: that of a head that another one replaces.
+    /// The merged model does not have a tensor of the base, which belongs to a head that another one replaces.
     Removed {
         /// The tensor.
         tensor: String,
     },
-    /// Two weights that were one.
+    /// Two weights were one in the base.
     Untied {
         /// The output head, which has a weight of its own now.
         head: String,
         /// The embedding whose weight it had.
         embedding: String,
     },
-    /// A tensor of another shape than in the base.
+    /// A tensor has another shape than in the base.
     Resized {
         /// The tensor.
         tensor: String,
@@ -45,14 +45,14 @@ pub enum Note {
         /// Its shape now.
         to: Vec<usize>,
     },
-    /// A configuration with another number of words.
+    /// The vocabulary has another size than in the base.
     Vocabulary {
         /// The number before.
         from: usize,
         /// The number now.
         to: usize,
     },
-    /// A model of another class.
+    /// The model has another class than the base.
     Architecture {
         /// The class of the base, if it is known.
         from: Option<String>,
@@ -61,14 +61,14 @@ pub enum Note {
         /// The number of labels.
         labels: Option<usize>,
     },
-    /// Tensors in another format, which stay as they are with their description.
+    /// Tensors in another format stay as they are, with their description.
     KeptQuantization {
         /// The format.
         format: String,
         /// The number of tensors.
         tensors: usize,
     },
-    /// Weights that the configuration cannot say are no longer one.
+    /// Two weights are no longer one, but the configuration has no way to say so.
     TiedByClass {
         /// The type of the model.
         model_type: String,
