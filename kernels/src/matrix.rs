@@ -184,6 +184,29 @@ impl<'a> Nf4Matrix<'a> {
         (get_range(self.packed, start / 2..(start + self.cols) / 2), start / GROUP_8X8)
     }
 
+    /// The absmax of consecutive groups of the 8x8 product, of which the first has the number `first` in the tensor.
+    #[allow(dead_code, reason = "only instruction sets with vectors take several at once")]
+    #[inline(always)]
+    pub(crate) fn fill_absmax_8x8(&self, first: usize, out: &mut [f32]) {
+        let shift = self.groups_8x8_per_block_log2();
+        match self.absmax {
+            Absmax::Plain(absmax) if shift == 0 => {
+                out.copy_from_slice(get_range(absmax, first..first + out.len()));
+            }
+            Absmax::Plain(absmax) if shift == 1 && first.is_multiple_of(2) => {
+                let blocks = get_range(absmax, first / 2..first / 2 + out.len().div_ceil(2));
+                let (pairs, half) = out.as_chunks_mut::<2>();
+                pairs.iter_mut().zip(blocks).for_each(|(pair, absmax)| *pair = [*absmax; 2]);
+                half.iter_mut().zip(blocks.last()).for_each(|(half, absmax)| *half = *absmax);
+            }
+            absmax => {
+                for (group, out) in (first..).zip(out) {
+                    *out = absmax.get_inside(group >> shift);
+                }
+            }
+        }
+    }
+
     /// The absmax of a group of the 8x8 product, by its number in the tensor.
     #[inline(always)]
     pub(crate) fn absmax_of_group_8x8(&self, group: usize) -> f32 {

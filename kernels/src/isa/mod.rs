@@ -8,16 +8,18 @@
 //! |---|---|---|
 //! | `quantize` | `simd/quantize.rs` | `conversions.rs`: `widen`, `encode` |
 //! | `dequantize` | `simd/dequantize.rs` | `conversions.rs`: `book`, `decode` |
-//! | `quantize_activations` | `simd/activations.rs` | `conversions.rs`: `widen`, `arrange_i16` |
+//! | `quantize_activations`, `quantize_activations_8x8` | `simd/activations.rs` | `conversions.rs`: `widen`, `arrange_i16` |
 //! | `gemv`, `gemm` (16x4) | `simd/product_16x4.rs` | `steps_16x4.rs`: `add_span` |
-//! | `gemv_8x8`, `gemm_8x8`, `quantize_activations_8x8` | `scalar_8x8.rs`, one for all | |
+//! | `gemv_8x8`, `gemm_8x8` | `simd/product_8x8.rs`, `batch_8x8.rs` | `steps_8x8.rs`: `add_quads`, `decode_rows`, `add_panel` |
 //! | `gemv_f32`, `gemm_f32`, `gemv_transposed_f32` | `simd/product_f32.rs` | `steps_f32.rs` |
 //! | `gemm_transposed_f32`, `gemm_transposed_dense_add` | `simd/product_transposed.rs` | `steps.rs`: `add`, `mul`, `decode` |
 //! | `gemv_dense` | `simd/product_dense.rs` | `conversions.rs`: `widen`; `add`, `mul` |
 //! | `mean`, `quantize_absmax` | `double_quant.rs`, one for all | |
 //!
-//! `avx512/` multiplies 16x4 by loops of its own, which put rows into the lanes of a register, has wider steps for the
-//! transposed products of batches (`columns.rs`), and takes all else from `avx2/`. The inner loops of x86-64, as they are compiled, stand in `asm/`, with the cycles that they are modelled to take.
+//! `avx512/` multiplies 16x4 by loops of its own, which put rows into the lanes of a register, has wider steps for 8x8 and
+//! for the transposed products of batches (`columns.rs`), and takes all else from `avx2/`. Where an instruction set has no
+//! steps for 8x8, its products are those of `scalar_8x8.rs`. The inner loops of x86-64, as they are compiled, stand in
+//! `asm/`, with the cycles that they are modelled to take.
 //!
 //! An arithmetic for packed weights takes three files: its traits, `simd/steps_NAME.rs`, its loops,
 //! `simd/product_NAME.rs`, and its steps, `steps_NAME.rs` in the folder of each instruction set.

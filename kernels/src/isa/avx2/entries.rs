@@ -9,21 +9,24 @@ use bytemuck::must_cast;
 use super::Avx2;
 use super::codes::f32_planes;
 use super::conversions::Streaming;
-use crate::activations::Activations;
+use crate::activations::{Activations, Activations8x8};
 use crate::float::Float;
-use crate::isa::simd::planes::PLANES_I16;
+use crate::isa::simd::planes::{PLANES_I16, UNSIGNED_BOOK_I8};
 use crate::isa::simd::steps::{Decode, Steps, Widen};
 use crate::isa::simd::{
-    activations, batch_16x4, dequantize, product_16x4, product_dense, product_f32, product_transposed, quantize,
+    activations, batch_8x8, batch_16x4, dequantize, product_8x8, product_16x4, product_dense, product_f32,
+    product_transposed, quantize,
 };
 use crate::isa::table::FloatTable;
 use crate::matrix::Nf4Matrix;
+use crate::spec::CODEBOOK_I8;
 
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
 pub(in crate::isa) fn avx2<const VNNI: bool>() -> Avx2<VNNI> {
     let i16_planes = PLANES_I16.map(|plane| _mm256_broadcastsi128_si256(must_cast(plane)));
-    Avx2 { i16_planes, f32_planes: f32_planes() }
+    let i8_book = if VNNI { must_cast(UNSIGNED_BOOK_I8) } else { must_cast(CODEBOOK_I8) };
+    Avx2 { i16_planes, i8_book: _mm256_broadcastsi128_si256(i8_book), f32_planes: f32_planes() }
 }
 
 #[target_feature(enable = "avx2,f16c")]
@@ -107,6 +110,31 @@ pub(super) fn gemv_vnni(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, o
 #[target_feature(enable = "avx2,f16c,avxvnni")]
 pub(super) fn gemm_vnni(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
     batch_16x4::gemm(&steps_vnni(), matrix, activations, out);
+}
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn quantize_activations_8x8(inputs: &[f32], values: &mut [i8], scales: &mut [f32]) {
+    activations::quantize_activations_8x8(&steps(), &steps(), inputs, values, scales);
+}
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn gemv_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    product_8x8::gemv(&steps(), matrix, activations, out);
+}
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn gemm_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    batch_8x8::gemm(&steps(), matrix, activations, out);
+}
+
+#[target_feature(enable = "avx2,f16c,avxvnni")]
+pub(super) fn gemv_8x8_vnni(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    product_8x8::gemv(&steps_vnni(), matrix, activations, out);
+}
+
+#[target_feature(enable = "avx2,f16c,avxvnni")]
+pub(super) fn gemm_8x8_vnni(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    batch_8x8::gemm(&steps_vnni(), matrix, activations, out);
 }
 
 #[target_feature(enable = "avx2,f16c")]

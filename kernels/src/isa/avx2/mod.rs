@@ -30,14 +30,15 @@ mod conversions;
 mod entries;
 mod registers;
 mod steps_16x4;
+mod steps_8x8;
 mod steps_f32;
 
 use core::arch::x86_64::__m256i;
 
 pub(super) use entries::avx2;
 pub(super) use registers::prefetch;
+pub(super) use steps_8x8::{add_lanes_of_four, quad};
 
-use super::scalar;
 use super::table::{FloatTable, Isa, Table};
 use crate::double_quant;
 use crate::spec::SPAN;
@@ -53,10 +54,10 @@ pub(super) static TABLE: Table = Table {
     quantize_activations: entries::quantize_activations,
     gemv: entries::gemv,
     gemm: entries::gemm,
-    slots_8x8: scalar::TABLE.slots_8x8,
-    quantize_activations_8x8: scalar::TABLE.quantize_activations_8x8,
-    gemv_8x8: scalar::TABLE.gemv_8x8,
-    gemm_8x8: scalar::TABLE.gemm_8x8,
+    slots_8x8: &SLOTS_8X8,
+    quantize_activations_8x8: entries::quantize_activations_8x8,
+    gemv_8x8: entries::gemv_8x8,
+    gemm_8x8: entries::gemm_8x8,
     gemv_f32: entries::gemv_f32,
     gemm_f32: entries::gemm_f32,
     gemv_transposed_f32: entries::gemv_transposed_f32,
@@ -64,9 +65,16 @@ pub(super) static TABLE: Table = Table {
     gemm_transposed_dense_add: entries::gemm_transposed_dense_add,
 };
 
-/// With AVX-VNNI, whose `vpdpwssd` is a `vpmaddwd` and a `vpaddd`.
-pub(super) static AVX_VNNI: Table =
-    Table { isa: Isa::AvxVnni, gemv: entries::gemv_vnni, gemm: entries::gemm_vnni, ..TABLE };
+/// With AVX-VNNI, whose `vpdpwssd` is a `vpmaddwd` and a `vpaddd`, and whose `vpdpbusd` takes the place of five
+/// instructions.
+pub(super) static AVX_VNNI: Table = Table {
+    isa: Isa::AvxVnni,
+    gemv: entries::gemv_vnni,
+    gemm: entries::gemm_vnni,
+    gemv_8x8: entries::gemv_8x8_vnni,
+    gemm_8x8: entries::gemm_8x8_vnni,
+    ..TABLE
+};
 
 /// First the even columns (high nibbles), then the odd ones; within each, bytes 0-7, 16-23, 8-15, 24-31. That is what
 /// two `vpunpck` of the two byte planes leave in 256-bit registers, so nothing has to be shuffled.
@@ -85,10 +93,26 @@ static SLOTS: [u8; SPAN] = {
     slots
 };
 
+/// First the even columns, then the odd ones, each in the order of the bytes.
+static SLOTS_8X8: [u8; SPAN] = {
+    let mut slots = [0; SPAN];
+    let mut column = 0;
+    while column < SPAN {
+        #[allow(clippy::cast_possible_truncation, reason = "a slot is below 64")]
+        {
+            slots[column] = (column % 2 * 32 + column / 2) as u8;
+        }
+        column += 1;
+    }
+    slots
+};
+
 /// Tables for look-ups, each in both halves of a register. `VNNI` says whether the CPU has AVX-VNNI too.
 pub(super) struct Avx2<const VNNI: bool = false> {
     /// The two bytes of each entry of the 16x4 codebook.
     i16_planes: [__m256i; 2],
+    /// The 8x8 codebook; with AVX-VNNI larger by 128.
+    i8_book: __m256i,
     /// The four bytes of each entry of the f32 codebook.
     f32_planes: [__m256i; 4],
 }

@@ -76,6 +76,24 @@ pub(super) unsafe fn add_products(mut sums: __m256i, a: __m256i, b: __m256i) -> 
     sums
 }
 
+/// `sums` and the products of four unsigned and four signed 8-bit integers.
+///
+/// # Safety
+/// The CPU must have AVX-VNNI, as for [`add_products`].
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) unsafe fn add_byte_products(mut sums: __m256i, unsigned: __m256i, signed: __m256i) -> __m256i {
+    // SAFETY: computes on registers alone, with an instruction that the CPU has.
+    unsafe {
+        asm!(
+            "{{vex}} vpdpbusd {0}, {1}, {2}",
+            inout(ymm_reg) sums, in(ymm_reg) unsigned, in(ymm_reg) signed,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
+}
+
 /// Prefetches the cache line `ahead` bytes after the start of `data`, whether it lies in it or not.
 #[inline(always)]
 pub(in crate::isa) fn prefetch<T>(data: &[T], ahead: usize) {

@@ -41,16 +41,25 @@
 //! ```
 //!
 #![doc = include_str!("../../../asm/avx512-vnni.md")]
+#![expect(unsafe_code, reason = "proves that the CPU has what these functions are compiled for")]
 
 mod codes;
 mod columns;
 mod few;
 mod panel;
 mod registers;
+mod steps_8x8;
+
+use core::arch::x86_64::{__m512i, _mm512_broadcast_i32x4};
+
+use bytemuck::must_cast;
 
 use super::avx2;
+use super::simd::planes::UNSIGNED_BOOK_I8;
+use super::simd::steps::Steps;
+use super::simd::{batch_8x8, product_8x8};
 use super::table::{Isa, Table};
-use crate::activations::Activations;
+use crate::activations::{Activations, Activations8x8};
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
@@ -58,10 +67,37 @@ pub(super) static TABLE: Table = Table {
     isa: Isa::Avx512Vnni,
     gemv: multiply,
     gemm: multiply,
+    gemv_8x8,
+    gemm_8x8,
     gemm_transposed_f32: columns::gemm_transposed_f32,
     gemm_transposed_dense_add: columns::gemm_transposed_dense_add,
     ..avx2::TABLE
 };
+
+/// A table for look-ups: the 8x8 codebook, larger by 128, in each 128 bits.
+struct Avx512 {
+    i8_book: __m512i,
+}
+
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
+#[inline]
+fn steps() -> Steps<Avx512> {
+    let i8_book = _mm512_broadcast_i32x4(must_cast(UNSIGNED_BOOK_I8));
+    // SAFETY: this function has the features of all steps.
+    unsafe { Steps::new(Avx512 { i8_book }) }
+}
+
+/// The 8x8 product of a vector.
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
+fn gemv_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    product_8x8::gemv(&steps(), matrix, activations, out);
+}
+
+/// The 8x8 product of a batch.
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
+fn gemm_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    batch_8x8::gemm(&steps(), matrix, activations, out);
+}
 
 /// From this batch on, decoding into a panel is faster.
 const PANEL_BATCH: usize = 12;

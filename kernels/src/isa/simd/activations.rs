@@ -1,9 +1,10 @@
-//! Inputs of the 16x4 product.
+//! Inputs of the products with integers.
 
 use super::steps::{Floats, Steps};
-use crate::activations::ACTIVATION_MAX;
+use super::steps_8x8::Steps8x8;
+use crate::activations::{ACTIVATION_MAX, ACTIVATION_MAX_8X8};
 use crate::isa::scalar;
-use crate::spec::SPAN;
+use crate::spec::{GROUP_8X8, SPAN};
 
 /// Quantizes inputs in groups, into the order of the table's slots.
 #[inline(always)]
@@ -16,30 +17,60 @@ pub(in crate::isa) fn quantize_activations<S: Floats>(
 ) {
     let spans = inputs.chunks(SPAN).zip(values.as_chunks_mut::<SPAN>().0).zip(scales.chunks_mut(SPAN / group));
     for ((inputs, values), scales) in spans {
-        let mut padded = [0.0; SPAN];
-        let inputs = <&[f32; SPAN]>::try_from(inputs).unwrap_or_else(|_| {
-            padded[..inputs.len()].copy_from_slice(inputs);
-            &padded
-        });
-        let zero = steps.splat(0.0);
-        let mut scaled = [zero; 8];
-        let per_group = group / 8;
-        let groups = inputs.as_chunks().0.chunks(per_group).zip(scaled.chunks_mut(per_group));
-        for ((inputs, scaled), scale) in groups.zip(scales) {
-            let mut largest = zero;
-            for x in inputs {
-                largest = steps.max_abs(largest, steps.load(x));
-            }
-            let factor;
-            (*scale, factor) =
-                scalar::activation_scale(f32::from_bits(steps.largest_bits(largest)), f32::from(ACTIVATION_MAX));
-            if factor > 0.0 {
-                let factor = steps.splat(factor);
-                for (x, scaled) in inputs.iter().zip(scaled) {
-                    *scaled = steps.mul(steps.load(x), factor);
-                }
+        quantize_span(steps, inputs, group, f32::from(ACTIVATION_MAX), values, scales);
+    }
+}
+
+/// Quantizes inputs of the 8x8 product, into the order of the table's slots. `floats` are steps for the arithmetic.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "other instruction sets take the portable form"))]
+#[inline(always)]
+pub(in crate::isa) fn quantize_activations_8x8<F: Floats, S: Steps8x8>(
+    floats: &Steps<F>,
+    steps: &Steps<S>,
+    inputs: &[f32],
+    values: &mut [i8],
+    scales: &mut [f32],
+) {
+    let spans = inputs.chunks(SPAN).zip(values.as_chunks_mut::<SPAN>().0).zip(scales.chunks_mut(SPAN / GROUP_8X8));
+    for ((inputs, values), scales) in spans {
+        let mut wide = [0; SPAN];
+        quantize_span(floats, inputs, GROUP_8X8, f32::from(ACTIVATION_MAX_8X8), &mut wide, scales);
+        steps.narrow(&wide, values);
+    }
+}
+
+/// Quantizes a span to integers up to `max`.
+#[inline(always)]
+fn quantize_span<S: Floats>(
+    steps: &Steps<S>,
+    inputs: &[f32],
+    group: usize,
+    max: f32,
+    values: &mut [i16; SPAN],
+    scales: &mut [f32],
+) {
+    let mut padded = [0.0; SPAN];
+    let inputs = <&[f32; SPAN]>::try_from(inputs).unwrap_or_else(|_| {
+        padded[..inputs.len()].copy_from_slice(inputs);
+        &padded
+    });
+    let zero = steps.splat(0.0);
+    let mut scaled = [zero; 8];
+    let per_group = group / 8;
+    let groups = inputs.as_chunks().0.chunks(per_group).zip(scaled.chunks_mut(per_group));
+    for ((inputs, scaled), scale) in groups.zip(scales) {
+        let mut largest = zero;
+        for x in inputs {
+            largest = steps.max_abs(largest, steps.load(x));
+        }
+        let factor;
+        (*scale, factor) = scalar::activation_scale(f32::from_bits(steps.largest_bits(largest)), max);
+        if factor > 0.0 {
+            let factor = steps.splat(factor);
+            for (x, scaled) in inputs.iter().zip(scaled) {
+                *scaled = steps.mul(steps.load(x), factor);
             }
         }
-        steps.arrange_i16(scaled, values);
     }
+    steps.arrange_i16(scaled, values);
 }

@@ -1,7 +1,7 @@
 //! Tables for look-ups of single bytes: plane `p` holds byte `p` of each entry of a codebook, the lowest first.
 
 use crate::format::CODEBOOK;
-use crate::spec::CODEBOOK_I16;
+use crate::spec::{CODEBOOK_I8, CODEBOOK_I16};
 
 /// The bytes of [`CODEBOOK`].
 pub(in crate::isa) const PLANES_F32: [[u8; 16]; 4] = {
@@ -23,4 +23,16 @@ pub(in crate::isa) const PLANES_I16: [[u8; 16]; 2] = {
         k += 1;
     }
     planes
+};
+
+/// [`CODEBOOK_I8`], larger by 128.
+#[allow(dead_code, reason = "for instruction sets that multiply unsigned by signed integers")]
+pub(in crate::isa) const UNSIGNED_BOOK_I8: [u8; 16] = {
+    let mut book = [0; 16];
+    let mut k = 0;
+    while k < 16 {
+        book[k] = CODEBOOK_I8[k].cast_unsigned() ^ 0x80;
+        k += 1;
+    }
+    book
 };

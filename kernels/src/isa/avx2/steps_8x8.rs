@@ -1,0 +1,255 @@
+//! The steps of the 8x8 product.
+
+#![expect(unsafe_code, reason = "the steps of a trait are `unsafe fn`: the CPU must have AVX2")]
+
+use core::arch::x86_64::*;
+
+use bytemuck::must_cast;
+
+use super::Avx2;
+use super::codes::split_codes;
+use super::registers::{add_byte_products, load_f32, prefetch, store_f32};
+use crate::isa::simd::steps_8x8::{
+    PanelSpan, Quad, QuadAbsmax, QuadSums, ROWS, Steps8x8, Sums, VECTORS, VectorSpan, trimmed,
+};
+use crate::spec::SPAN;
+
+/// Of eight rows and sixteen times four columns the weights, and their magnitudes.
+type EightRows = [[u8; 64]; 16];
+
+impl<const VNNI: bool> Steps8x8 for Avx2<VNNI> {
+    const QUADS: usize = 1;
+    const EMPTY: [EightRows; ROWS / 8] = [[[0; 64]; 16]; ROWS / 8];
+
+    type Weights = [EightRows; ROWS / 8];
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    unsafe fn narrow(&self, values: &[i16; SPAN], out: &mut [i8; SPAN]) {
+        // Within 128 bits, which are consecutive bytes.
+        let [a, b, c, d]: [__m256i; 4] = must_cast(*values);
+        *out = must_cast([_mm256_packs_epi16(a, b), _mm256_packs_epi16(c, d)]);
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    unsafe fn decode_rows(&self, packed: [&[u8; SPAN / 2]; ROWS], ahead: usize, out: &mut [EightRows; ROWS / 8]) {
+        for packed in packed {
+            prefetch(packed, ahead);
+        }
+        for (rows, out) in packed.as_chunks().0.iter().zip(out) {
+            for (words, out) in transpose(*rows).into_iter().zip(out.as_chunks_mut::<2>().0) {
+                let [even, odd] = split_codes(&must_cast(words));
+                let (even, odd) = (_mm256_shuffle_epi8(self.i8_book, even), _mm256_shuffle_epi8(self.i8_book, odd));
+                *out = must_cast([even, _mm256_abs_epi8(even), odd, _mm256_abs_epi8(odd)]);
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    unsafe fn starts(&self, values: &[[i8; SPAN]; VECTORS]) -> [[i32; VECTORS]; 2] {
+        let [a, b, c, d, e, f, g, h] = values;
+        let above = add_lanes_of_four(self.start(a), self.start(b), self.start(c), self.start(d));
+        let below = add_lanes_of_four(self.start(e), self.start(f), self.start(g), self.start(h));
+        must_cast([_mm256_permute2x128_si256::<0x20>(above, below), _mm256_permute2x128_si256::<0x31>(above, below)])
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline(never)]
+    unsafe fn add_panel<const N: usize>(
+        &self,
+        panel: &[PanelSpan<[EightRows; ROWS / 8]>],
+        vectors: &[VectorSpan],
+        sums: &mut [Sums; VECTORS],
+    ) {
+        for eight in 0..ROWS / 8 {
+            if N == 2 {
+                self.add_groups::<2, 0, 0>(panel, eight, vectors, sums);
+                self.add_groups::<2, 0, 1>(panel, eight, vectors, sums);
+                continue;
+            }
+            self.add_groups::<4, 0, 0>(panel, eight, vectors, sums);
+            self.add_groups::<4, 0, 1>(panel, eight, vectors, sums);
+            if N == 8 {
+                self.add_groups::<4, 4, 0>(panel, eight, vectors, sums);
+                self.add_groups::<4, 4, 1>(panel, eight, vectors, sums);
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    unsafe fn add_quads<const GROUPS: usize, const Q: usize>(
+        &self,
+        packed: [Quad<'_>; Q],
+        values: &[[i8; SPAN]],
+        absmax: [QuadAbsmax<'_, GROUPS>; Q],
+        scales: &[[f32; 2]],
+        ahead: usize,
+        sums: &mut [QuadSums; Q],
+    ) {
+        let spans = values.len();
+        let scales = &scales[..spans];
+        for ((packed, absmax), sums) in packed.into_iter().zip(absmax).zip(sums) {
+            let ([a, b, c, d], [e, f, g, h]) = (trimmed(packed, spans), trimmed(absmax, spans));
+            let mut total = load_f32(sums);
+            for s in 0..spans {
+                let start = self.start(&values[s]);
+                let x: [__m256i; 2] = must_cast(values[s]);
+                let ab = [self.products(&a[s], x, start, ahead), self.products(&b[s], x, start, ahead)];
+                let cd = [self.products(&c[s], x, start, ahead), self.products(&d[s], x, start, ahead)];
+                let products = add_lanes_of_four(ab[0], ab[1], cd[0], cd[1]);
+                let scales = _mm256_set_m128(_mm_set1_ps(scales[s][1]), _mm_set1_ps(scales[s][0]));
+                let factors = _mm256_mul_ps(quad(&e[s], &f[s], &g[s], &h[s]), scales);
+                total = _mm256_add_ps(total, _mm256_mul_ps(_mm256_cvtepi32_ps(products), factors));
+            }
+            store_f32(sums, total);
+        }
+    }
+}
+
+impl<const VNNI: bool> Avx2<VNNI> {
+    /// What the sums of products of a span start with: minus 128 times the activations, where weights are larger by 128.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn start(&self, values: &[i8; SPAN]) -> __m256i {
+        let (zero, [even, odd]) = (_mm256_setzero_si256(), must_cast(*values));
+        if !VNNI {
+            return zero;
+        }
+        let bias = _mm256_set1_epi8(-128);
+        // SAFETY: `self` is only made where the CPU has AVX-VNNI.
+        let sums = unsafe { add_byte_products(zero, bias, even) };
+        // SAFETY: as above.
+        _mm256_sub_epi32(zero, unsafe { add_byte_products(sums, bias, odd) })
+    }
+
+    /// Adds the products of a span to `start`: of four columns in each lane.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn products(&self, packed: &[u8; 32], x: [__m256i; 2], start: __m256i, ahead: usize) -> __m256i {
+        prefetch(packed, ahead);
+        let [even, odd] = split_codes(packed);
+        let (even, odd) = (_mm256_shuffle_epi8(self.i8_book, even), _mm256_shuffle_epi8(self.i8_book, odd));
+        let magnitudes = [_mm256_abs_epi8(even), _mm256_abs_epi8(odd)];
+        if VNNI {
+            self.add(self.add(start, even, even, x[0]), odd, odd, x[1])
+        } else {
+            _mm256_add_epi32(dot(even, magnitudes[0], x[0]), dot(odd, magnitudes[1], x[1]))
+        }
+    }
+
+    /// Adds the products of weights and activations, of four columns in each lane.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn add(&self, sums: __m256i, weights: __m256i, magnitudes: __m256i, x: __m256i) -> __m256i {
+        if VNNI {
+            // SAFETY: `self` is only made where the CPU has AVX-VNNI.
+            unsafe { add_byte_products(sums, weights, x) }
+        } else {
+            _mm256_add_epi32(sums, dot(weights, magnitudes, x))
+        }
+    }
+
+    /// Adds the products of the first or the second groups of eight rows of a panel and the `V` vectors from `FIRST` on,
+    /// whose sums are in registers.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn add_groups<const V: usize, const FIRST: usize, const GROUP: usize>(
+        &self,
+        panel: &[PanelSpan<[EightRows; ROWS / 8]>],
+        eight: usize,
+        vectors: &[VectorSpan],
+        sums: &mut [Sums; VECTORS],
+    ) {
+        let mut totals = [_mm256_setzero_ps(); V];
+        for v in 0..V {
+            totals[v] = load_f32(&sums[FIRST + v][GROUP].as_chunks().0[eight]);
+        }
+        for (panel, vectors) in panel.iter().zip(vectors) {
+            let mut products = [_mm256_setzero_si256(); V];
+            if VNNI {
+                for (v, products) in products.iter_mut().enumerate() {
+                    *products = _mm256_set1_epi32(vectors.starts[GROUP][FIRST + v]);
+                }
+            }
+            for j in 0..8 {
+                let [weights, magnitudes] = must_cast(panel.weights[eight][8 * GROUP + j]);
+                // Words of even columns, then of odd ones.
+                let word = j % 2 * 8 + 4 * GROUP + j / 2;
+                for (v, products) in products.iter_mut().enumerate() {
+                    let x = _mm256_set1_epi32(must_cast(vectors.values[FIRST + v].as_chunks::<4>().0[word]));
+                    *products = self.add(*products, weights, magnitudes, x);
+                }
+            }
+            let absmax = load_f32(&panel.absmax[GROUP].as_chunks().0[eight]);
+            for v in 0..V {
+                let factors = _mm256_mul_ps(absmax, _mm256_set1_ps(vectors.scales[GROUP][FIRST + v]));
+                totals[v] = _mm256_add_ps(totals[v], _mm256_mul_ps(_mm256_cvtepi32_ps(products[v]), factors));
+            }
+        }
+        for v in 0..V {
+            store_f32(&mut sums[FIRST + v][GROUP].as_chunks_mut().0[eight], totals[v]);
+        }
+    }
+}
+
+/// In each half the sums of the four lanes of `a`, `b`, `c` and `d`.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(in crate::isa) fn add_lanes_of_four(a: __m256i, b: __m256i, c: __m256i, d: __m256i) -> __m256i {
+    _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d))
+}
+
+/// The absmax of a span of four rows: of their first groups in the low half, of their second ones in the high half.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(in crate::isa) fn quad<const GROUPS: usize>(
+    a: &[f32; GROUPS],
+    b: &[f32; GROUPS],
+    c: &[f32; GROUPS],
+    d: &[f32; GROUPS],
+) -> __m256 {
+    let first = _mm_setr_ps(a[0], b[0], c[0], d[0]);
+    let second = if GROUPS == 1 { first } else { _mm_setr_ps(a[1], b[1], c[1], d[1]) };
+    _mm256_set_m128(second, first)
+}
+
+/// The products of four columns in each lane. The signs go to the activations, because `vpmaddubsw` takes one factor
+/// without a sign; with those of 124 and 127 it does not saturate.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn dot(weights: __m256i, magnitudes: __m256i, x: __m256i) -> __m256i {
+    let pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(x, weights));
+    _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+}
+
+/// The eight 32-bit words of a span of eight rows: word `i` of the result has that of row `r` in lane `r`.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn transpose(rows: [&[u8; 32]; 8]) -> [__m256i; 8] {
+    let [a, b, c, d, e, f, g, h] = rows;
+    let (above, below) = (transpose_four(a, b, c, d), transpose_four(e, f, g, h));
+    let mut words = [_mm256_setzero_si256(); 8];
+    for i in 0..4 {
+        words[i] = _mm256_permute2x128_si256::<0x20>(above[i], below[i]);
+        words[4 + i] = _mm256_permute2x128_si256::<0x31>(above[i], below[i]);
+    }
+    words
+}
+
+/// As [`transpose`], for four rows: words `i` and `i + 4`, each in a half.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn transpose_four(a: &[u8; 32], b: &[u8; 32], c: &[u8; 32], d: &[u8; 32]) -> [__m256i; 4] {
+    let (a, b, c, d) = (must_cast(*a), must_cast(*b), must_cast(*c), must_cast(*d));
+    let (low_01, high_01) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    let (low_23, high_23) = (_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+    [
+        _mm256_unpacklo_epi64(low_01, low_23),
+        _mm256_unpackhi_epi64(low_01, low_23),
+        _mm256_unpacklo_epi64(high_01, high_23),
+        _mm256_unpackhi_epi64(high_01, high_23),
+    ]
+}
