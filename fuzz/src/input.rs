@@ -107,12 +107,15 @@ impl Floats {
             }
         }
         let place = usize::from(self.patches[0].0) % len.max(1);
-        if let (Some(value), Some(special)) =
-            (values.get_mut(place), SPECIAL.get(usize::from(self.kind / 8 % 8).wrapping_sub(1)))
-        {
-            *value = *special;
+        if let (Some(value), Some(special)) = (values.get_mut(place), self.special()) {
+            *value = special;
         }
         values
+    }
+
+    /// The value that stands at a place of its own.
+    pub fn special(&self) -> Option<f32> {
+        SPECIAL.get(usize::from(self.kind / 8 % 8).wrapping_sub(1)).copied()
     }
 
     fn convert(&self, bits: u32) -> f32 {

@@ -9,7 +9,8 @@ use crate::layer_truth::products::{self as truth, Row};
 /// How the scales of a matrix are made.
 #[derive(Debug, Clone, Copy, Arbitrary)]
 pub struct Scales {
-    /// Odd: nested; with the second bit the map is not the usual one, but made of the same floats as the scales.
+    /// Odd: nested; with the second bit the map is not the usual one, but made of the same floats as the scales. Plain scales
+    /// with the second bit: all of one row are the special value, wherever a tile of other rows may take it from.
     pub nested: u8,
     pub floats: Floats,
 }
@@ -51,7 +52,15 @@ impl Matrix {
         let blocks = block_size.blocks(rows * cols);
         let floats = scales.floats;
         let (absmax, nested) = if scales.nested.is_multiple_of(2) {
-            (floats.take(blocks, bytes), None)
+            let mut absmax = floats.take(blocks, bytes);
+            if scales.nested & 2 != 0
+                && let Some(special) = floats.special()
+            {
+                let len = blocks.checked_div(rows).unwrap_or(0).max(1);
+                let row = usize::from(floats.patches[1].0) % rows.max(1);
+                absmax.iter_mut().skip(row * len).take(len).for_each(|scale| *scale = special);
+            }
+            (absmax, None)
         } else {
             let absmax = floats.take(blocks.div_ceil(NESTED_BLOCK), bytes);
             let offset = floats.take(1, bytes)[0];
