@@ -56,14 +56,15 @@ impl Rope {
     }
 
     /// Pairs of a head.
-    pub(crate) fn pairs(&self) -> usize {
+    #[must_use]
+    pub fn pairs(&self) -> usize {
         self.frequencies.len()
     }
 
-    /// Cosine and sine of each pair's angle at a position. The angle is an f32 product as in transformers; its cosine
-    /// and sine are computed in f64 and rounded.
+    /// Cosine and sine of each pair's angle at a position; slices that are shorter get the first of them. The angle is an
+    /// f32 product as in transformers; its cosine and sine are computed in f64 and rounded.
     #[allow(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
-    pub(crate) fn angles(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
+    pub fn angles(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
         for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(&self.frequencies) {
             let (s, c) = libm::sincos(f64::from(position as f32 * frequency));
             (*cos, *sin) = (c as f32, s as f32);

@@ -112,6 +112,14 @@ impl Text {
     /// # Errors
     /// If the model has no template, or it refuses the messages.
     pub fn chat(&self, messages: &[Message]) -> Result<String> {
+        self.render(messages, true)
+    }
+
+    /// The text of a chat; with `prompt` as [`Self::chat`], without it up to the end of the last message.
+    ///
+    /// # Errors
+    /// Those of [`Self::chat`].
+    pub fn render(&self, messages: &[Message], prompt: bool) -> Result<String> {
         let Some(template) = &self.template else { bail!("the model has no chat template") };
         let mut environment = Environment::new();
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
@@ -125,7 +133,7 @@ impl Text {
         let mut values = self.special.clone();
         let messages: Vec<Value> = messages.iter().map(|m| json!({ "role": m.role, "content": m.content })).collect();
         values.insert("messages".to_string(), messages.into());
-        values.insert("add_generation_prompt".to_string(), true.into());
+        values.insert("add_generation_prompt".to_string(), prompt.into());
         environment.get_template("chat").and_then(|template| template.render(values)).context("chat template")
     }
 }
