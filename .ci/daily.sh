@@ -27,8 +27,8 @@ check_unsafe() {
     for file in src/lib.rs cli/src/lib.rs cli/src/main.rs; do
         grep -q '^#!\[forbid(unsafe_code)\]' "$file" || { echo "$file does not forbid unsafe code"; return 1; }
     done
-    for file in Cargo.toml examples/llama/Cargo.toml; do
-        grep -q '^unsafe_code = "deny"' "$file" || { echo "unsafe code is not denied in $file"; return 1; }
+    for file in Cargo.toml examples/llama/Cargo.toml candle/Cargo.toml; do
+        grep -qE '^unsafe_code = "(deny|forbid)"' "$file" || { echo "unsafe code is not denied in $file"; return 1; }
     done
     found=$(grep -rnw --include='*.rs' --exclude-dir=target unsafe fuzz examples/cortex-m examples/web tests/wasm |
         grep -vE -e '^[^:]*:[0-9]+: *//' -e ':#\[unsafe\(no_mangle\)\]$' || true)

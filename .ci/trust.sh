@@ -52,10 +52,12 @@ Apache-2.0 WITH LLVM-exception OR Apache-2.0 OR MIT
 Apache-2.0/MIT
 BSD-2-Clause OR Apache-2.0 OR MIT
 BSD-2-Clause OR MIT OR Apache-2.0
+CC0-1.0 OR MIT-0 OR Apache-2.0
 MIT
 MIT OR Apache-2.0
 MIT OR Apache-2.0 OR LGPL-2.1-or-later
 MIT/Apache-2.0
+Unicode-3.0
 Unlicense OR MIT
 Unlicense/MIT
 Zlib
