@@ -7,11 +7,15 @@
 
 #![allow(clippy::unwrap_used, clippy::cast_precision_loss, reason = "shapes are fixed and fit")]
 
+#[path = "../tests/support/generator.rs"]
+mod generator;
+
 use core::hint::black_box;
 use core::time::Duration;
 use std::time::Instant;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
+use generator::Generator;
 use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Isa, Kernels, NestedAbsmax, Nf4Matrix, bf16, f16};
 
 /// A toy, one that stays in the cache, and one that does not: sixteen matrices in turn, 150 MB.
@@ -56,13 +60,9 @@ struct Data {
 impl Data {
     fn new(shape: &'static Shape, block_size: BlockSize) -> Self {
         let (n, kernels) = (shape.rows * shape.cols, Kernels::detect());
-        let mut state = 1_u64;
-        let mut uniform = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / (1 << 24) as f32 - 0.5
-        };
-        let weights: Vec<f32> = (0..n).map(|_| uniform()).collect();
-        let inputs: Vec<f32> = (0..shape.cols * BATCHES[1]).map(|_| uniform()).collect();
+        let mut generator = Generator(1);
+        let mut uniform = |len| -> Vec<f32> { (0..len).map(|_| generator.uniform() - 0.5).collect() };
+        let (weights, inputs) = (uniform(n), uniform(shape.cols * BATCHES[1]));
         let (mut packed, mut absmax) = (vec![0; n / 2], vec![0.0; block_size.blocks(n)]);
         kernels.quantize(&weights, block_size, &mut packed, &mut absmax).unwrap();
         let (mut codes, mut nested_absmax) = (vec![0; absmax.len()], vec![0.0; absmax.len().div_ceil(256)]);

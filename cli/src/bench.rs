@@ -10,6 +10,7 @@ use nf4::{AbsmaxBuf, BlockSize, Float, Kernels, Nf4Matrix, bf16, packed_len};
 use serde::Serialize;
 use serde_json::json;
 
+use crate::generator::Generator;
 use crate::memory;
 use crate::report::Prepared;
 use crate::text::Text;
@@ -260,13 +261,9 @@ fn xor(bytes: &[u8]) -> [u64; 16] {
     })
 }
 
-/// Numbers uniform in `[-0.5, 0.5)`.
+/// Uniform numbers in `[-0.5, 0.5)`.
 fn noise(len: usize, seed: u64) -> Result<Vec<f32>> {
-    let mut values = memory::filled(len, 0.0)?;
-    let mut state = seed;
-    for value in &mut values {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        *value = (state >> 40) as f32 / 16_777_216.0 - 0.5;
-    }
+    let (mut values, mut generator) = (memory::filled(len, 0.0)?, Generator(seed));
+    values.fill_with(|| generator.uniform() - 0.5);
     Ok(values)
 }

@@ -27,10 +27,15 @@ impl Generator {
         out.iter_mut().for_each(|x| *x = self.value());
     }
 
+    /// Uniform in `[0, 1)`.
+    #[allow(clippy::cast_precision_loss, reason = "24 bits, exact")]
+    pub(crate) fn uniform(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / 16_777_216.0
+    }
+
     /// About normal with deviation 1: the sum of twelve uniform numbers, less 6. Unlike with a logarithm and a cosine, the
     /// bits are the same on every machine.
-    #[allow(clippy::cast_precision_loss, reason = "24 bits, exact")]
     pub(crate) fn normal(&mut self) -> f32 {
-        (0..12).map(|_| (self.next() >> 40) as f32 / 16_777_216.0).sum::<f32>() - 6.0
+        (0..12).map(|_| self.uniform()).sum::<f32>() - 6.0
     }
 }

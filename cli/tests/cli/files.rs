@@ -6,17 +6,15 @@ use std::path::Path;
 use nf4::checkpoint::{FloatType, TensorData, TensorMap, to_safetensors};
 use serde_json::json;
 
+use crate::support::Generator;
+
 /// A tensor about normal, with a scale that differs from row to row.
 pub(crate) fn weights(shape: &[usize], seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let mut uniform = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / 16_777_216.0 - 0.5
-    };
+    let mut generator = Generator(seed);
     let cols = *shape.last().unwrap_or(&1);
     let normal = (0..shape.iter().product::<usize>()).map(|i| {
         let scale = 0.01 * (1.0 + (i / cols % 7) as f32);
-        (0..6).map(|_| uniform()).sum::<f32>() * scale
+        generator.normal() * scale
     });
     normal.collect()
 }
