@@ -20,6 +20,7 @@ fn main() -> std::io::Result<()> {
     let seeds = Seeds { corpus: root.join("corpus") };
     files(&seeds)?;
     commands(&seeds)?;
+    special_rows(&seeds)?;
     matrices(&seeds, &root.join("../tests/data/reference"))
 }
 
@@ -135,6 +136,18 @@ fn shortened(mut argument: &[u8]) -> Vec<u8> {
         argument = &argument[len..];
     }
     short
+}
+
+/// Batches on rows that end in the middle of a span, after a whole tile of columns, with special values in all scales of one
+/// row: a tile that takes a scale of an earlier one shows in the other rows.
+fn special_rows(seeds: &Seeds) -> std::io::Result<()> {
+    for (row, special) in (0..3_u8).flat_map(|row| (1..4).map(move |special| (row, special))) {
+        let floats = |kind: u8, row: u8| [&[kind, 0xff, 0xff, 0, 0, 0, 0, row, 0][..], &[0; 4]].concat();
+        let shape = [&3_u16.to_le_bytes()[..], &1056_u16.to_le_bytes(), &[0, 1]].concat();
+        let gemm = [&shape[..], &[2], &floats(7 + 8 * special, row), &floats(7, 0xff), &[8], b"a row"].concat();
+        seeds.write("gemm", &format!("special{special}_of_row{row}"), &gemm)?;
+    }
+    Ok(())
 }
 
 /// Quantized tensors: as weights, as packed matrices, as scales to be quantized once more.
