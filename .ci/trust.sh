@@ -36,7 +36,7 @@ check_valgrind() {
 
 # That packages are missing is a failure here.
 check_upstream() {
-    NF4_REQUIRE_UPSTREAM=1 bash tests/upstream/run.sh | tee /dev/stderr | { ! grep -E 'NOT RUN|SKIPPED' >/dev/null; }
+    NF4_REQUIRE_UPSTREAM=1 bash tests/upstream/run.sh | tee >(cat >&2) | { ! grep -E 'NOT RUN|SKIPPED' >/dev/null; }
 }
 
 # Licences that go with that of this project. One expression a line, as the packages write them.
