@@ -10,8 +10,7 @@
 //!
 //! where a span is a dense product too, added in order. Nothing depends on how many queries there are at a time.
 
-use half::slice::HalfFloatSliceExt;
-use nf4::{Float, Kernels, ShapeError, f16};
+use nf4::{Float, Kernels, ShapeError};
 
 use crate::cache::{Cache, Head, SPAN};
 use crate::math::exp_scores;
@@ -36,7 +35,7 @@ impl Query<'_> {
         }
     }
 
-    fn attend_to<T: Stored>(
+    fn attend_to<T: Float>(
         self,
         kernels: Kernels,
         keys: &[T],
@@ -45,17 +44,14 @@ impl Query<'_> {
         out: &mut [f32],
     ) -> Result<(), ShapeError> {
         let width = self.values.len();
-        let (span, scores) = scratch.split_at_mut(SPAN * width);
-        let scores = &mut scores[..self.positions.next_multiple_of(SPAN)];
+        let scores = &mut scratch[..self.positions.next_multiple_of(SPAN)];
         let (used, unused) = scores.split_at_mut(self.positions);
         unused.fill(0.0);
-        for (keys, scores) in keys.chunks(SPAN * width).zip(used.chunks_mut(SPAN)) {
-            kernels.gemv_dense(T::floats(keys, span), self.values, scores)?;
-        }
+        kernels.gemv_dense(keys, self.values, used)?;
         let total = exp_scores(used, 1.0 / libm::sqrtf(width as f32));
         out.fill(0.0);
         for (values, weights) in values.chunks_exact(SPAN * width).zip(scores.chunks_exact(SPAN)) {
-            kernels.gemv_dense_add(T::floats(values, span), weights, 1.0, out)?;
+            kernels.gemv_dense_add(values, weights, 1.0, out)?;
         }
         out.iter_mut().for_each(|out| *out /= total);
         Ok(())
@@ -63,26 +59,6 @@ impl Query<'_> {
 }
 
 /// Values of the scratch that a query needs in a cache with so many positions.
-pub(crate) fn scratch_len(positions: usize, head_dim: usize) -> usize {
-    positions.saturating_add(head_dim.saturating_mul(SPAN)).saturating_add(SPAN)
-}
-
-/// A type of the cache.
-trait Stored: Float {
-    /// The values as f32; exact. `span` has room for as many.
-    fn floats<'a>(values: &'a [Self], span: &'a mut [f32]) -> &'a [f32];
-}
-
-impl Stored for f32 {
-    fn floats<'a>(values: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
-        values
-    }
-}
-
-impl Stored for f16 {
-    fn floats<'a>(values: &'a [Self], span: &'a mut [f32]) -> &'a [f32] {
-        let span = &mut span[..values.len()];
-        values.convert_to_f32_slice(span);
-        span
-    }
+pub(crate) fn scratch_len(positions: usize) -> usize {
+    positions.saturating_add(SPAN)
 }

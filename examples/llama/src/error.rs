@@ -19,6 +19,11 @@ pub enum Error {
         /// What it is.
         got: String,
     },
+    /// An index of the files of a model.
+    Index {
+        /// What is wrong.
+        reason: String,
+    },
     /// A file of the checkpoint, or a tensor in it.
     Checkpoint(CheckpointError),
     /// A layer of the model and what was wrong with it.
@@ -73,6 +78,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Field { field, expected, got } => write!(f, "config.json: {field} is {got}, expected {expected}"),
+            Self::Index { reason } => write!(f, "index of the model's files: {reason}"),
             Self::Checkpoint(error) => error.fmt(f),
             Self::Layer { module, error } => write!(f, "{module}: {error}"),
             Self::Unsupported { what, reason } => write!(f, "{what}: {reason}"),
@@ -88,9 +94,10 @@ impl fmt::Display for Error {
 
 impl core::error::Error for Error {
     fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
+        // Their texts are part of those above.
         match self {
-            Self::Checkpoint(error) => Some(error),
-            Self::Layer { error, .. } => Some(error),
+            Self::Checkpoint(error) => error.source(),
+            Self::Layer { error, .. } => error.source(),
             _ => None,
         }
     }

@@ -12,6 +12,8 @@ extern crate std;
 mod attention;
 mod cache;
 mod config;
+#[cfg(feature = "text")]
+mod conversation;
 #[cfg(feature = "std")]
 mod directory;
 mod error;
@@ -26,6 +28,7 @@ mod model;
 pub mod program;
 mod rope;
 mod sample;
+mod shards;
 #[cfg(feature = "text")]
 mod text;
 mod threads;
@@ -34,6 +37,8 @@ mod workspace;
 
 pub use cache::{Cache, CacheType};
 pub use config::{Config, Family};
+#[cfg(feature = "text")]
+pub use conversation::{Conversation, Engine, Prompt};
 #[cfg(feature = "std")]
 pub use directory::{Directory, read_adapter};
 pub use error::Error;
@@ -41,6 +46,7 @@ pub use math::hash;
 pub use model::{AdapterId, Logits, Model, Options, Part};
 pub use rope::Rope;
 pub use sample::{Sampler, Sampling, argmax};
+pub use shards::{Shards, shard_names};
 #[cfg(feature = "text")]
 pub use text::{Message, Stream, Text, TextFiles};
 pub use workspace::Workspace;

@@ -7,7 +7,7 @@ use nf4::checkpoint::{CheckpointError, Linear4bit, TensorSource};
 use nf4::{Adapters, Arithmetic, InputsBuf, Kernels, LoRAAdapter, MultiAdapterLayer, Quantized4Bit, Scratch};
 
 use crate::error::{Error, buffer};
-use crate::matrix::Matrix;
+use crate::matrix::{Matrix, TILE};
 use crate::threads::Pool;
 use crate::weights::vector;
 
@@ -55,7 +55,7 @@ pub(crate) struct LinearScratch {
     scratch: Scratch,
     /// `A x` of one vector.
     low_rank: Vec<f32>,
-    /// Rows of a dense matrix as f32.
+    /// Products with a dense matrix.
     pub(crate) tile: Vec<f32>,
     /// The adapter of each vector, in a layer.
     chosen: Vec<Option<nf4::AdapterId>>,
@@ -242,8 +242,8 @@ impl LinearScratch {
                 self.inputs.reserve(d_in, block_size, rows).map_err(&fail)?;
                 self.scratch.reserve(d_out, d_in, block_size, largest, rows).map_err(&fail)?;
             }
-            Base::Dense { matrix, pool, .. } => {
-                self.reserve_tile(matrix, pool.count())?;
+            Base::Dense { pool, .. } => {
+                self.reserve_tile(pool.count())?;
                 for adapter in &linear.adapters {
                     if let Adapter::Dense(adapter) = adapter {
                         rank = rank.max(adapter.rank());
@@ -260,11 +260,11 @@ impl LinearScratch {
         Ok(())
     }
 
-    /// Grows the buffers so that products with a matrix fit.
-    pub(crate) fn reserve_tile(&mut self, matrix: &Matrix, threads: usize) -> Result<(), Error> {
-        let len = matrix.tile_len().saturating_mul(threads);
+    /// Makes the buffer of products with dense matrices.
+    pub(crate) fn reserve_tile(&mut self, threads: usize) -> Result<(), Error> {
+        let len = TILE.saturating_mul(threads);
         if self.tile.len() < len {
-            self.tile = buffer("rows of a dense matrix", len)?;
+            self.tile = buffer("products with a dense matrix", len)?;
         }
         Ok(())
     }

@@ -12,8 +12,10 @@ use crate::error::Error;
 use crate::threads::Pool;
 use crate::weights::{check_shape, float_type};
 
-/// Rows that are converted to f32 at a time.
-const TILE: usize = 32;
+/// Products that are computed at a time before they are stored vector by vector: in the first-level cache.
+const TILE_ROWS: usize = 64;
+const TILE_VECTORS: usize = 32;
+pub(crate) const TILE: usize = TILE_ROWS * TILE_VECTORS;
 
 /// A row-major matrix `[rows, cols]` in the type of the checkpoint, on the checkpoint's bytes where their address
 /// allows it.
@@ -111,12 +113,8 @@ impl Matrix {
         }
     }
 
-    /// Values of the buffer that [`Self::product`] needs for each thread.
-    pub(crate) fn tile_len(&self) -> usize {
-        if matches!(self.values, Values::F32(_)) { 0 } else { TILE.min(self.rows) * self.cols }
-    }
-
-    /// `y` `[batch, rows]` of `x` `[batch, cols]`: the dense f32 product on the exact f32 values of the matrix.
+    /// `y` `[batch, rows]` of `x` `[batch, cols]`: the dense product of the kernels, which converts as it reads. `tile` has
+    /// [`TILE`] values for each thread.
     pub(crate) fn product(
         &self,
         kernels: Kernels,
@@ -125,44 +123,20 @@ impl Matrix {
         tile: &mut [f32],
         y: &mut [f32],
     ) -> Result<(), nf4::Error> {
-        let each = self.tile_len();
-        // The rows of one vector, or whole vectors.
-        if x.len() == self.cols {
-            pool.by_rows((y, 1), (tile, each), &|first, y, tile| self.product_rows(kernels, first, x, tile, y))
-        } else {
-            pool.by_rows((y, self.rows), (tile, each), &|first, y, tile| {
-                let count = y.len() / self.rows;
-                self.product_rows(kernels, 0, &x[first * self.cols..][..count * self.cols], tile, y)
-            })
-        }
-    }
-
-    /// `y` `[batch, rows]` for the rows from `start` on, as many as `y` has for each vector.
-    fn product_rows(
-        &self,
-        kernels: Kernels,
-        start: usize,
-        x: &[f32],
-        tile: &mut [f32],
-        y: &mut [f32],
-    ) -> Result<(), nf4::Error> {
-        let cols = self.cols;
-        let rows = y.len() / (x.len() / cols).max(1);
-        for first in (0..rows).step_by(TILE) {
-            let count = TILE.min(rows - first);
-            let range = (start + first) * cols..(start + first + count) * cols;
-            let values = if let Values::F32(words) = &self.values {
-                bytemuck::cast_slice(words.as_slice()).get(range).unwrap_or_default()
-            } else {
-                let tile = &mut tile[..count * cols];
-                self.convert(range, tile);
-                &*tile
-            };
-            for (x, y) in x.chunks_exact(cols).zip(y.chunks_exact_mut(rows)) {
-                kernels.gemv_dense(values, x, &mut y[first..first + count])?;
+        match &self.values {
+            Values::F32(words) => {
+                let values: &[f32] = bytemuck::cast_slice(words.as_slice());
+                product(kernels, pool, (values, self.rows), x, tile, y)
+            }
+            Values::F16(words) => {
+                let values: &[f16] = words.as_slice().reinterpret_cast();
+                product(kernels, pool, (values, self.rows), x, tile, y)
+            }
+            Values::Bf16(words) => {
+                let values: &[bf16] = words.as_slice().reinterpret_cast();
+                product(kernels, pool, (values, self.rows), x, tile, y)
             }
         }
-        Ok(())
     }
 
     /// Values as f32; exact.
@@ -202,6 +176,40 @@ impl Matrix {
         };
         Some((index, value))
     }
+}
+
+/// [`Matrix::product`] with a matrix of `rows` rows.
+fn product<T: Float>(
+    kernels: Kernels,
+    pool: &Pool,
+    (a, rows): (&[T], usize),
+    x: &[f32],
+    tile: &mut [f32],
+    y: &mut [f32],
+) -> Result<(), nf4::Error> {
+    let cols = a.len() / rows;
+    // The rows of one vector, or whole vectors.
+    if x.len() == cols {
+        return pool.by_rows((y, 1), (tile, TILE), &|first, y, _| {
+            Ok(kernels.gemv_dense(&a[first * cols..][..y.len() * cols], x, y)?)
+        });
+    }
+    pool.by_rows((y, rows), (tile, TILE), &|first, y, tile| {
+        let x = &x[first * cols..][..y.len() / rows * cols];
+        for (x, y) in x.chunks(TILE_VECTORS * cols).zip(y.chunks_mut(TILE_VECTORS * rows)) {
+            let batch = x.len() / cols;
+            for (first, a) in (0..).step_by(TILE_ROWS).zip(a.chunks(TILE_ROWS * cols)) {
+                let count = a.len() / cols;
+                let products = &mut tile[..count * batch];
+                kernels.gemm_dense(a, x, batch, products)?;
+                for (n, y) in y.chunks_exact_mut(rows).enumerate() {
+                    let of_vector = products[n..].iter().step_by(batch);
+                    y[first..first + count].iter_mut().zip(of_vector).for_each(|(y, product)| *y = *product);
+                }
+            }
+        }
+        Ok(())
+    })
 }
 
 /// The words of a tensor: where they are, or a copy.

@@ -89,12 +89,6 @@ impl Text {
         self.tokenizer.decode(tokens, true).map_err(|e| anyhow!("tokenizer: {e}"))
     }
 
-    /// A decoder of one token after the other.
-    #[must_use]
-    pub fn stream(&self) -> Stream<'_> {
-        Stream { text: self, tokens: Vec::new(), start: 0, read: 0 }
-    }
-
     /// Whether a text ends with this token.
     #[must_use]
     pub fn is_end(&self, token: u32) -> bool {
@@ -105,6 +99,17 @@ impl Text {
     #[must_use]
     pub fn has_template(&self) -> bool {
         self.template.is_some()
+    }
+
+    /// The tokens that a model reads of a chat: by its template; a model without one continues the last message.
+    ///
+    /// # Errors
+    /// If the template refuses the messages, or the tokenizer fails.
+    pub fn prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        if self.has_template() {
+            return self.encode(&self.chat(messages)?, false);
+        }
+        self.encode(messages.last().map_or("", |message| &message.content), true)
     }
 
     /// The text of a chat up to where the assistant is to speak.
@@ -139,9 +144,8 @@ impl Text {
 }
 
 /// Turns tokens into text as they come.
-#[derive(Debug)]
-pub struct Stream<'a> {
-    text: &'a Text,
+#[derive(Debug, Clone, Default)]
+pub struct Stream {
     tokens: Vec<u32>,
     /// The first token that is decoded again with the new ones, because spaces depend on what stands before.
     start: usize,
@@ -149,21 +153,29 @@ pub struct Stream<'a> {
     read: usize,
 }
 
-impl Stream<'_> {
-    /// The text that a further token completes; empty in the middle of a character.
+impl Stream {
+    /// The text that a further token completes; empty in the middle of a character. `text` is always the same.
     ///
     /// # Errors
     /// If the tokenizer fails.
-    pub fn push(&mut self, token: u32) -> Result<String> {
+    pub fn push(&mut self, text: &Text, token: u32) -> Result<String> {
         self.tokens.push(token);
-        let before = self.text.decode(&self.tokens[self.start..self.read])?;
-        let text = self.text.decode(&self.tokens[self.start..])?;
-        if text.ends_with('\u{fffd}') || text.len() <= before.len() {
+        let new = self.rest(text)?;
+        if new.is_empty() || new.ends_with('\u{fffd}') {
             return Ok(String::new());
         }
-        let new = text.get(before.len()..).unwrap_or_default().to_string();
         (self.start, self.read) = (self.read, self.tokens.len());
         Ok(new)
+    }
+
+    /// The text of the tokens that have completed none: what is left at the end.
+    ///
+    /// # Errors
+    /// If the tokenizer fails.
+    pub fn rest(&self, text: &Text) -> Result<String> {
+        let before = text.decode(&self.tokens[self.start..self.read])?;
+        let whole = text.decode(&self.tokens[self.start..])?;
+        Ok(whole.get(before.len()..).unwrap_or_default().to_string())
     }
 }
 

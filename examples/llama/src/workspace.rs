@@ -56,14 +56,14 @@ impl Workspace {
         for width in widths(config) {
             floats.push(buffer("activations", width.saturating_mul(tokens))?);
         }
-        let scores = scratch_len(config.positions, config.head_dim).saturating_mul(model.pool().count());
+        let scores = scratch_len(config.positions).saturating_mul(model.pool().count());
         floats.push(buffer("scores", scores)?);
         floats.push(buffer("logits", config.vocabulary.saturating_mul(outputs))?);
         let mut scratch = LinearScratch::default();
         model.linears().try_for_each(|linear| scratch.reserve(linear, tokens))?;
         match model.head() {
             Some(head) => scratch.reserve(head, outputs)?,
-            None => scratch.reserve_tile(model.embedding(), model.pool().count())?,
+            None => scratch.reserve_tile(model.pool().count())?,
         }
         Ok(Self { tokens, outputs, floats, adapters: buffer("adapters", tokens)?, scratch })
     }

@@ -41,19 +41,38 @@ struct Arguments {
     no_perplexity: bool,
 }
 
-/// The most that a teacher-forced logit may be off, where logits have an rms of about 8. The f32 of bitsandbytes is off by
-/// up to 1.3e-4; 16x4 rounds activations to 14 bits, 210 times in a row.
-const BOUNDS: [(Arithmetic, f64); 2] = [(Arithmetic::F32, 5e-4), (Arithmetic::SixteenByFour, 0.1)];
+/// What is allowed of an arithmetic.
+struct Bounds {
+    arithmetic: Arithmetic,
+    /// The most that a teacher-forced logit may be off, where logits have an rms of about 8.
+    logit: f64,
+    /// By how much a perplexity may differ from the reference, as a part of it.
+    perplexity: f64,
+    /// The mean divergence of the next token's distribution from that of f32, in nats.
+    divergence: f64,
+}
+
+/// The f32 of bitsandbytes is off by up to 1.3e-4; 16x4 rounds activations to 14 bits, 210 times in a row. 8x8 rounds them to
+/// 8 bits, and weights too: single logits say little then.
+const BOUNDS: [Bounds; 3] = [
+    Bounds { arithmetic: Arithmetic::F32, logit: 5e-4, perplexity: 1e-3, divergence: 0.0 },
+    Bounds { arithmetic: Arithmetic::SixteenByFour, logit: 0.1, perplexity: 1e-3, divergence: 1e-4 },
+    Bounds { arithmetic: Arithmetic::EightByEight, logit: f64::INFINITY, perplexity: 5e-3, divergence: 1e-2 },
+];
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let manifest = fs::read(arguments.reference.join("manifest.json")).context("manifest.json")?;
     let manifest: Value = serde_json::from_slice(&manifest).context("manifest.json")?;
     let directory = Directory::open(&arguments.model)?;
-    for (arithmetic, bound) in BOUNDS {
+    let load = |arithmetic| -> Result<Model> {
         let options = Options { arithmetic, threads: Some(Arc::new(nf4::Rayon)), ..Options::default() };
-        let mut model = Model::load(directory.config()?, &directory, options, |_, _| {})?;
-        let reference = Reference { folder: &arguments.reference, manifest: &manifest, arithmetic, bound };
+        Ok(Model::load(directory.config()?, &directory, options, |_, _| {})?)
+    };
+    let exact = load(Arithmetic::F32)?;
+    for bounds in &BOUNDS {
+        let mut model = load(bounds.arithmetic)?;
+        let reference = Reference { folder: &arguments.reference, manifest: &manifest, bounds };
         match (&arguments.adapter, &arguments.base_case) {
             (Some(path), Some(base)) => {
                 let id = model.add_adapter("adapter", &read_adapter(path)?)?;
@@ -67,7 +86,7 @@ fn main() -> Result<()> {
             _ => reference.compare(&model, &arguments.case, None)?,
         }
         if !arguments.no_perplexity && arguments.adapter.is_none() {
-            reference.perplexities(&model, &directory, &arguments.case)?;
+            reference.perplexities(&model, &exact, &directory, &arguments.case)?;
         }
     }
     println!("all within the bounds");
@@ -77,8 +96,7 @@ fn main() -> Result<()> {
 struct Reference<'a> {
     folder: &'a Path,
     manifest: &'a Value,
-    arithmetic: Arithmetic,
-    bound: f64,
+    bounds: &'a Bounds,
 }
 
 impl Reference<'_> {
@@ -123,7 +141,8 @@ impl Reference<'_> {
             }
         }
         let rms = (squares / exact.len() as f64).sqrt();
-        ensure!(most <= self.bound, "a logit is off by {most}, more than {}", self.bound);
+        let bound = self.bounds.logit;
+        ensure!(most <= bound, "a logit is off by {most}, more than {bound}");
 
         // Greedy: the next token of each step must be that of the reference, which then is the input.
         let mut next = argmax(&logits[(ids.len() - 1) * vocabulary..]);
@@ -131,22 +150,22 @@ impl Reference<'_> {
         for (step, (token, top2)) in greedy.iter().zip(top2.chunks_exact(2)).enumerate() {
             let margin = f64::from(top2[0] - top2[1]);
             if next != *token {
-                ensure!(margin <= 2.0 * self.bound, "step {step}: token {next}, not {token}, by a margin of {margin}");
+                ensure!(margin <= 2.0 * bound, "step {step}: token {next}, not {token}, by a margin of {margin}");
                 near += 1;
             }
             next = argmax(model.extend(&mut cache, &[*token], adapter, &mut workspace)?);
         }
         println!(
             "{} {name}: logits off by at most {most:.2e}, rms {rms:.2e}; {} of {} greedy tokens equal, {near} within the bound",
-            self.arithmetic.name(),
+            self.bounds.arithmetic.name(),
             greedy.len() - near,
             greedy.len(),
         );
         Ok(())
     }
 
-    /// The perplexity of each text, in one window.
-    fn perplexities(&self, model: &Model, directory: &Directory, case: &str) -> Result<()> {
+    /// The perplexity of each text, in one window, and how far the distributions are from those of `exact`.
+    fn perplexities(&self, model: &Model, exact: &Model, directory: &Directory, case: &str) -> Result<()> {
         let tokenizer = directory.read("tokenizer.json")?.context("no tokenizer.json")?;
         let text = Text::new(TextFiles { tokenizer: &tokenizer, ..TextFiles::default() }, &[])?;
         let texts: BTreeMap<String, Value> = serde_json::from_value(self.manifest["perplexity"].clone())?;
@@ -156,36 +175,71 @@ impl Reference<'_> {
             let content = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
             let mut ids = text.encode(&content, false)?;
             ids.truncate(usize::try_from(entry["tokens"].as_u64().context("the text has no tokens")?)?);
-            let got = perplexity(model, &ids)?;
+            let Agreement { perplexity: got, divergence, same_top } = agreement(model, exact, &ids)?;
             let expected = entry["results"][name]["perplexity"].as_f64().with_context(|| format!("{label}: {name}"))?;
             let off = got / expected - 1.0;
             println!(
-                "{} {label}: perplexity {got:.4}, reference {expected:.4}, {:+.4} %",
-                self.arithmetic.name(),
-                off * 100.0
+                "{} {label}: perplexity {got:.4}, reference {expected:.4}, {:+.4} %; \
+                 against f32: KL {divergence:.6}, same top token {:.2} %",
+                self.bounds.arithmetic.name(),
+                off * 100.0,
+                same_top * 100.0
             );
-            ensure!(off.abs() <= 1e-3, "{label}: the perplexity is off by more than 0.1 %");
+            let Bounds { perplexity, divergence: most, .. } = self.bounds;
+            ensure!(off.abs() <= *perplexity, "{label}: the perplexity is off by more than {} %", perplexity * 100.0);
+            ensure!(divergence <= *most, "{label}: a divergence of more than {most}");
         }
         Ok(())
     }
 }
 
-fn perplexity(model: &Model, ids: &[u32]) -> Result<f64> {
+/// How a model's predictions of a text's tokens are, and how they agree with those of another model.
+struct Agreement {
+    perplexity: f64,
+    /// The mean Kullback-Leibler divergence of a next token's distribution from the other model's, in nats.
+    divergence: f64,
+    /// The part of the positions where both have the same likeliest token.
+    same_top: f64,
+}
+
+fn agreement(model: &Model, exact: &Model, ids: &[u32]) -> Result<Agreement> {
     const BATCH: usize = 128;
-    let mut workspace = Workspace::new(model, BATCH, BATCH)?;
-    let mut cache = Cache::new(model.config(), ids.len(), CacheType::F32)?;
-    let mut sum = 0.0;
+    let mut runs = Vec::new();
+    for model in [model, exact] {
+        let workspace = Workspace::new(model, BATCH, BATCH)?;
+        runs.push((model, workspace, Cache::new(model.config(), ids.len(), CacheType::F32)?));
+    }
+    let [(model, workspace, cache), (exact, exact_workspace, exact_cache)] = &mut runs[..] else { unreachable!() };
+    let (mut surprise, mut divergence, mut same) = (0.0, 0.0, 0_usize);
     for (n, tokens) in ids.chunks(BATCH).enumerate() {
-        let parts = &mut [Part { cache: &mut cache, tokens, adapter: None }];
-        let logits = model.forward(parts, Logits::All, &mut workspace)?;
+        let logits = model.forward(&mut [Part { cache, tokens, adapter: None }], Logits::All, workspace)?;
+        let parts = &mut [Part { cache: exact_cache, tokens, adapter: None }];
+        let exact_logits = exact.forward(parts, Logits::All, exact_workspace)?;
+        let vocabulary = model.config().vocabulary;
+        let rows = logits.chunks_exact(vocabulary).zip(exact_logits.chunks_exact(vocabulary));
         let next = &ids[(n * BATCH + 1).min(ids.len())..];
-        for (logits, next) in logits.chunks_exact(model.config().vocabulary).zip(next) {
-            let max = logits.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
-            let total: f64 = logits.iter().map(|x| f64::from(x - max).exp()).sum();
-            sum += total.ln() - f64::from(logits[*next as usize] - max);
+        for ((logits, exact), next) in rows.zip(next) {
+            let (total, exact_total) = (log_sum_exp(logits), log_sum_exp(exact));
+            surprise += total - f64::from(logits[*next as usize]);
+            for (q, p) in logits.iter().zip(exact) {
+                let (q, p) = (f64::from(*q) - total, f64::from(*p) - exact_total);
+                divergence += p.exp() * (p - q);
+            }
+            same += usize::from(argmax(logits) == argmax(exact));
         }
     }
-    Ok((sum / (ids.len() - 1) as f64).exp())
+    let count = (ids.len() - 1) as f64;
+    Ok(Agreement {
+        perplexity: (surprise / count).exp(),
+        divergence: divergence / count,
+        same_top: same as f64 / count,
+    })
+}
+
+/// The logarithm of what a softmax is divided by.
+fn log_sum_exp(logits: &[f32]) -> f64 {
+    let max = logits.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
+    logits.iter().map(|x| f64::from(x - max).exp()).sum::<f64>().ln() + f64::from(max)
 }
 
 fn floats(tensors: &TensorFile<'_>, name: &str) -> Result<Vec<f32>> {

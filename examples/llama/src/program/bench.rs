@@ -8,6 +8,7 @@ use anyhow::Result;
 
 use super::loaded::Loaded;
 use crate::cache::{Cache, CacheType};
+use crate::conversation::Engine;
 use crate::sample::argmax;
 
 const PROMPT: usize = 512;
@@ -17,7 +18,7 @@ const REPEATS: usize = 5;
 /// Times a prompt of 512 tokens, and decoding of 64 tokens after a prompt of 16, as `llama-bench` does from an almost
 /// empty cache; medians of five.
 pub(super) fn run(loaded: &mut Loaded, threads: usize) -> Result<()> {
-    let Loaded { model, workspace, .. } = loaded;
+    let Engine { model, workspace, .. } = &mut loaded.engine;
     let vocabulary = u32::try_from(model.config().vocabulary)?;
     // Any tokens will do; these are spread over the vocabulary.
     let prompt: Vec<u32> = (0..512).map(|i: u32| i.wrapping_mul(2_654_435_761) % vocabulary).collect();

@@ -10,6 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Arguments, Head};
 use crate::cache::Cache;
+use crate::conversation::{Conversation, Engine};
 use crate::directory::{Directory, read_adapter};
 use crate::model::{AdapterId, Model, Options};
 use crate::text::{Text, TextFiles};
@@ -19,9 +20,7 @@ use crate::workspace::Workspace;
 const CONTEXT: usize = 4096;
 
 pub(super) struct Loaded {
-    pub(super) model: Model,
-    pub(super) text: Option<Text>,
-    pub(super) workspace: Workspace,
+    pub(super) engine: Engine,
     pub(super) context: usize,
 }
 
@@ -60,26 +59,30 @@ impl Loaded {
             model.kernels().isa(),
             start.elapsed().as_secs_f64(),
         );
-        Ok(Self { model, text, workspace, context })
-    }
-
-    pub(super) fn text(&self) -> Result<&Text> {
-        self.text.as_ref().context("the model has no tokenizer.json")
+        Ok(Self { engine: Engine { model, text, workspace }, context })
     }
 
     /// The adapter of a name, where `none` is none.
     pub(super) fn adapter(&self, name: &str) -> Result<Option<AdapterId>> {
-        if name == "none" { Ok(None) } else { Ok(Some(self.model.adapter(name)?)) }
+        if name == "none" { Ok(None) } else { Ok(Some(self.engine.model.adapter(name)?)) }
+    }
+
+    /// A conversation with the adapter of this name.
+    pub(super) fn conversation(&self, arguments: &Arguments, adapter: Option<&str>) -> Result<Conversation> {
+        let cache = self.cache(arguments)?;
+        let mut conversation = Conversation::new(cache, arguments.sampling(), arguments.system.clone());
+        conversation.set_adapter(self.adapter(adapter.unwrap_or("none"))?);
+        Ok(conversation)
     }
 
     pub(super) fn cache(&self, arguments: &Arguments) -> Result<Cache> {
-        Ok(Cache::new(self.model.config(), self.context, arguments.cache_type())?)
+        Ok(Cache::new(self.engine.model.config(), self.context, arguments.cache_type())?)
     }
 }
 
-/// Tokenizer and template, if there is a tokenizer.
-fn text_of(directory: &Directory, end_tokens: &[u32]) -> Result<Option<Text>> {
-    let Some(tokenizer) = directory.read("tokenizer.json")? else { return Ok(None) };
+/// Tokenizer and template.
+fn text_of(directory: &Directory, end_tokens: &[u32]) -> Result<Text> {
+    let tokenizer = directory.read("tokenizer.json")?.context("the model has no tokenizer.json")?;
     let (config, template) = (directory.read("tokenizer_config.json")?, directory.read("chat_template.jinja")?);
     let generation = directory.read("generation_config.json")?;
     let files = TextFiles {
@@ -88,5 +91,5 @@ fn text_of(directory: &Directory, end_tokens: &[u32]) -> Result<Option<Text>> {
         template: template.as_deref(),
         generation: generation.as_deref(),
     };
-    Text::new(files, end_tokens).map(Some)
+    Text::new(files, end_tokens)
 }

@@ -98,6 +98,8 @@ pub struct Arguments {
 enum ArithmeticName {
     #[value(name = "16x4")]
     SixteenByFour,
+    #[value(name = "8x8")]
+    EightByEight,
     #[value(name = "f32")]
     F32,
 }
@@ -118,6 +120,7 @@ impl Arguments {
     fn arithmetic(&self) -> Arithmetic {
         match self.arithmetic {
             ArithmeticName::SixteenByFour => Arithmetic::SixteenByFour,
+            ArithmeticName::EightByEight => Arithmetic::EightByEight,
             ArithmeticName::F32 => Arithmetic::F32,
         }
     }

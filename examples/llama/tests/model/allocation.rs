@@ -8,7 +8,9 @@ use crate::tiny::ALL;
 #[test]
 fn tokens_allocate_nothing() {
     for tiny in ALL {
-        for (arithmetic, quantize_head) in [(Arithmetic::SixteenByFour, false), (Arithmetic::F32, true)] {
+        for (arithmetic, quantize_head) in
+            [(Arithmetic::SixteenByFour, false), (Arithmetic::EightByEight, false), (Arithmetic::F32, true)]
+        {
             let options = Options { arithmetic, quantize_head, ..Options::default() };
             let model = if tiny.name == "llama" { tiny.load_with_adapters(options) } else { tiny.load(options) };
             let adapter = model.adapter("one").ok();

@@ -17,7 +17,9 @@ fn errors(got: &[f32], exact: &[f32]) -> (f64, f64) {
 #[test]
 fn every_family_agrees_with_transformers() {
     for tiny in ALL {
-        for (arithmetic, bound) in [(Arithmetic::F32, 1e-5), (Arithmetic::SixteenByFour, 5e-3)] {
+        for (arithmetic, bound) in
+            [(Arithmetic::F32, 1e-5), (Arithmetic::SixteenByFour, 5e-3), (Arithmetic::EightByEight, 0.3)]
+        {
             let model = tiny.load(Options { arithmetic, ..Options::default() });
             let (most, mean) = errors(&logits(&model, &tiny.ids(), None, CacheType::F32), &tiny.reference("exact"));
             println!(
@@ -32,7 +34,9 @@ fn every_family_agrees_with_transformers() {
 
 #[test]
 fn adapters_are_switched() {
-    for (arithmetic, bound) in [(Arithmetic::F32, 1e-5), (Arithmetic::SixteenByFour, 2e-2)] {
+    for (arithmetic, bound) in
+        [(Arithmetic::F32, 1e-5), (Arithmetic::SixteenByFour, 2e-2), (Arithmetic::EightByEight, 0.5)]
+    {
         let model = LLAMA.load_with_adapters(Options { arithmetic, ..Options::default() });
         let alone = LLAMA.load(Options { arithmetic, ..Options::default() });
         for (name, exact) in [("one", "adapter_one.exact"), ("two", "adapter_two.exact"), ("one", "adapter_one.exact")]

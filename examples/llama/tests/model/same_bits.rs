@@ -6,9 +6,12 @@ use crate::tiny::{ALL, LLAMA, logits};
 use nf4::{Arithmetic, Kernels, Threads};
 use nf4_llama::{Cache, CacheType, Logits, Model, Options, Part, Workspace, hash};
 
-/// Of all logits of the tiny Llama, in both arithmetics.
-const HASHES: [(Arithmetic, u64); 2] =
-    [(Arithmetic::F32, 0xe0aa_379d_d490_e699), (Arithmetic::SixteenByFour, 0x8ed1_ca0e_7409_a765)];
+/// Of all logits of the tiny Llama, in each arithmetic.
+const HASHES: [(Arithmetic, u64); 3] = [
+    (Arithmetic::F32, 0xe0aa_379d_d490_e699),
+    (Arithmetic::SixteenByFour, 0x8ed1_ca0e_7409_a765),
+    (Arithmetic::EightByEight, 0x67f0_90a8_0d3a_b8a6),
+];
 
 #[test]
 fn every_instruction_set_gives_the_committed_hashes() {
@@ -19,7 +22,7 @@ fn every_instruction_set_gives_the_committed_hashes() {
             let model = LLAMA.load(Options { arithmetic, kernels, ..Options::default() });
             hash(&logits(&model, &LLAMA.ids(), None, CacheType::F32))
         });
-        println!("logits {:<13} f32 {:016x} 16x4 {:016x}", kernels.isa(), got[0], got[1]);
+        println!("logits {:<13} f32 {:016x} 16x4 {:016x} 8x8 {:016x}", kernels.isa(), got[0], got[1], got[2]);
         assert_eq!(got, HASHES.map(|(_, hash)| hash), "{}", kernels.isa());
         found |= required.as_deref() == Some(kernels.isa().name());
     }
