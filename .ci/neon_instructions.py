@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Counts the instructions of the inner loops of the 16x4 product on NEON, read off the disassembly.
+"""Counts the instructions of the inner loops of the 16x4 and the 8x8 product on NEON, read off the disassembly.
 
 No emulator tells the speed of a CPU, so this is what is checked instead. A loop is found by what it does, not by a
 name: a span of 64 weights takes 8 table lookups, and 16 widening multiplies for each vector of a batch. A loop over a
@@ -7,7 +7,12 @@ panel of decoded weights has no lookups, and multiplies several rows with one ve
 instructions are those with vector registers, but loads, which are printed apart; an access to the stack would be a
 spill.
 
+The 8x8 product takes four rows for a vector, or a panel's: per 64 weights of a row 4 `sdot`, or 2 `smmla` (which have two
+vectors), or 16 widening multiplies of bytes and 4 `sadalp`. `--cycles` prints, as a table, what Debian's llvm-19 models
+for the loops of both products on several CPUs, with all loads from the nearest cache.
+
     .ci/neon_instructions.py [--target-dir DIR]     builds nf4-kernels with the setup of .ci/targets.sh
+    .ci/neon_instructions.py --cycles               ... and models cycles
     .ci/neon_instructions.py --disassembly FILE     reads what `objdump -d --no-show-raw-insn` printed
 """
 
@@ -15,6 +20,7 @@ import argparse
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -31,6 +37,26 @@ SCALAR_LIMIT = 1
 
 # For one vector: with plain and with nested absmax.
 LOOPS = 3
+
+# The 8x8 product: vector instructions at most for 64 weights of a row and a vector.
+LIMITS_8X8 = {
+    ("neon-dotprod", "one vector"): 20,  # 4 to split codes, 4 look-ups, 2 `movi`, 4 `sdot`; of four rows 6 `addp`, 8 to finish
+    ("neon-dotprod", "batch"): 7,  # 28 for four rows
+    ("neon-i8mm", "batch"): 7,
+    ("neon", "one vector"): 24,
+    ("neon", "batch"): 16,
+}
+
+# The name that llvm-mca has for a CPU, and the tables that it can have.
+CPUS = {
+    "cortex-a55": ["neon-dotprod"],
+    "neoverse-n1": ["neon-dotprod"],
+    "neoverse-n2": ["neon-dotprod", "neon-i8mm"],
+    "neoverse-v1": ["neon-dotprod", "neon-i8mm"],
+    "apple-m1": ["neon-dotprod"],
+}
+
+MCA = "llvm-mca-19"
 
 BUILD = """
 set -euo pipefail
@@ -91,7 +117,10 @@ class Loop:
                 self.scales.add((scale[1], writes[scale[1]]))
             if written := re.match(r"[vqds](\d+)\b", operands):
                 writes[written[1]] += 1
+        self.body = [(mnemonic, operands) for _, mnemonic, operands in body if mnemonic != "nop"]
         multiplies = sum(self.vector[m] for m in ["smull", "smull2", "smlal", "smlal2"])
+        # The 8x8 product has loops of its own.
+        multiplies = 0 if self.vector["sadalp"] else multiplies
         self.is_panel = "::add_panel" in function
         # Elsewhere, a loop without lookups is over the vectors of a half span, which a row has one of.
         self.is_product = multiplies > 0 and (self.is_panel or self.vector["tbl"] > 0)
@@ -131,10 +160,85 @@ class Loop:
             print(f"  {name} {total:g}: {details}")
 
 
+class Loop8x8:
+    """An inner loop of the 8x8 product, which a span or half a span of several rows takes at once."""
+
+    def __init__(self, function, body):
+        self.function = function
+        self.body = [(mnemonic, operands) for _, mnemonic, operands in body if mnemonic != "nop"]
+        self.counts = counts = Counter(mnemonic for mnemonic, _ in self.body)
+        wide = sum(counts[m] for m in ["smull", "smull2", "smlal", "smlal2"])
+        self.isa = "neon-i8mm" if counts["smmla"] else "neon-dotprod" if counts["sdot"] else "neon"
+        self.kind = "one vector" if counts["tbl"] else "batch"
+        # A `sdot` has 16 products, a `smmla` 32, a widening multiply 8.
+        products = 16 * counts["sdot"] + 32 * counts["smmla"] + 8 * wide
+        self.is_product = products > 0 and (counts["sdot"] + counts["smmla"] > 0 or counts["sadalp"] > 0)
+        self.units = products / 64
+        self.stack = sum(bool(re.search(r"\[(sp|x29)\b", operands)) for _, operands in self.body)
+        self.vector = sum(
+            bool(re.search(r"\b[vqd]\d+\b", operands)) and not re.match(r"(ld|st|prf)", mnemonic)
+            for mnemonic, operands in self.body
+        )
+
+    def problems(self):
+        if (limit := LIMITS_8X8.get((self.isa, self.kind))) is None:
+            yield "not a known loop"
+        elif self.vector / self.units > limit:
+            yield f"{self.vector / self.units:.2f} vector instructions for 64 weights and a vector, more than {limit}"
+        if self.stack:
+            yield f"accesses to the stack: {self.stack}"
+
+    def print(self):
+        print(f"{self.function}: 8x8, {self.isa}, {self.kind}")
+        details = ", ".join(f"{count} {mnemonic}" for mnemonic, count in self.counts.most_common())
+        print(f"  vector {self.vector} for {self.units:g} spans of a row and a vector, {self.vector / self.units:.2f} each: {details}")
+
+
+def cycles(body, cpu, units):
+    """What llvm-mca models for 64 weights of a row and a vector."""
+    lines = ["top:"]
+    for mnemonic, operands in body:
+        operands = re.sub(r"//.*", "", operands)
+        # Where a jump goes is another matter.
+        lines.append(f"{mnemonic} {re.sub(r'[0-9a-f]+ <.*>', 'top', operands)}")
+    with tempfile.NamedTemporaryFile("w", suffix=".s") as file:
+        file.write("\n".join(lines) + "\n")
+        file.flush()
+        command = [MCA, "-march=aarch64", "-mattr=+dotprod,+i8mm", f"-mcpu={cpu}", "-iterations=200", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"Total Cycles:\s+(\d+)", text)[1]) / 200 / units
+
+
+def print_cycles(loops_16x4, loops_8x8):
+    """A table for docs/performance.md: the loops with most products, the fewest instructions of equals."""
+    best = {}
+    for loop in loops_16x4:
+        if loop.groups() == 1:
+            kind = "batch" if loop.is_panel or loop.vectors > 1 else "one vector"
+            best.setdefault(("16x4", kind), []).append((loop.body, loop.spans * loop.vectors))
+    for loop in loops_8x8:
+        best.setdefault((loop.isa, loop.kind), []).append((loop.body, loop.units))
+
+    def modelled(key, cpu):
+        return min(cycles(body, cpu, units) for body, units in best[key])
+
+    print("| CPU | one vector: 16x4 | 8x8 | | batch: 16x4 | 8x8, `sdot` | | 8x8, `smmla` | |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for cpu, isas in CPUS.items():
+        one, batch = modelled(("16x4", "one vector"), cpu), modelled(("16x4", "batch"), cpu)
+        eight = modelled(("neon-dotprod", "one vector"), cpu)
+        row = [f"`{cpu}`", f"{one:.1f}", f"{eight:.1f}", f"{one / eight:.1f} x", f"{batch:.1f}"]
+        for isa in ("neon-dotprod", "neon-i8mm"):
+            eight = modelled((isa, "batch"), cpu) if isa in isas else None
+            row += [f"{eight:.1f}", f"{batch / eight:.1f} x"] if eight else ["", ""]
+        print("| " + " | ".join(row) + " |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target-dir", default="", help="where to build")
     parser.add_argument("--disassembly", help="a file to read instead of building")
+    parser.add_argument("--cycles", action="store_true", help="model cycles, too")
     args = parser.parse_args()
     if args.disassembly:
         disassembly = Path(args.disassembly).read_text(encoding="utf-8")
@@ -142,10 +246,11 @@ def main():
         command = ["bash", "-c", BUILD, "bash", args.target_dir]
         root = Path(__file__).resolve().parent.parent
         disassembly = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout
-    loops = [Loop(name, body) for name, code in functions(disassembly) for body in inner_loops(code)]
-    loops = [loop for loop in loops if loop.is_product]
+    bodies = [(name, body) for name, code in functions(disassembly) for body in inner_loops(code)]
+    loops_8x8 = [loop for loop in (Loop8x8(name, body) for name, body in bodies) if loop.is_product]
+    loops = [loop for loop in (Loop(name, body) for name, body in bodies) if loop.is_product]
     failed = False
-    for loop in loops:
+    for loop in loops + loops_8x8:
         loop.print()
         for problem in loop.problems():
             print(f"  FAILED: {problem}")
@@ -157,6 +262,11 @@ def main():
     if found < LOOPS:
         print(f"FAILED: {found} inner loops for one vector and blocks of 64 or more, not {LOOPS} or more")
         failed = True
+    for isa, kind in sorted(LIMITS_8X8.keys() - {(loop.isa, loop.kind) for loop in loops_8x8}):
+        print(f"FAILED: no inner loop of the 8x8 product with {isa} and {kind}")
+        failed = True
+    if args.cycles:
+        print_cycles(loops, loops_8x8)
     sys.exit(failed)
 
 

@@ -20,7 +20,19 @@ check_neon_lint() {
 check_neon_test() {
     local target clippy
     use_aarch64
-    NF4_REQUIRE_ISA=neon cargo test --locked -p nf4 -p nf4-kernels --target "$target" --lib --tests
+    local run=(cargo test --locked -p nf4 --target "$target")
+    local runner=CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER cpu
+    # A Cortex-A57 has neither `dotprod` nor `i8mm`, a Cortex-A76 only the first, `max` both. All but 8x8 is the same.
+    export $runner="qemu-aarch64 -L / -cpu cortex-a57"
+    NF4_REQUIRE_ISA=neon,scalar "${run[@]}" -p nf4-kernels --lib --tests
+    for cpu in cortex-a57 cortex-a76 max; do
+        export $runner="qemu-aarch64 -L / -cpu $cpu"
+        "${run[@]}" -q --test vectors -- --nocapture | grep ^vectors >"$CARGO_TARGET_DIR/vectors-$cpu"
+        sed "s/^/$cpu: /" "$CARGO_TARGET_DIR/vectors-$cpu"
+    done
+    (($(wc -l <"$CARGO_TARGET_DIR/vectors-cortex-a57") == 2)) # `neon` and `scalar`
+    (($(wc -l <"$CARGO_TARGET_DIR/vectors-cortex-a76") == 3))
+    NF4_REQUIRE_ISA=neon-i8mm,neon-dotprod,neon NF4_EVERY=7 "${run[@]}" --test exactness -- eight required
 }
 
 check_neon_count() {

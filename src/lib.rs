@@ -80,8 +80,10 @@
 //!
 //! # Platforms
 //!
-//! On x86-64 the instruction set is chosen at run time, also without `std`: AVX-512 with VNNI, AVX-VNNI or AVX2. On other
-//! targets it is chosen when the crate is compiled: aarch64 always has NEON; WebAssembly needs
+//! On x86-64 the instruction set is chosen at run time, also without `std`: AVX-512 with VNNI, AVX-VNNI or AVX2. aarch64
+//! always has NEON; whether the CPU has `dotprod` and `i8mm` too, which the 8x8 product uses, is found out at run time on
+//! Linux, Android and Apple's systems, also without `std`, and elsewhere it depends on the target features that the crate is
+//! compiled with. On other targets the instruction set is chosen when the crate is compiled: WebAssembly needs
 //! `-C target-feature=+simd128`; Cortex-M4 and M7 use the DSP extension, and a Cortex-M33 needs
 //! `-C target-cpu=cortex-m33 --cfg nf4_dsp`. Everything else runs portable code.
 //!

@@ -334,6 +334,7 @@ fn double_quantization_of_subnormal_scales() {
 fn names_of_instruction_sets() {
     let names = [Isa::Scalar, Isa::Avx2, Isa::Neon, Isa::Simd128, Isa::CortexMDsp].map(Isa::name);
     assert_eq!(names, ["scalar", "avx2", "neon", "simd128", "cortex-m-dsp"]);
+    assert_eq!([Isa::NeonDotprod, Isa::NeonI8mm].map(Isa::name), ["neon-dotprod", "neon-i8mm"]);
     assert!(Kernels::available().any(|k| k.isa() == Kernels::detect().isa()));
     assert_eq!(Kernels::scalar().isa().to_string(), "scalar");
 }

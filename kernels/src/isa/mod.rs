@@ -18,7 +18,8 @@
 //!
 //! `avx512/` multiplies 16x4 by loops of its own, which put rows into the lanes of a register, has wider steps for 8x8 and
 //! for the transposed products of batches (`columns.rs`), and takes all else from `avx2/`. Where an instruction set has no
-//! steps for 8x8, its products are those of `scalar_8x8.rs`. The inner loops of x86-64, as they are compiled, stand in
+//! steps for 8x8, its products are those of `scalar_8x8.rs`. `neon/` has three kinds of steps for 8x8: `steps_8x8.rs`, and for
+//! CPUs with more than NEON `dotprod.rs` and `i8mm.rs`. The inner loops of x86-64, as they are compiled, stand in
 //! `asm/`, with the cycles that they are modelled to take.
 //!
 //! An arithmetic for packed weights takes three files: its traits, `simd/steps_NAME.rs`, its loops,
@@ -55,9 +56,16 @@ cfg_if! {
             PORTABLE,
         ];
     } else if #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))] {
+        mod aarch64_features;
         mod neon;
         mod simd;
-        pub(crate) static TABLES: &[Entry] = &[(&neon::TABLE, None), PORTABLE];
+        use aarch64_features::{has_dotprod, has_i8mm};
+        pub(crate) static TABLES: &[Entry] = &[
+            (&neon::I8MM, Some(has_i8mm)),
+            (&neon::DOTPROD, Some(has_dotprod)),
+            (&neon::TABLE, None),
+            PORTABLE,
+        ];
     } else if #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))] {
         mod simd;
         mod simd128;

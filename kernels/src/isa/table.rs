@@ -23,6 +23,10 @@ pub enum Isa {
     Avx512Vnni,
     /// aarch64 with Advanced SIMD.
     Neon,
+    /// aarch64 with Advanced SIMD and `dotprod`: Cortex-A55, A76, Neoverse N1, Apple M1 and newer.
+    NeonDotprod,
+    /// aarch64 with Advanced SIMD, `dotprod` and `i8mm`: Cortex-A510, A710, Neoverse V1, N2, Apple M2 and newer.
+    NeonI8mm,
     /// WebAssembly with 128-bit SIMD.
     Simd128,
     /// Arm with the DSP extension: Cortex-M4 and M7, and those M33 and newer that have it.
@@ -30,8 +34,8 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The name in lower case, as in benchmark ids: `scalar`, `avx2`, `avx-vnni`, `avx512-vnni`, `neon`, `simd128`,
-    /// `cortex-m-dsp`.
+    /// The name in lower case, as in benchmark ids: `scalar`, `avx2`, `avx-vnni`, `avx512-vnni`, `neon`,
+    /// `neon-dotprod`, `neon-i8mm`, `simd128`, `cortex-m-dsp`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -40,6 +44,8 @@ impl Isa {
             Self::AvxVnni => "avx-vnni",
             Self::Avx512Vnni => "avx512-vnni",
             Self::Neon => "neon",
+            Self::NeonDotprod => "neon-dotprod",
+            Self::NeonI8mm => "neon-i8mm",
             Self::Simd128 => "simd128",
             Self::CortexMDsp => "cortex-m-dsp",
         }

@@ -5,12 +5,16 @@
 use bytemuck::must_cast;
 
 use super::Neon;
-use crate::activations::Activations;
+use super::dotprod::Dotprod;
+use super::i8mm::I8mm;
+use super::steps_8x8::{Plain, book};
+use crate::activations::{Activations, Activations8x8};
 use crate::float::Float;
 use crate::isa::simd::planes::{PLANES_F32, PLANES_I16};
 use crate::isa::simd::steps::{Decode, Steps, Widen};
 use crate::isa::simd::{
-    activations, batch_16x4, dequantize, product_16x4, product_dense, product_f32, product_transposed, quantize,
+    activations, batch_8x8, batch_16x4, dequantize, product_8x8, product_16x4, product_dense, product_f32,
+    product_transposed, quantize,
 };
 use crate::isa::table::FloatTable;
 use crate::matrix::Nf4Matrix;
@@ -21,6 +25,27 @@ fn steps() -> Steps<Neon> {
     let (i16_planes, f32_planes) = (must_cast(PLANES_I16), must_cast(PLANES_F32));
     // SAFETY: this function has the features of all steps.
     unsafe { Steps::new(Neon { i16_planes, f32_planes }) }
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+fn steps_8x8() -> Steps<Plain> {
+    // SAFETY: this function has the features of all steps.
+    unsafe { Steps::new(Plain { book: book() }) }
+}
+
+#[target_feature(enable = "neon,dotprod")]
+#[inline]
+fn steps_dotprod() -> Steps<Dotprod> {
+    // SAFETY: this function has the features of all steps.
+    unsafe { Steps::new(Dotprod { book: book() }) }
+}
+
+#[target_feature(enable = "neon,dotprod,i8mm")]
+#[inline]
+fn steps_i8mm() -> Steps<I8mm> {
+    // SAFETY: this function has the features of all steps.
+    unsafe { Steps::new(I8mm { book: book() }) }
 }
 
 /// What exists for each type of elements.
@@ -60,6 +85,36 @@ pub(super) fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &
 #[target_feature(enable = "neon")]
 pub(super) fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
     batch_16x4::gemm(&steps(), matrix, activations, out);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn quantize_activations_8x8(inputs: &[f32], values: &mut [i8], scales: &mut [f32]) {
+    activations::quantize_activations_8x8(&steps(), &steps_8x8(), inputs, values, scales);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn gemv_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    product_8x8::gemv(&steps_8x8(), matrix, activations, out);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn gemm_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    batch_8x8::gemm(&steps_8x8(), matrix, activations, out);
+}
+
+#[target_feature(enable = "neon,dotprod")]
+pub(super) fn gemv_8x8_dotprod(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    product_8x8::gemv(&steps_dotprod(), matrix, activations, out);
+}
+
+#[target_feature(enable = "neon,dotprod")]
+pub(super) fn gemm_8x8_dotprod(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    batch_8x8::gemm(&steps_dotprod(), matrix, activations, out);
+}
+
+#[target_feature(enable = "neon,dotprod,i8mm")]
+pub(super) fn gemm_8x8_i8mm(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    batch_8x8::gemm(&steps_i8mm(), matrix, activations, out);
 }
 
 #[target_feature(enable = "neon")]

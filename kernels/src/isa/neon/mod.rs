@@ -1,4 +1,5 @@
-//! aarch64 with NEON. Nothing is detected: this is compiled only for targets that have it.
+//! aarch64 with NEON. It is not detected: this is compiled only for targets that have it. What it may have beyond, `dotprod`
+//! and `i8mm`, is detected, and only multiplies 8x8.
 //!
 //! The step of the 16x4 product, for 16 packed bytes (32 weights, half of the lanes); a span of 64 columns takes two:
 //!
@@ -31,6 +32,25 @@
 //! one of 16 bits by 14, which takes as many instructions, and six more to join them, for the eight `trn` that they
 //! save.
 //!
+//! The step of the 8x8 product, for a group of 32 columns in four rows, 16 packed bytes each (`add_group`):
+//!
+//! ```text
+//! for each row:
+//!     even, odd = BOOK[bytes >> 4], BOOK[bytes & 15]     tbl: 16 weights each
+//!     sums[row] = even . x_even + odd . x_odd            sdot: of four columns in each lane; or smull, smlal, sadalp
+//! lanes = sums across, one for each row                  addp, three times
+//! total += f32(lanes) * (absmax * scale)
+//! ```
+//!
+//! A batch has the weights of 32 rows in a panel, in an order that needs no sums across:
+//!
+//! ```text
+//!                     a register of weights      multiplied with                       gives
+//! sdot (by element)   four columns of 4 rows     four columns of one vector            4 rows
+//! smmla               eight columns of 2 rows    eight columns of 2 vectors, zipped    2 rows of 2 vectors
+//! smull and sadalp    16 columns of a row        16 columns of a vector                a part in each lane: addp
+//! ```
+//!
 //! The f32 paths look up the four bytes of each f32 and zip them twice: looking up whole f32 would take a `tbl` of four
 //! registers, slow on many cores, for every four weights.
 //!
@@ -38,14 +58,16 @@
 
 mod codes;
 mod conversions;
+mod dotprod;
 mod entries;
+mod i8mm;
 mod registers;
 mod steps_16x4;
+mod steps_8x8;
 mod steps_f32;
 
 use core::arch::aarch64::uint8x16_t;
 
-use super::scalar;
 use super::table::{Isa, Table};
 use crate::double_quant;
 use crate::spec::SPAN;
@@ -61,16 +83,23 @@ pub(super) static TABLE: Table = Table {
     quantize_activations: entries::quantize_activations,
     gemv: entries::gemv,
     gemm: entries::gemm,
-    slots_8x8: scalar::TABLE.slots_8x8,
-    quantize_activations_8x8: scalar::TABLE.quantize_activations_8x8,
-    gemv_8x8: scalar::TABLE.gemv_8x8,
-    gemm_8x8: scalar::TABLE.gemm_8x8,
+    slots_8x8: &EVEN_AND_ODD,
+    quantize_activations_8x8: entries::quantize_activations_8x8,
+    gemv_8x8: entries::gemv_8x8,
+    gemm_8x8: entries::gemm_8x8,
     gemv_f32: entries::gemv_f32,
     gemm_f32: entries::gemm_f32,
     gemv_transposed_f32: entries::gemv_transposed_f32,
     gemm_transposed_f32: entries::gemm_transposed_f32,
     gemm_transposed_dense_add: entries::gemm_transposed_dense_add,
 };
+
+/// With `dotprod`, whose `sdot` adds four products of 8-bit integers to each lane.
+pub(super) static DOTPROD: Table =
+    Table { isa: Isa::NeonDotprod, gemv_8x8: entries::gemv_8x8_dotprod, gemm_8x8: entries::gemm_8x8_dotprod, ..TABLE };
+
+/// With `dotprod` and `i8mm`, whose `smmla` multiplies two rows of eight 8-bit integers with two others.
+pub(super) static I8MM: Table = Table { isa: Isa::NeonI8mm, gemm_8x8: entries::gemm_8x8_i8mm, ..DOTPROD };
 
 /// Each half of the span stands by itself, first every fourth column from the first on, then from the second on, and so
 /// on. That is what `trn` of the two byte planes leave. The columns of elements `i` and `i + 4` of such a piece belong to
@@ -87,6 +116,23 @@ static SLOTS: [u8; SPAN] = {
     }
     slots
 };
+
+/// Of each half of the span first the even columns, then the odd ones: the order in which packed bytes are decoded. The
+/// activations of the 8x8 product stand in it, and the inputs of the f32 product.
+static EVEN_AND_ODD: [u8; SPAN] = even_and_odd();
+
+const fn even_and_odd() -> [u8; SPAN] {
+    let mut slots = [0; SPAN];
+    let mut column = 0;
+    while column < SPAN {
+        #[allow(clippy::cast_possible_truncation, reason = "a slot is below 64")]
+        {
+            slots[column] = (column / 32 * 32 + column % 2 * 16 + column % 32 / 2) as u8;
+        }
+        column += 1;
+    }
+    slots
+}
 
 /// Tables for look-ups.
 struct Neon {

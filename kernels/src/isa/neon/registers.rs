@@ -63,10 +63,73 @@ pub(super) fn one_after_the_other([low, high]: &mut F32x8) {
     unsafe { asm!("/* {0:v} {1:v} */", inout(vreg) * low, inout(vreg) * high, options(nostack, preserves_flags)) };
 }
 
+/// As [`one_after_the_other`], for sums of products.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn sums_before_loads([a, b, c, d]: &mut [int32x4_t; 4]) {
+    // SAFETY: the assembly is empty.
+    unsafe {
+        asm!(
+            "/* {0:v} {1:v} {2:v} {3:v} */",
+            inout(vreg) * a,
+            inout(vreg) * b,
+            inout(vreg) * c,
+            inout(vreg) * d,
+            options(nostack, preserves_flags)
+        );
+    }
+}
+
 /// Prefetches the cache line `ahead` bytes after the start of `data`, whether it lies in it or not.
 #[inline(always)]
 pub(super) fn prefetch<T>(data: &[T], ahead: usize) {
     let line = data.as_ptr().cast::<u8>().wrapping_add(ahead);
     // SAFETY: a prefetch takes any address.
     unsafe { asm!("prfm pldl1keep, [{}]", in(reg) line, options(readonly, nostack, preserves_flags)) };
+}
+
+/// `sums` and, in each lane, the products of four 8-bit integers. The intrinsic is not stable.
+#[target_feature(enable = "neon,dotprod")]
+#[inline]
+pub(super) fn dot(mut sums: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+    // SAFETY: computes on registers alone.
+    unsafe {
+        asm!(
+            "sdot {0:v}.4s, {1:v}.16b, {2:v}.16b",
+            inout(vreg) sums, in(vreg) a, in(vreg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
+}
+
+/// As [`dot`], where every lane is multiplied with lane `LANE` of `b`.
+#[target_feature(enable = "neon,dotprod")]
+#[inline]
+pub(super) fn dot_lane<const LANE: u8>(mut sums: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+    // SAFETY: computes on registers alone.
+    unsafe {
+        asm!(
+            "sdot {0:v}.4s, {1:v}.16b, {2:v}.4b[{lane}]",
+            inout(vreg) sums, in(vreg) a, in(vreg) b, lane = const LANE,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
+}
+
+/// `sums`, a matrix of 2 x 2, and the product of `a`, a matrix of 2 x 8, with the transpose of `b`, one too. The intrinsic
+/// is not stable.
+#[target_feature(enable = "neon,i8mm")]
+#[inline]
+pub(super) fn matrix_product(mut sums: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+    // SAFETY: computes on registers alone.
+    unsafe {
+        asm!(
+            "smmla {0:v}.4s, {1:v}.16b, {2:v}.16b",
+            inout(vreg) sums, in(vreg) a, in(vreg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
 }

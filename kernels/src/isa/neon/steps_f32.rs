@@ -6,34 +6,20 @@ use core::arch::aarch64::*;
 
 use bytemuck::must_cast;
 
-use super::Neon;
 use super::codes::{look_up_f32, split_codes};
 use super::registers::{F32x8, add, load_f32, load_f32x4, mul, spread, store_f32, store_f32x4};
+use super::{Neon, even_and_odd};
 use crate::isa::simd::steps_f32::{DECODED_SPANS, DecodedRow, StepsF32};
 use crate::spec::SPAN;
 
 /// Columns of half a span: 16 packed bytes, and half of the lanes.
 const HALF: usize = SPAN / 2;
 
-/// Where each column of a span stands in the order in which its packed bytes are decoded: of each half first the
-/// even columns, then the odd ones. That is [`crate::spec::F32_SLOTS`] with four lanes at a time.
-const SLOTS: [u8; SPAN] = {
-    let mut slots = [0; SPAN];
-    let mut column = 0;
-    while column < SPAN {
-        #[allow(clippy::cast_possible_truncation, reason = "a slot is below 64")]
-        {
-            slots[column] = (column / HALF * HALF + column % 2 * (HALF / 2) + column % HALF / 2) as u8;
-        }
-        column += 1;
-    }
-    slots
-};
-
 impl StepsF32 for Neon {
     // With four rows the compiler runs out of registers.
     const ROWS: usize = 2;
-    const SLOTS: [u8; SPAN] = SLOTS;
+    /// [`crate::spec::F32_SLOTS`] with four lanes at a time.
+    const SLOTS: [u8; SPAN] = even_and_odd();
 
     #[target_feature(enable = "neon")]
     #[inline]

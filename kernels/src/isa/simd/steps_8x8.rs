@@ -15,6 +15,7 @@ pub(in crate::isa) const SPANS: usize = 8;
 pub(in crate::isa) const VECTORS: usize = 8;
 
 /// The decoded weights of a span of a panel, where four columns of each row stand together, sixteen times.
+#[allow(dead_code, reason = "not every instruction set wants this order")]
 pub(in crate::isa) type Weights = [[u8; 4 * ROWS]; 16];
 
 /// A span of a panel: the decoded weights of some rows, and the absmax of their two groups.
