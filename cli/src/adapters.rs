@@ -1,8 +1,9 @@
 //! A PEFT adapter on disk: a directory with `adapter_config.json` and `adapter_model.safetensors`.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nf4::LoRAScaling;
 use nf4::checkpoint::{PeftAdapter, TensorSource};
 use serde_json::json;
@@ -15,6 +16,20 @@ use crate::text::{Text, bytes, shape};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
+
+/// The subdirectories with adapters: PEFT puts those with names of their own there, trainers those of each checkpoint.
+fn within(path: &Path) -> Result<Vec<String>> {
+    let at = || path.display().to_string();
+    let mut found = Vec::new();
+    for entry in fs::read_dir(path).with_context(at)? {
+        let entry = entry.with_context(at)?;
+        if is_there(&entry.path().join(CONFIG)).unwrap_or(false) {
+            found.push(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
 
 /// An adapter, in memory, and where it is from.
 #[derive(Debug)]
@@ -40,6 +55,12 @@ impl Adapter {
         ensure!(path.is_dir(), "{}: not a directory with a PEFT adapter", path.display());
         let pickle = path.join("adapter_model.bin");
         ensure!(is_there(&weights)? || !is_there(&pickle)?, "{}: {}", pickle.display(), hub::PICKLE);
+        if !is_there(&path.join(CONFIG))? {
+            let others = within(path)?;
+            let hint =
+                if others.is_empty() { String::new() } else { format!("; there is one in {}", others.join(", ")) };
+            bail!("{}: no {CONFIG}{hint}", path.display());
+        }
         let mut inputs = Inputs::default();
         inputs.note(path)?;
         let config = read_small(&path.join(CONFIG), MAX_CONFIG, &mut inputs)?;

@@ -14,8 +14,8 @@ use crate::shard::Shard;
 /// Where values come from.
 #[derive(Debug)]
 pub(crate) enum Flat<'a> {
-    /// A float tensor, read in parts.
-    Dense { shard: &'a Shard, name: &'a str, float: FloatType, shape: Vec<usize> },
+    /// A float tensor, read in parts, or as a whole if its rows are the columns of the file.
+    Dense { shard: &'a Shard, name: &'a str, float: FloatType, shape: Vec<usize>, transposed: bool },
     /// A 4-bit layer, in memory.
     Packed(Box<Linear4bit>),
     /// Anything else.
@@ -31,9 +31,19 @@ impl<'a> Flat<'a> {
         let (shard, info) = model.find(name).with_context(|| format!("{}: no tensor {name}", model.path.display()))?;
         let shape = info.shape.clone();
         Ok(match FloatType::from_dtype(info.dtype) {
-            Some(float) => Self::Dense { shard, name, float, shape },
+            Some(float) => Self::Dense { shard, name, float, shape, transposed: false },
             None => Self::Other { shard, name, shape },
         })
+    }
+
+    /// Makes a matrix in floats the transposed one.
+    pub(crate) fn transpose(&mut self) {
+        if let Self::Dense { shape, transposed, .. } = self
+            && shape.len() == 2
+        {
+            shape.reverse();
+            *transposed = !*transposed;
+        }
     }
 
     /// The shape before packing.
@@ -68,19 +78,26 @@ impl<'a> Flat<'a> {
     pub(crate) fn is_divisible(&self) -> bool {
         match self {
             Self::Packed(layer) => layer.weight().len().is_multiple_of(layer.weight().block_size().get()),
-            _ => true,
+            Self::Dense { transposed, .. } => !transposed,
+            Self::Other { .. } => true,
         }
     }
 
-    /// The values of a range that starts and ends at blocks. Bytes count as values where there are no floats.
+    /// The values of a range that starts and ends at blocks, or of all if [`Self::is_divisible`] is false. Bytes count as values where there are no floats.
     pub(crate) fn values(&self, range: Range<usize>) -> Result<Vec<f32>> {
         match self {
-            Self::Dense { shard, name, float, .. } => {
+            Self::Dense { shard, name, float, shape, transposed } => {
                 let mut bytes = memory::filled(range.len() * float.size(), 0)?;
                 shard.read_part(name, (range.start * float.size()) as u64, &mut bytes)?;
                 let mut values = memory::filled(range.len(), 0.0)?;
                 values.clear();
                 float.extend_values(&bytes, &mut values);
+                if let (true, [rows, cols]) = (transposed, &**shape) {
+                    let columns = memory::filled(range.len(), 0.0)?;
+                    let stored = core::mem::replace(&mut values, columns);
+                    let at = |i: usize| i % cols * rows + i / cols;
+                    values.iter_mut().enumerate().for_each(|(i, value)| *value = stored[at(i)]);
+                }
                 Ok(values)
             }
             Self::Other { shard, name, .. } => {

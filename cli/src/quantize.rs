@@ -7,7 +7,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use nf4::checkpoint::{
-    Entry, FloatType, Linear4bit, QuantState, QuantizationConfig, TensorInfo, TensorSource, packed_tensors,
+    Entry, FloatType, Linear4bit, ModelConfig, QuantState, Quantization, QuantizationConfig, TensorInfo, TensorSource,
+    foreign_tensors, packed_tensors,
 };
 use nf4::{AbsmaxBuf, BlockSize, Kernels, Quantized4Bit, packed_len};
 use safetensors::Dtype;
@@ -21,6 +22,7 @@ use crate::progress::Progress;
 use crate::report::Prepared;
 use crate::rule::{Layout, Rule, Wishes};
 use crate::text::{Text, bytes};
+use crate::verify::NOT_GATHERED;
 
 /// Quantize the Linear weights of a model to NF4, so that transformers loads it as 4-bit.
 ///
@@ -264,11 +266,26 @@ fn check_is_dense(model: &Model) -> Result<()> {
     if let Some(tensor) = packed_tensors(model).first() {
         bail!("{at}: {tensor} is a 4-bit layer already; `nf4 dequantize` restores the weights");
     }
-    let Some(config) = model.config_fields()? else { return Ok(()) };
-    let quantized = config.get("quantization_config").filter(|c| !c.is_null());
-    if let Some(quantized) = quantized {
-        let method = quantized.get("quant_method").and_then(|m| m.as_str()).unwrap_or("unknown");
-        bail!("{at}: config.json says that the model is quantized already (quant_method {method})");
+    let section = model.config_fields()?.and_then(|config| config.get("quantization_config").cloned());
+    if section.is_some_and(|section| !section.is_null() && !section.is_object()) {
+        bail!("{at}: config.json: quantization_config is not an object");
+    }
+    let config = model.config.as_deref().map(ModelConfig::parse).transpose().with_context(|| at.to_string())?;
+    match config.map_or(Quantization::None, |config| config.quantization()) {
+        Quantization::None => {}
+        Quantization::FourBit => {
+            bail!("{at}: config.json says that the model is quantized already (bitsandbytes, 4 bits)")
+        }
+        Quantization::Other { method, .. } => {
+            bail!("{at}: config.json says that the model is quantized already ({method})")
+        }
+    }
+    if let Some(tensor) = foreign_tensors(model).first() {
+        bail!("{at}: {}", tensor.error("is quantized already"));
+    }
+    let is_empty = |name: &&str| name.ends_with("weight") && model.info(name).is_some_and(|info| info.shape == [0]);
+    if let Some(name) = model.names().find(is_empty) {
+        bail!("{at}: {name}: {NOT_GATHERED}");
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 use anyhow::Result;
 use clap::Args;
-use nf4::checkpoint::TensorSource;
+use nf4::checkpoint::{ModelConfig, TensorSource};
 use serde_json::{Value, json};
 
 use crate::Global;
@@ -23,7 +23,8 @@ use crate::workers::Workers;
 ///
 /// With a second model every tensor is also compared with the one of the same name. Two 4-bit layers, or two plain
 /// tensors, must have the same values bit for bit. Where one is a 4-bit layer and the other plain, each plain weight
-/// must lie so near to the restored one that the layer can have been quantized from it.
+/// must lie so near to the restored one that the layer can have been quantized from it; if it is that of a Conv1D, which
+/// 4-bit layers have transposed, they are compared so.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -41,6 +42,10 @@ pub(crate) struct Verify {
 
 /// Values that are compared at a time: whole blocks of every size.
 const CHUNK: usize = 1 << 17;
+
+/// What a weight without values means.
+pub(crate) const NOT_GATHERED: &str =
+    "shape [0], which is what a DeepSpeed ZeRO-3 save leaves whose shards were not gathered";
 
 /// What was found in one tensor.
 #[derive(Debug, Default, Clone, Copy)]
@@ -64,9 +69,11 @@ impl Verify {
         let mut findings: Vec<String> =
             layers.broken.iter().chain(&other_layers.broken).map(ToString::to_string).collect();
         findings.extend(layers.not_understood().chain(other_layers.not_understood()));
-        findings.extend(model.names().filter(|name| is_empty(&model, name)).map(|name| {
-            format!("{name}: shape [0], which is what a DeepSpeed ZeRO-3 save leaves whose shards were not gathered")
-        }));
+        findings
+            .extend(model.names().filter(|name| is_empty(&model, name)).map(|name| format!("{name}: {NOT_GATHERED}")));
+        let configs = [Some(&model), other.as_ref()].into_iter().flatten().filter_map(|model| model.config.as_deref());
+        let configs = configs.filter_map(|text| ModelConfig::parse(text).ok()).collect::<Vec<_>>();
+        let conv1d = |name: &str| configs.iter().any(|config| config.is_conv1d(name));
         let progress = Progress::new("verify", model.data_len(), global.quiet);
         let mut workers: Workers<()> = Workers::new(global.threads);
         let (mut checked, mut list) = (0, Vec::new());
@@ -77,7 +84,7 @@ impl Verify {
             }
             checked += 1;
             let other = other.as_ref().map(|other| (other, &other_layers));
-            match check(&model, &layers, other, name, &mut workers) {
+            match check(&model, &layers, other, name, &conv1d, &mut workers) {
                 Ok((found, compared)) => {
                     let problems = describe(name, &found, compared.as_deref());
                     list.push(to_json(name, &found, compared.as_deref(), &problems));
@@ -125,19 +132,28 @@ fn is_empty(model: &Model, name: &str) -> bool {
     name.ends_with("weight") && model.info(name).is_some_and(|info| info.shape == [0])
 }
 
-/// Checks one tensor, and compares it with that of the same name, whose kind is returned.
+/// Checks one tensor, and compares it with that of the same name, whose kind is returned; `conv1d` says whether a plain
+/// weight is the transposed one of a 4-bit layer.
 fn check(
     model: &Model,
     layers: &Layers,
     other: Option<(&Model, &Layers)>,
     name: &str,
+    conv1d: &dyn Fn(&str) -> bool,
     workers: &mut Workers<()>,
 ) -> Result<(Found, Option<String>)> {
-    let flat = Flat::open(model, layers, name)?;
-    let other = match other {
+    let mut flat = Flat::open(model, layers, name)?;
+    let mut other = match other {
         Some((other, other_layers)) => Some(Flat::open(other, other_layers, name)?),
         None => None,
     };
+    if conv1d(name) {
+        match (&mut flat, &mut other) {
+            (dense @ Flat::Dense { .. }, Some(Flat::Packed(_))) => dense.transpose(),
+            (Flat::Packed(_), Some(dense @ Flat::Dense { .. })) => dense.transpose(),
+            _ => {}
+        }
+    }
     if let Some(other) = &other {
         anyhow::ensure!(
             flat.shape() == other.shape() && flat.len() == other.len(),

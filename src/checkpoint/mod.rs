@@ -20,6 +20,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod conv1d;
 mod error;
 mod float;
 mod foreign;
@@ -41,6 +42,7 @@ mod reader;
 mod shared;
 mod skip;
 mod source;
+mod vocabulary;
 mod write;
 
 pub use error::CheckpointError;
@@ -59,5 +61,6 @@ pub use reader::TensorReader;
 pub use safetensors::Dtype;
 pub use safetensors::tensor::TensorInfo;
 pub use shared::SharedFile;
+pub use skip::SkippedModules;
 pub use source::{TensorData, TensorFile, TensorMap, TensorSource};
 pub use write::{Entry, Layout, to_safetensors, write_safetensors};

@@ -42,7 +42,7 @@ pub enum Quantization {
     Other {
         /// The name of the quantization method.
         method: String,
-        /// Modules that are not quantized: names, ends of names or expressions, as the loader compares them.
+        /// Modules that are not packed, as [`super::SkippedModules`] compares them.
         skipped: Vec<String>,
     },
 }
@@ -127,7 +127,9 @@ impl ModelConfig {
                     "exclude",
                     "skip_modules",
                 ];
-                let skipped = SKIPPED.iter().filter_map(|name| to_strings(section.get(*name)?)).flatten().collect();
+                let lists = SKIPPED.iter().filter_map(|name| to_strings(section.get(*name)?)).flatten();
+                // In `compressed-tensors` an expression is marked.
+                let skipped = lists.map(|entry| entry.trim_start_matches("re:").to_owned()).collect();
                 return Quantization::Other { method, skipped };
             }
         }

@@ -48,11 +48,6 @@ impl<'a, T> Ends<'a, T> {
             Some((start, self.values.get(name.get(start..)?)?))
         })
     }
-
-    /// Whether this is one of the names.
-    pub(super) fn is_one(&self, name: &str) -> bool {
-        self.values.contains_key(name)
-    }
 }
 
 #[cfg(test)]
@@ -72,7 +67,6 @@ mod tests {
         assert_eq!(of("x."), [4]);
         assert_eq!(of(""), [4]);
         assert_eq!(ends.anywhere("xq").collect::<Vec<_>>(), [(2, &4), (1, &0)]);
-        assert!(ends.is_one("k") && !ends.is_one("x.k"));
         let ends_with =
             |name: &str, end: &str| name.strip_suffix(end).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
         for name in ["attn.q", "xattn.q", "é.q", "xq", "", "."] {

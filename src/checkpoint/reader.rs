@@ -79,6 +79,9 @@ impl<'a> TensorReader<'a> {
             Origin::Replaced(tensor) => plain(adapter()?.replaced(), tensor)?,
             Origin::AdapterBase(tensor) => plain(adapter()?.bases(), tensor)?,
             Origin::Packed(tensor) => Values::Packed(Linear4bit::load_tensor(source, tensor)?.into_parts().0),
+            Origin::AdapterPacked(tensor) => {
+                Values::Packed(Linear4bit::load_tensor(adapter()?.bases(), tensor)?.into_parts().0)
+            }
         };
         let step = |change: &'a Change| match change {
             Change::LowRank { rows, pair } => LowRank::new(adapter()?, pair, rows.clone()).map(Step::LowRank),

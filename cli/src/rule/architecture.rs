@@ -279,7 +279,8 @@ pub(super) fn star(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::skip::Skip;
+    use nf4::checkpoint::SkippedModules;
+
     use super::*;
 
     /// All of the table can be used: every name leads somewhere, every expression is one.
@@ -291,7 +292,7 @@ mod tests {
             let class = class(name).unwrap_or_else(|| panic!("{name}"));
             assert!(class.renames.iter().all(|at| *at < table.renames.len()), "{name}");
             assert!(class.source.is_empty() || table.leaves.contains_key(class.source), "{name}");
-            Skip::new(
+            SkippedModules::new(
                 class.skip.iter().map(|s| s.replace('*', r"\d+")).chain(class.keep.iter().map(|&s| s.to_owned())),
             )
             .unwrap_or_else(|e| panic!("{name}: {e}"));

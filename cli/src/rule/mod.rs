@@ -13,17 +13,15 @@
 mod architecture;
 mod names;
 mod renames;
-mod skip;
 
 use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{Result, bail};
-use nf4::checkpoint::TensorInfo;
+use nf4::checkpoint::{SkippedModules, TensorInfo};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use architecture::{Architecture, Kind, star};
-use skip::Skip;
 
 /// How the weight of a module is laid out in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,10 +139,10 @@ impl Own {
         };
         if wishes.head {
             let tied = architecture.is_some_and(Architecture::is_tied);
-            let skip = Skip::new(&head)?;
+            let skip = SkippedModules::new(&head)?;
             let mut found = false;
             for weight in weights {
-                found |= skip.skips(&weight.module)?;
+                found |= skip.has(&weight.module)?;
             }
             if tied || !found {
                 let why = if tied { "it is tied to the embedding" } else { "there is none" };
@@ -165,11 +163,11 @@ impl Own {
         mut warnings: Vec<String>,
     ) -> Result<Rule> {
         let always = self.always.iter().map(|&entry| entry.to_owned());
-        let by_itself = Skip::new(self.list.iter().cloned().chain(always.clone()))?;
+        let by_itself = SkippedModules::new(self.list.iter().cloned().chain(always.clone()))?;
         // What has to be listed: what stays and would not without it.
         let mut left = BTreeMap::<String, (Vec<&str>, bool)>::new();
         for weight in weights.iter().filter(|w| w.fate == Fate::Leave) {
-            if wishes.head || !by_itself.skips(&weight.module)? {
+            if wishes.head || !by_itself.has(&weight.module)? {
                 left.entry(star(&weight.module)).or_default().0.push(&weight.module);
             }
         }
@@ -189,22 +187,22 @@ impl Own {
                 entries.extend(modules.into_iter().map(str::to_owned));
             }
         }
-        let list = Skip::new(entries)?.list();
-        let skip = Skip::new(list.iter().cloned().chain(always))?;
+        let list: Vec<String> = SkippedModules::new(entries)?.entries().map(str::to_owned).collect();
+        let skip = SkippedModules::new(list.iter().cloned().chain(always))?;
 
         let mut quantized = HashMap::new();
         for weight in &weights {
             if let Fate::Quantize(layout) = weight.fate
-                && !skip.skips(&weight.module)?
+                && !skip.has(&weight.module)?
             {
                 quantized.insert(weight.tensor.to_owned(), layout);
             }
         }
         for entry in wishes.skip {
-            let entry_alone = Skip::new([entry])?;
+            let entry_alone = SkippedModules::new([entry])?;
             let mut hits = false;
             for weight in &weights {
-                hits |= weight.fate != Fate::Other && entry_alone.skips(&weight.module)?;
+                hits |= weight.fate != Fate::Other && entry_alone.has(&weight.module)?;
             }
             if !hits {
                 warnings.push(format!(

@@ -99,7 +99,26 @@ fn restored_in_the_layout_of_the_model() {
         is_right(&outputs, name, &report, &[]);
         assert!(outputs.config(name).get("quantization_config").is_none());
         json(&["verify", &case(&format!("{name}/base"))]);
+        json(&["verify", &case(&format!("{name}/base")), &outputs.text(name)]);
+        json(&["verify", &outputs.text(name), &case(&format!("{name}/base"))]);
     }
+    // Square, so that the shapes do not tell.
+    let restored = outputs.path("gpt2_4bit").join("model.safetensors");
+    let changed: TensorMap<'static> = Tensors::load(&restored)
+        .iter()
+        .map(|(name, t)| {
+            let mut bytes = t.bytes().to_vec();
+            if name.ends_with("attn.c_proj.weight") {
+                let middle = bytes.len() / 2;
+                bytes.rotate_left(middle);
+            }
+            (name.to_owned(), TensorData::new(name, t.dtype, t.shape.clone(), bytes).unwrap())
+        })
+        .collect();
+    save(&restored, &changed);
+    let outcome = nf4(&["verify", &case("gpt2_4bit/base"), &outputs.text("gpt2_4bit")]);
+    assert_eq!(outcome.code, Some(3), "{outcome:?}");
+    assert!(outcome.stdout.contains("attn.c_proj.weight: weight"), "{outcome:?}");
     let shown = json(&["inspect", &case("param_4bit/base")]);
     assert_eq!((&shown["totals"]["nf4"]["count"], &shown["not_understood"]), (&value!(3), &value!([])));
     let report = json(&[
@@ -171,6 +190,66 @@ fn refused() {
     fs::create_dir(outputs.path("pickle")).unwrap();
     fs::write(outputs.path("pickle").join("pytorch_model.bin"), "x").unwrap();
     fails(&["inspect", &outputs.text("pickle")], &["pytorch_model.bin", "pickle", "save_pretrained"]);
+}
+
+/// What a model is that `quantize` makes nothing of, though some of its weights are plain.
+#[test]
+fn quantized_already() {
+    let outputs = Outputs::new();
+    let refuses = |config: Value, add_more: &dyn Fn(&mut TensorMap<'static>), parts: &[&str]| {
+        let model = outputs.path("model");
+        fs::create_dir_all(&model).unwrap();
+        let mut map = TensorMap::new();
+        for name in ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"] {
+            add(&mut map, name, FloatType::BF16, &[64, 64], &weights(&[64, 64], 3));
+        }
+        add_more(&mut map);
+        save(&model.join("model.safetensors"), &map);
+        fs::write(model.join("config.json"), config.to_string()).unwrap();
+        fails(&["quantize", &outputs.text("model"), "--out", &outputs.text("out")], parts);
+        assert_eq!(names(outputs.0.path()), ["model"]);
+    };
+    let llama = value!({"architectures": ["LlamaForCausalLM"], "model_type": "llama"});
+    let insert = |map: &mut TensorMap<'static>, name: &str, dtype: Dtype, shape: &[usize], len: usize| {
+        map.insert(name.to_owned(), TensorData::new(name, dtype, shape.to_vec(), vec![1; len]).unwrap());
+    };
+    let down = "model.layers.0.mlp.down_proj";
+    refuses(
+        llama.clone(),
+        &|map| insert(map, &format!("{down}.weight"), Dtype::F8_E4M3, &[64, 64], 4096),
+        &[down, "FP8", "[64, 64]"],
+    );
+    refuses(llama.clone(), &|map| insert(map, &format!("{down}.qweight"), Dtype::I32, &[8, 64], 2048), &["GPTQ"]);
+    refuses(
+        llama.clone(),
+        &|map| insert(map, &format!("{down}.weight"), Dtype::BF16, &[0], 0),
+        &[down, "[0]", "ZeRO-3"],
+    );
+    for (section, word) in [
+        (value!({"quant_method": "fp8"}), "fp8"),
+        (value!({"quant_method": "bitsandbytes", "load_in_4bit": true}), "4 bits"),
+    ] {
+        let nested =
+            value!({"model_type": "llava", "text_config": {"model_type": "llama", "quantization_config": section}});
+        refuses(nested, &|_| {}, &["config.json", word]);
+    }
+}
+
+/// An adapter with a name of its own stands in a directory of that name.
+#[test]
+fn adapters_in_subdirectories() {
+    let outputs = Outputs::new();
+    for name in ["mine", "other"] {
+        adapter(&outputs.path("adapters").join(name), "model.layers.0.self_attn.q_proj", [8, 8]);
+    }
+    let (base, adapters) = (case("lm_head_lora/base"), outputs.text("adapters"));
+    fails(
+        &["merge", &base, "--adapter", &adapters, "--out", &outputs.text("out")],
+        &["adapter_config.json", "mine, other"],
+    );
+    fs::create_dir(outputs.path("empty")).unwrap();
+    let args = ["merge", &base, "--adapter", &outputs.text("empty"), "--out", &outputs.text("out")];
+    fails(&args, &["empty: no adapter_config.json"]);
 }
 
 /// What `verify` and `inspect` say of bytes that they do not understand.

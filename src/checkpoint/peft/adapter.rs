@@ -1,7 +1,7 @@
 //! An adapter: its configuration, the low-rank pair of each module, and what else was trained.
 
 use alloc::borrow::{Cow, ToOwned};
-use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -98,8 +98,8 @@ pub struct PeftAdapter {
     pub(super) tokens: BTreeMap<String, AdaptedTokens>,
     pub(super) replaced: TensorMap<'static>,
     pub(super) bases: TensorMap<'static>,
-    /// The replaced tensors that `modules_to_save` names.
-    pub(super) saved: BTreeSet<String>,
+    /// The replaced tensors that `modules_to_save` names, and where the name begins in theirs.
+    pub(super) saved: BTreeMap<String, usize>,
 }
 
 /// Accessors.
@@ -144,9 +144,9 @@ impl PeftAdapter {
         &self.replaced
     }
 
-    /// Whether a replaced tensor is one that `modules_to_save` names.
-    pub(in super::super) fn is_saved(&self, tensor: &str) -> bool {
-        self.saved.contains(tensor)
+    /// Where in the name of a replaced tensor that of `modules_to_save` begins; `None` if that does not name it.
+    pub(in super::super) fn saved_from(&self, tensor: &str) -> Option<usize> {
+        self.saved.get(tensor).copied()
     }
 
     /// Tensors of the base model as they were under the adapter, which PEFT saves where the base may have others: what

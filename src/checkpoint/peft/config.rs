@@ -82,11 +82,12 @@ struct InOrder {
 
 /// Variants that change what an adapter computes, or what base it belongs to, and that are off if null (or false, or
 /// empty).
-const VARIANTS: [&str; 9] = [
+const VARIANTS: [&str; 10] = [
     "use_qalora",
     "alora_invocation_tokens",
     "layer_replication",
     "use_bdlora",
+    "enable_lora",
     "arrow_config",
     "kasa_config",
     "monteclora_config",
@@ -146,7 +147,9 @@ impl PeftConfig {
             && !value.is_boolean()
             && !value.as_str().is_some_and(|v| PLAIN_INITIALISATIONS.contains(&v.to_lowercase().as_str()))
         {
-            return Err(unsupported(format!("init_lora_weights = {}", shown(value))));
+            let reason = "which changes the base, so that the adapter is right on that alone; PEFT converts it \
+                          (save_pretrained with path_initial_model_for_weight_conversion); as it is, it";
+            return Err(unsupported(format!("init_lora_weights = {}, {reason}", shown(value))));
         }
         let in_order: InOrder = serde_json::from_slice(json)
             .map_err(|e| CheckpointError::Json { what: CONFIG.to_owned(), reason: e.to_string() })?;

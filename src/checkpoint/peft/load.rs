@@ -7,9 +7,9 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use super::super::error::CheckpointError;
-use super::super::names::last;
 use super::super::read::{check_shape, info_of, owned_bytes, read_floats};
 use super::super::source::{TensorData, TensorMap, TensorSource};
+use super::super::vocabulary::{is_embedding, is_head};
 use super::adapter::{AdaptedTokens, Factors, OwnedBytes, PeftAdapter, PeftModule, PeftModuleKind, tensor_name};
 use super::config::{BiasTraining, PeftConfig};
 use super::key::Key;
@@ -27,8 +27,8 @@ struct Sorted {
     bases: BTreeMap<String, String>,
     whole: BTreeMap<String, String>,
     wrapped: BTreeMap<String, String>,
-    /// Tensors that `modules_to_save` names.
-    saved: BTreeSet<String>,
+    /// Tensors that `modules_to_save` names, and where the name begins in theirs.
+    saved: BTreeMap<String, usize>,
 }
 
 impl PeftAdapter {
@@ -109,11 +109,7 @@ impl PeftAdapter {
 impl Sorted {
     fn new(source: &dyn TensorSource, config: &PeftConfig) -> Result<Self, CheckpointError> {
         let mut sorted = Self::default();
-        /// PEFT saves these of its own accord if the vocabulary was resized or they have adapters
-        /// (`EMBEDDING_LAYER_NAMES` in `utils/constants.py`).
-        const EMBEDDINGS: [&str; 2] = ["embed_tokens", "lm_head"];
-        let saved = Modules::new(config.modules_to_save().iter().map(String::as_str));
-        let embeddings = Modules::new(EMBEDDINGS.into_iter());
+        let saved = Modules::new(config.modules_to_save());
         let names: BTreeSet<&str> = source.names().collect();
         if names.is_empty() {
             let reason = "there are no tensors: nothing was saved, and there is nothing to merge".to_owned();
@@ -129,12 +125,15 @@ impl Sorted {
                 Key::Tokens { module } => sorted.tokens.insert(module.clone(), name.to_owned()).map(|_| module),
                 Key::Base { tensor } => sorted.bases.insert(tensor.clone(), name.to_owned()).map(|_| tensor),
                 Key::Whole { tensor, is_wrapped } => {
-                    let is_saved = saved.has(&tensor);
-                    if is_saved {
-                        sorted.saved.insert(tensor.clone());
+                    let saved_from = saved.find(&tensor);
+                    if let Some(start) = saved_from {
+                        sorted.saved.insert(tensor.clone(), start);
                     }
-                    let is_bias = config.bias() != BiasTraining::None && last(&tensor) == "bias";
-                    if !is_saved && !is_bias && !embeddings.has(&tensor) {
+                    let (module, part) = tensor.rsplit_once('.').unwrap_or(("", &tensor));
+                    let is_bias = config.bias() != BiasTraining::None && part == "bias";
+                    // PEFT saves these of its own accord if the vocabulary was resized or they have adapters.
+                    let is_vocabulary = is_embedding(module) || is_head(module);
+                    if saved_from.is_none() && !is_bias && !is_vocabulary {
                         let reason = "neither LoRA nor named by bias or modules_to_save".to_owned();
                         return Err(CheckpointError::Unexpected { tensor: name.to_owned(), reason });
                     }
@@ -174,26 +173,30 @@ fn owned(source: &dyn TensorSource, name: &str) -> Result<TensorData<'static>, C
     TensorData::new(name, info.dtype, info.shape.clone(), OwnedBytes::Owned(owned_bytes(source, name)?))
 }
 
-/// Modules by one or more parts of their names.
+/// The modules that `modules_to_save` names.
 struct Modules<'a> {
     names: BTreeSet<&'a str>,
-    /// The numbers of parts.
+    /// The lengths of the names.
     lens: BTreeSet<usize>,
 }
 
 impl<'a> Modules<'a> {
-    fn new(names: impl Iterator<Item = &'a str>) -> Self {
-        let names: BTreeSet<&str> = names.collect();
-        let lens = names.iter().map(|name| name.split('.').count()).collect();
+    fn new(names: &'a [String]) -> Self {
+        let names: BTreeSet<&str> = names.iter().map(String::as_str).filter(|name| !name.is_empty()).collect();
+        let lens = names.iter().map(|name| name.len()).collect();
         Self { names, lens }
     }
 
-    /// Whether a tensor is of one of them.
-    fn has(&self, tensor: &str) -> bool {
-        // Where parts begin.
-        let starts: Vec<usize> = [0].into_iter().chain(tensor.match_indices('.').map(|(at, _)| at + 1)).collect();
-        let is_one = |part: &[usize], len: usize| self.names.contains(&tensor[part[0]..part[len] - 1]);
-        self.lens.iter().any(|len| starts.windows(len + 1).any(|part| is_one(part, *len)))
+    /// Where the name of the outermost of them begins in that of a tensor that it holds, at the start of a part. As in
+    /// PEFT (`_set_trainable` in `utils/other.py`) a module is one of them if its name ends so, in the middle of a part
+    /// too: `norm` means `input_layernorm` as well.
+    fn find(&self, tensor: &str) -> Option<usize> {
+        let ends = tensor.match_indices('.').map(|(end, _)| end);
+        ends.flat_map(|end| self.lens.range(..=end).map(move |len| (end - len, end))).find_map(|(start, end)| {
+            let name = tensor.get(start..end)?;
+            let start_of_part = tensor[..start].rfind('.').map_or(0, |dot| dot + 1);
+            self.names.contains(name).then_some(start_of_part)
+        })
     }
 }
 

@@ -15,7 +15,6 @@ mod targets;
 pub(super) use adapter::Factors;
 pub use adapter::{AdaptedTokens, PeftAdapter, PeftModule, PeftModuleKind};
 pub use config::{BiasTraining, PeftConfig, TargetModules};
-pub(super) use pattern::{WORK_LIMIT, compile};
 
 /// What PEFT puts before the name of a module.
 const PREFIX: &str = "base_model.model.";

@@ -26,7 +26,7 @@ const TEXT_LIMIT: usize = 1 << 12;
 
 /// The product of the sizes of all compiled expressions and of the letters of all names that they are matched with: without
 /// a limit each is small enough, and a match takes time in proportion to both. The largest takes seconds.
-pub(in super::super) const WORK_LIMIT: usize = if usize::BITS > 32 { 1 << 33 } else { usize::MAX };
+pub(super) const WORK_LIMIT: usize = if usize::BITS > 32 { 1 << 33 } else { usize::MAX };
 
 /// The work of comparing two names, most of which differ in the first letters.
 const NAME_WORK: usize = 2;
@@ -191,7 +191,7 @@ impl<T: Copy> Patterns<T> {
 }
 
 /// Compiles an expression, and returns a limit that its size keeps: the first of 1 KiB, 4 KiB and so on that does.
-pub(in super::super) fn compile(text: &str, limit: usize) -> Result<(Regex, usize), regex::Error> {
+fn compile(text: &str, limit: usize) -> Result<(Regex, usize), regex::Error> {
     let mut size = 1 << 10;
     loop {
         match RegexBuilder::new(text).size_limit(size.min(limit)).build() {

@@ -1,7 +1,7 @@
 //! Writing an adapter.
 
 use alloc::borrow::ToOwned;
-use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::collections::BTreeMap;
 use alloc::string::String;
 use alloc::vec::Vec;
 
@@ -57,7 +57,7 @@ impl PeftAdapter {
             tokens: BTreeMap::new(),
             replaced: TensorMap::new(),
             bases: TensorMap::new(),
-            saved: BTreeSet::new(),
+            saved: BTreeMap::new(),
         })
     }
 

@@ -2,7 +2,7 @@
 //! and versions of transformers (`model.language_model.layers`, `language_model.model.layers`, `model.layers`, `layers`).
 //!
 //! A name is a prefix and a rest: the rest begins with the part before the first number (`layers.0.mlp.up_proj`), or is
-//! the last part. Modules of one prefix belong together: either the model has that prefix, or all of them must be there
+//! the last part, or what `modules_to_save` names. Modules of one prefix belong together: either the model has that prefix, or all of them must be there
 //! under one other prefix, and under no second one as similar.
 
 use alloc::borrow::ToOwned;
@@ -56,25 +56,27 @@ impl<'a> ModelNames<'a> {
         self.modules.iter().max_by_key(likeness).map(|module| (*module).to_owned())
     }
 
-    /// The module of the model for each of these of an adapter. Those of which `may_be_new` holds may be missing.
+    /// The module of the model for each of these of an adapter. Those of which `may_be_new` holds may be missing; of each,
+    /// what stands from this place on stays whole.
     pub(super) fn map<'n>(
         &self,
-        modules: &BTreeSet<&'n str>,
+        modules: &BTreeMap<&'n str, usize>,
         may_be_new: &dyn Fn(&str) -> bool,
     ) -> Result<BTreeMap<&'n str, String>, CheckpointError> {
-        let mut groups: BTreeMap<&str, Vec<&'n str>> = BTreeMap::new();
-        for module in modules {
-            groups.entry(split(module).0).or_default().push(module);
+        let mut groups: BTreeMap<&str, Vec<Wanted<'n>>> = BTreeMap::new();
+        for (name, whole_from) in modules {
+            let (prefix, rest) = at(name, (name.len() - split(name).1.len()).min(*whole_from));
+            groups.entry(prefix).or_default().push(Wanted { name, rest, may_be_new: may_be_new(name) });
         }
         let mut mapped = BTreeMap::new();
         for (prefix, group) in groups {
-            let new_prefix = self.prefix(prefix, &group, may_be_new)?;
-            for module in group {
-                let name = join(new_prefix, split(module).1);
+            let new_prefix = self.prefix(prefix, &group)?;
+            for Wanted { name: module, rest, may_be_new } in group {
+                let name = join(new_prefix, rest);
                 let known = [Some(name.clone()), self.synonym(&name)].into_iter().flatten().find(|name| self.has(name));
                 match known {
                     Some(name) => drop(mapped.insert(module, name)),
-                    None if may_be_new(module) => drop(mapped.insert(module, module.to_owned())),
+                    None if may_be_new => drop(mapped.insert(module, module.to_owned())),
                     None => return Err(self.missing(module)),
                 }
             }
@@ -94,24 +96,19 @@ impl<'a> ModelNames<'a> {
     }
 
     /// The prefix under which the model has the modules of a group.
-    fn prefix<'s>(
-        &'s self,
-        prefix: &'s str,
-        group: &[&str],
-        may_be_new: &dyn Fn(&str) -> bool,
-    ) -> Result<&'s str, CheckpointError> {
-        let has = |prefix: &str, module: &str| {
-            let name = join(prefix, split(module).1);
+    fn prefix<'s>(&'s self, prefix: &'s str, group: &[Wanted<'_>]) -> Result<&'s str, CheckpointError> {
+        let has = |prefix: &str, module: &Wanted<'_>| {
+            let name = join(prefix, module.rest);
             self.has(&name) || self.synonym(&name).is_some_and(|name| self.has(&name))
         };
         if group.iter().any(|module| has(prefix, module)) {
             return Ok(prefix);
         }
-        let Some(first) = group.iter().find(|module| !may_be_new(module)).or(group.first()) else { return Ok(prefix) };
-        let rests = [Some(split(first).1.to_owned()), self.synonym(split(first).1)];
+        let Some(first) = group.iter().find(|module| !module.may_be_new).or(group.first()) else { return Ok(prefix) };
+        let rests = [Some(first.rest.to_owned()), self.synonym(first.rest)];
         let prefixes = rests.iter().flatten().filter_map(|rest| self.prefixes.get(rest.as_str())).flatten().take(MOST);
-        let mut fitting: Vec<&str> =
-            prefixes.copied().filter(|new| group.iter().all(|module| may_be_new(module) || has(new, module))).collect();
+        let fits = |new: &&str| group.iter().all(|module| module.may_be_new || has(new, module));
+        let mut fitting: Vec<&str> = prefixes.copied().filter(fits).collect();
         fitting.sort_unstable();
         fitting.dedup();
         let common = |new: &str| new.split('.').filter(|part| prefix.split('.').any(|p| p == *part)).count();
@@ -119,15 +116,15 @@ impl<'a> ModelNames<'a> {
         let mut best = fitting.iter().filter(|new| Some(common(new)) == most);
         match (best.next(), best.next()) {
             (None, _) => {
-                let all_new = group.iter().all(|module| may_be_new(module));
-                if all_new { Ok(prefix) } else { Err(self.missing(first)) }
+                let all_new = group.iter().all(|module| module.may_be_new);
+                if all_new { Ok(prefix) } else { Err(self.missing(first.name)) }
             }
             (Some(only), None) => Ok(only),
             (Some(one), Some(two)) => {
-                let rest = split(first).1;
+                let rest = first.rest;
                 let reason =
                     format!("the model has {} and {}, and either may be meant", join(one, rest), join(two, rest));
-                Err(CheckpointError::Unexpected { tensor: (*first).to_owned(), reason })
+                Err(CheckpointError::Unexpected { tensor: first.name.to_owned(), reason })
             }
         }
     }
@@ -142,6 +139,14 @@ impl<'a> ModelNames<'a> {
             parts.join(".")
         })
     }
+}
+
+/// A module of an adapter.
+struct Wanted<'n> {
+    name: &'n str,
+    /// The name without its prefix.
+    rest: &'n str,
+    may_be_new: bool,
 }
 
 /// Prefix and rest of a name.

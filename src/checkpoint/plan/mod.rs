@@ -3,12 +3,16 @@
 
 mod adapt;
 mod embeddings;
+mod experts;
+mod foreign;
 mod matching;
 mod note;
+mod pairs;
+mod task;
+mod ties;
 
 use alloc::borrow::ToOwned;
 use alloc::collections::BTreeMap;
-use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -16,16 +20,16 @@ use core::ops::Range;
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 
+use super::conv1d;
 use super::error::CheckpointError;
 use super::float::FloatType;
 use super::foreign::{ForeignTensor, foreign_tensors};
 use super::header::tensor_bytes;
-use super::model_config::{Edits, ModelConfig, Quantization};
-use super::names::{last, module_of};
+use super::model_config::{Edits, ModelConfig};
+use super::names::last;
 use super::peft::PeftAdapter;
 use super::quant_state::{QuantState, described, matrix_shape, packed_tensors};
 use super::read::info_of;
-use super::skip::Skipped;
 use super::source::TensorSource;
 pub use note::Note;
 
@@ -40,6 +44,8 @@ pub(super) enum Origin {
     Replaced(String),
     /// A tensor of the base as the adapter has it.
     AdapterBase(String),
+    /// The same, in 4 bits.
+    AdapterPacked(String),
 }
 
 /// What is done to the values of a tensor.
@@ -184,7 +190,7 @@ impl<'a> Builder<'a> {
     fn new(source: &'a dyn TensorSource, config: Option<ModelConfig>) -> Result<Self, CheckpointError> {
         let has_type =
             |types: &[&str]| config.iter().any(|config| config.model_types().any(|model| types.contains(&model)));
-        let (has_conv1d, has_transposed_experts) = (has_type(&CONV1D), has_type(&TRANSPOSED_EXPERTS));
+        let (has_conv1d, has_transposed_experts) = (has_type(&conv1d::TYPES), has_type(&TRANSPOSED_EXPERTS));
         let mut builder = Self {
             source,
             config,
@@ -236,7 +242,7 @@ impl<'a> Builder<'a> {
         let is_conv1d = match &self.config {
             Some(_) => self.is_conv1d(tensor),
             // Whether such layers are transposed, the type of the model tells.
-            None if may_be_conv1d(tensor) && info.shape.len() == 2 => {
+            None if conv1d::may_be(tensor) && info.shape.len() == 2 => {
                 let variant =
                     "a 4-bit weight of this name without config.json, whose model_type says whether it is transposed,";
                 return Err(CheckpointError::Unsupported { what: tensor.to_owned(), variant: variant.to_owned() });
@@ -255,7 +261,7 @@ impl<'a> Builder<'a> {
     /// Whether a weight is that of a `Conv1D`, which transformers keeps as `[in, out]`, and transposes before it is
     /// quantized.
     fn is_conv1d(&self, tensor: &str) -> bool {
-        self.has_conv1d && has_name_of_conv1d(tensor)
+        self.has_conv1d && conv1d::has_name(tensor)
     }
 
     fn finish(mut self, options: &MergeOptions<'_>) -> Result<Plan, CheckpointError> {
@@ -289,75 +295,6 @@ impl<'a> Builder<'a> {
         let Self { plan, notes, merged, dequantized, config, .. } = self;
         Ok(Plan { tensors: plan, notes, merged, dequantized, dtype, config })
     }
-
-    /// Whether tensors in another format stay as they are; an error if they would lose their description, or if
-    /// something is to be done to them.
-    fn check_foreign(&mut self, options: &MergeOptions<'_>) -> Result<bool, CheckpointError> {
-        let described = self.config.as_ref().map_or(Quantization::None, ModelConfig::quantization);
-        let Quantization::Other { method, skipped } = described else {
-            self.check_described()?;
-            return match self.foreign.first() {
-                None => Ok(false),
-                Some(tensor) => Err(tensor.error("cannot be dequantized, and config.json does not say how to load it")),
-            };
-        };
-        let refused = |tensor: &str, reason: &str| {
-            Err(CheckpointError::Foreign {
-                tensor: tensor.to_owned(),
-                format: method.clone(),
-                reason: reason.to_owned(),
-            })
-        };
-        if let Some(tensor) = self.plan.values().find_map(|planned| match &planned.origin {
-            Origin::Packed(tensor) => Some(tensor),
-            _ => None,
-        }) {
-            return refused(
-                tensor,
-                "config.json describes this quantization, but this tensor is in 4 bits of bitsandbytes",
-            );
-        }
-        if !self.is_adapted {
-            return refused("quantization_config", "these weights cannot be dequantized");
-        }
-        if options.dtype.is_some_and(|dtype| dtype != self.main) {
-            return refused(
-                "quantization_config",
-                "the weights keep their types, so that what is packed can still be loaded",
-            );
-        }
-        let mut touched = core::mem::take(&mut self.touched);
-        touched.retain(|module| !self.is_embedding_name(module));
-        if let Some(module) = Skipped::new(&skipped).first_other(&touched)? {
-            return refused(
-                module,
-                "the model is quantized so, and config.json does not name this module as one that is not",
-            );
-        }
-        let count = self.foreign.len();
-        self.notes.push(Note::KeptQuantization { format: method, tensors: count });
-        Ok(true)
-    }
-
-    /// `Ok` unless a weight has the shape that only packed ones have, in the type that packed bytes are said to have, and
-    /// nothing describes it.
-    fn check_described(&self) -> Result<(), CheckpointError> {
-        let storage = self.config.as_ref().and_then(ModelConfig::quant_storage);
-        let is_packed = |(name, planned): &(&String, &Planned)| {
-            planned.origin == Origin::Base((*name).clone())
-                && last(name) == "weight"
-                && Some(planned.info.dtype) == storage.map(FloatType::dtype)
-                && matches!(*planned.info.shape, [rows, 1] if rows > 1)
-        };
-        match self.plan.iter().find(is_packed) {
-            None => Ok(()),
-            Some((name, planned)) => Err(CheckpointError::Foreign {
-                tensor: name.clone(),
-                format: "4 bits of bitsandbytes without a description".to_owned(),
-                reason: format!("{} {:?}, and there is no {name}.quant_state", planned.info.dtype, planned.info.shape),
-            }),
-        }
-    }
 }
 
 /// What a weight of shape `[0]` means.
@@ -384,18 +321,5 @@ fn float_of(dtype: Dtype) -> Option<FloatType> {
     FloatType::from_dtype(dtype).or((dtype == Dtype::F64).then_some(FloatType::F32))
 }
 
-/// The model types with layers of the class `Conv1D` in transformers 5.
-const CONV1D: [&str; 6] = ["gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"];
-
 /// The model types whose parameters of experts are `[experts, in, out]`.
 const TRANSPOSED_EXPERTS: [&str; 5] = ["gpt_oss", "aria", "aria_text", "openai_privacy_filter", "qwen3_vl_moe"];
-
-fn has_name_of_conv1d(tensor: &str) -> bool {
-    const NAMES: [&str; 4] = ["c_attn", "c_proj", "c_fc", "q_attn"];
-    module_of(tensor, "weight").is_some_and(|module| NAMES.contains(&last(module)))
-}
-
-/// Whether a weight has the name of one in GPT-2, which other models use for layers that are not transposed.
-fn may_be_conv1d(tensor: &str) -> bool {
-    has_name_of_conv1d(tensor) && format!(".{tensor}").contains(".h.")
-}
