@@ -12,7 +12,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$1
 
 "${NF4_UPSTREAM_PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/pip" install -q --disable-pip-version-check --no-deps -r "$here/requirements.txt"
+"$venv/bin/pip" install -q --disable-pip-version-check --no-compile --no-deps -r "$here/requirements.txt"
 
 cd "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch/lib"
 cuda=../../nvidia/cu13/lib

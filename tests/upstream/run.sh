@@ -28,7 +28,11 @@ absent=$(missing)
 if [[ -n $absent && -n $venv ]]; then
     if python=$venv/bin/python && [[ -n $(missing) ]]; then
         rm -rf "$venv"
+        # Meanwhile, what check.py builds.
+        cargo build -q --release --bin nf4 --example write_checkpoint &
+        build=$!
         bash tests/upstream/environment.sh "$venv"
+        wait "$build"
     fi
     absent=$(missing)
 fi
