@@ -5,7 +5,7 @@ use core::ops::Range;
 use crate::absmax::Absmax;
 use crate::error::{ShapeError, check_len};
 use crate::format::{BlockSize, code_at, get_range, packed_len};
-use crate::spec::{GROUP_8X8, HALF_SPAN};
+use crate::spec::{GROUP_8X8, HALF_SPAN, SPAN};
 
 /// A borrowed matrix of NF4 weights `[rows, cols]`, row-major: packed codes and the absmax of their blocks.
 ///
@@ -97,7 +97,8 @@ impl<'a> Nf4Matrix<'a> {
     }
 
     /// Whether every row starts at the start of a block, so that no two rows share a byte or a block. Otherwise blocks
-    /// straddle rows (or the last one is partial), and the 16x4 and f32 products run portable code.
+    /// straddle rows (or the last one is partial), and the 16x4 product is the f32 product; unless the number of columns is
+    /// a multiple of 32, both run portable code.
     #[must_use]
     pub fn is_row_aligned(&self) -> bool {
         self.cols.is_multiple_of(self.block_size.get())
@@ -159,6 +160,37 @@ impl<'a> Nf4Matrix<'a> {
         let shift = self.groups_per_block_log2();
         for (group, o) in (first_group..).zip(out) {
             *o = self.absmax.get_inside(first_block + (group >> shift));
+        }
+    }
+
+    /// Packed bytes of a row, and the number in the tensor of its first group of `SPAN / GROUPS` columns, each of which lies
+    /// in one block.
+    #[allow(dead_code, reason = "only instruction sets with vectors take several columns at once")]
+    #[inline(always)]
+    pub(crate) fn span_row<const GROUPS: usize>(&self, row: usize) -> (&'a [u8], usize) {
+        let start = self.row_start(row);
+        (get_range(self.packed, start / 2..(start + self.cols) / 2), start / (SPAN / GROUPS))
+    }
+
+    /// The absmax of `N` groups of `SPAN / GROUPS` columns, by the number of the first in the tensor.
+    #[allow(dead_code, reason = "only instruction sets with vectors take several columns at once")]
+    #[inline(always)]
+    pub(crate) fn span_absmax<const GROUPS: usize, const N: usize>(&self, first: usize) -> [f32; N] {
+        let shift = self.block_size.get().trailing_zeros() - (SPAN / GROUPS).trailing_zeros();
+        if shift == 0 {
+            self.absmax.get_array(first)
+        } else {
+            core::array::from_fn(|i| self.absmax.get_inside((first + i) >> shift))
+        }
+    }
+
+    /// As [`Self::span_absmax`], for any number of groups.
+    #[allow(dead_code, reason = "only instruction sets with vectors take several columns at once")]
+    #[inline(always)]
+    pub(crate) fn span_absmax_rest<const GROUPS: usize>(&self, first: usize, out: &mut [f32]) {
+        let shift = self.block_size.get().trailing_zeros() - (SPAN / GROUPS).trailing_zeros();
+        for (group, o) in (first..).zip(out) {
+            *o = self.absmax.get_inside(group >> shift);
         }
     }
 

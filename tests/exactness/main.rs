@@ -376,6 +376,9 @@ fn batches_give_the_bits_of_single_vectors_over_all_panels() {
             (17, 2080, BlockSize::B32),
             (16, 2048, BlockSize::B128),
             (70, 1024, BlockSize::B256),
+            // Blocks that straddle rows, with a last half span and with two panels of the f32 product.
+            (37, 352, BlockSize::B256),
+            (18, 4192, BlockSize::B128),
         ];
         for (rows, cols, block_size) in shapes.into_iter().step_by(every().min(5)) {
             let q = Quantized::new(k, &inputs("bell", rows * cols, g), rows, cols, block_size);

@@ -143,7 +143,7 @@ pub(super) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) 
 }
 
 #[target_feature(enable = "avx2,f16c")]
-pub(super) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+pub(in crate::isa) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     product_f32::gemm_f32(&steps(), matrix, inputs, out);
 }
 

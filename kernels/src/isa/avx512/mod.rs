@@ -1,5 +1,5 @@
-//! x86-64 with AVX-512 and its VNNI: the 16x4 products, and the transposed products of batches. All else is that of AVX2,
-//! with its order of activations.
+//! x86-64 with AVX-512 and its VNNI: the 16x4 products, and the f32 products of batches. All else is that of AVX2, with
+//! its order of activations.
 //!
 //! `vpermw` looks 16-bit weights up by codes whose upper bits it ignores, and `vpdpwssd` adds the two products of each
 //! 32-bit lane to a sum. A few vectors take two rows to a register (`few.rs`). The step for their spans of 32 packed
@@ -47,6 +47,7 @@ mod codes;
 mod columns;
 mod few;
 mod panel;
+mod panel_f32;
 mod registers;
 mod steps_8x8;
 
@@ -69,6 +70,7 @@ pub(super) static TABLE: Table = Table {
     gemm: multiply,
     gemv_8x8,
     gemm_8x8,
+    gemm_f32: panel_f32::gemm_f32,
     gemm_transposed_f32: columns::gemm_transposed_f32,
     gemm_transposed_dense_add: columns::gemm_transposed_dense_add,
     ..avx2::TABLE

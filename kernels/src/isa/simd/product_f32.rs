@@ -15,7 +15,7 @@ const STRIDE: usize = 8;
 /// The f32 product.
 #[inline(always)]
 pub(in crate::isa) fn gemv_f32<S: StepsF32>(steps: &Steps<S>, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
-    if !matrix.is_row_aligned() {
+    if !matrix.has_whole_groups() {
         return scalar::gemv_f32(matrix, inputs, out);
     }
     out.fill(0.0);
@@ -23,13 +23,19 @@ pub(in crate::isa) fn gemv_f32<S: StepsF32>(steps: &Steps<S>, matrix: &Nf4Matrix
     for (p, inputs) in inputs.chunks(spec::PANEL).enumerate() {
         arrange(steps, inputs, &mut panel);
         let panel = &panel[..inputs.len().div_ceil(SPAN)];
-        if matrix.block_size().group() == SPAN {
+        if has_whole_spans(matrix) {
             gemv_panel::<S, 1, STRIDE>(steps, matrix, p, inputs.len(), panel, out);
         } else {
             gemv_panel::<S, 2, { 2 * STRIDE }>(steps, matrix, p, inputs.len(), panel, out);
         }
     }
     out.iter_mut().for_each(|y| *y = canonical(*y));
+}
+
+/// Whether each span of a row lies in one block. In other rows of whole groups each half does.
+#[inline(always)]
+fn has_whole_spans(matrix: &Nf4Matrix<'_>) -> bool {
+    matrix.is_row_aligned() && matrix.block_size().group() == SPAN
 }
 
 /// Puts inputs into order, span by span, with zeros after the last.
@@ -46,7 +52,7 @@ fn arrange<S: StepsF32>(steps: &Steps<S>, inputs: &[f32], panel: &mut [[f32; SPA
     }
 }
 
-/// Adds the product of panel `p` of a row-aligned matrix, `cols` columns, with `GROUPS` blocks in a span of 64 columns at
+/// Adds the product of panel `p` of a matrix, `cols` columns, with `GROUPS` blocks in a span of 64 columns at
 /// most; `SCALES` is `GROUPS * STRIDE`.
 #[inline(always)]
 fn gemv_panel<S: StepsF32, const GROUPS: usize, const SCALES: usize>(
@@ -64,20 +70,20 @@ fn gemv_panel<S: StepsF32, const GROUPS: usize, const SCALES: usize>(
     let (inputs, inputs_rest) = inputs.split_at(cols / (STRIDE * SPAN) * STRIDE);
     let (inputs, _) = inputs.as_chunks::<STRIDE>();
     for (row, out) in out.iter_mut().enumerate() {
-        let (packed, first_block) = matrix.aligned_row(row);
+        let (packed, row_group) = matrix.span_row::<GROUPS>(row);
         let (packed, half) = packed[p * spec::PANEL / 2..][..cols / 2].as_chunks::<{ SPAN / 2 }>();
         let (packed, packed_rest) = packed.as_chunks::<STRIDE>();
         let mut lanes = steps.load(&[0.0; 8]);
         let mut group = first_group;
         for (packed, inputs) in packed.iter().zip(inputs) {
-            let absmax = matrix.group_absmax::<SCALES>(first_block, group);
+            let absmax = matrix.span_absmax::<GROUPS, SCALES>(row_group + group);
             lanes = add_spans::<S, GROUPS>(steps, lanes, packed, inputs, &absmax, ahead);
             group += SCALES;
         }
         if !inputs_rest.is_empty() {
             let mut absmax = [0.0; SCALES];
             let groups = (cols - cols / (STRIDE * SPAN) * (STRIDE * SPAN)) / (SPAN / GROUPS);
-            matrix.group_absmax_rest(first_block, group, &mut absmax[..groups]);
+            matrix.span_absmax_rest::<GROUPS>(row_group + group, &mut absmax[..groups]);
             lanes = add_spans::<S, GROUPS>(steps, lanes, packed_rest, inputs_rest, &absmax, ahead);
             if let (false, Some(inputs)) = (half.is_empty(), inputs_rest.last()) {
                 // The other half of the span has inputs and an absmax of 0, which change no lane.
@@ -107,7 +113,7 @@ fn add_spans<S: StepsF32, const GROUPS: usize>(
     lanes
 }
 
-/// Rows of a tile of a batch: 32 KB of decoded weights.
+/// Rows of a tile of a batch: 16 KB of decoded weights.
 const ROWS: usize = 8;
 /// Columns of a tile, a part of a panel.
 const COLUMNS: usize = DECODED_SPANS * SPAN;
@@ -118,9 +124,9 @@ const VECTORS: usize = 64;
 /// each tile of rows.
 #[inline(always)]
 pub(in crate::isa) fn gemm_f32<S: StepsF32>(steps: &Steps<S>, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
-    if !matrix.is_row_aligned() {
+    if !matrix.has_whole_groups() {
         scalar::gemm_f32(matrix, inputs, out);
-    } else if matrix.block_size().group() == SPAN {
+    } else if has_whole_spans(matrix) {
         gemm_groups::<S, 1>(steps, matrix, inputs, out);
     } else {
         gemm_groups::<S, 2>(steps, matrix, inputs, out);
@@ -189,9 +195,9 @@ fn decode_row<S: StepsF32, const GROUPS: usize>(
     width: usize,
     out: &mut DecodedRow<GROUPS>,
 ) {
-    let (packed, first_block) = matrix.aligned_row(row);
+    let (packed, row_group) = matrix.span_row::<GROUPS>(row);
     let (absmax, rest) = out.absmax.as_flattened_mut().split_at_mut(width / (SPAN / GROUPS));
-    matrix.group_absmax_rest(first_block, column / (SPAN / GROUPS), absmax);
+    matrix.span_absmax_rest::<GROUPS>(row_group + column / (SPAN / GROUPS), absmax);
     // A group that is not there has inputs of zero.
     rest.fill(0.0);
     let (spans, half) = packed[column / 2..][..width / 2].as_chunks();
@@ -230,9 +236,9 @@ pub(in crate::isa) fn gemv_transposed_f32<S: StepsF32>(
     inputs: &[f32],
     out: &mut [f32],
 ) {
-    if !matrix.is_row_aligned() {
+    if !matrix.has_whole_groups() {
         scalar::gemv_transposed_f32(matrix, inputs, out);
-    } else if matrix.block_size().group() == SPAN {
+    } else if has_whole_spans(matrix) {
         transposed_groups::<S, 1, STRIDE>(steps, matrix, inputs, out);
     } else {
         transposed_groups::<S, 2, { 2 * STRIDE }>(steps, matrix, inputs, out);
@@ -256,17 +262,18 @@ fn transposed_groups<S: StepsF32, const GROUPS: usize, const SCALES: usize>(
             for (four, inputs) in inputs.chunks(4).enumerate() {
                 let row = chunk * spec::ROW_CHUNK + four * 4;
                 // A row that is not there is the first once more, with factors of zero.
-                let rows = [0, 1, 2, 3].map(|i| matrix.aligned_row(if i < inputs.len() { row + i } else { row }));
+                let rows =
+                    [0, 1, 2, 3].map(|i| matrix.span_row::<GROUPS>(if i < inputs.len() { row + i } else { row }));
                 for (stride, sums) in panel.chunks_mut(STRIDE).enumerate() {
                     let column = p * spec::PANEL + stride * STRIDE * SPAN;
                     let group = column / (SPAN / GROUPS);
                     let groups = SCALES.min(matrix.cols() / (SPAN / GROUPS) - group);
                     let mut factors = [[0.0; SCALES]; 4];
-                    for (((_, first_block), factors), x) in rows.iter().zip(&mut factors).zip(inputs) {
+                    for (((_, row_group), factors), x) in rows.iter().zip(&mut factors).zip(inputs) {
                         if groups == SCALES {
-                            *factors = matrix.group_absmax(*first_block, group);
+                            *factors = matrix.span_absmax::<GROUPS, SCALES>(row_group + group);
                         } else {
-                            matrix.group_absmax_rest(*first_block, group, &mut factors[..groups]);
+                            matrix.span_absmax_rest::<GROUPS>(row_group + group, &mut factors[..groups]);
                         }
                         factors.iter_mut().take(groups).for_each(|f| *f *= x);
                     }

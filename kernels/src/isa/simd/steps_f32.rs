@@ -49,7 +49,7 @@ pub(in crate::isa) trait StepsF32: Lanes {
 }
 
 /// Spans of a [`DecodedRow`].
-pub(in crate::isa) const DECODED_SPANS: usize = 16;
+pub(in crate::isa) const DECODED_SPANS: usize = 8;
 
 /// The decoded weights of a part of a row, and the absmax of their blocks.
 #[repr(align(64))]
