@@ -14,12 +14,20 @@ use crate::isa::simd::steps_8x8::{
 };
 use crate::spec::SPAN;
 
-/// Of eight rows and sixteen times four columns the weights, and their magnitudes.
-type EightRows = [[u8; 64]; 16];
+/// A span of eight rows, as one multiplies with it.
+#[repr(align(64))]
+#[derive(Clone, Copy)]
+pub(in crate::isa) struct EightRows {
+    /// Of sixteen times four columns the magnitudes, then -1 for each weight that is negative and 0 for others. With
+    /// AVX-VNNI the weights, larger by 128, and nothing.
+    weights: [[u8; 64]; 16],
+    /// What sums of products start with, for each group: the sum of the magnitudes of negative weights; see [`dot`].
+    starts: [[i32; 8]; 2],
+}
 
 impl<const VNNI: bool> Steps8x8 for Avx2<VNNI> {
     const QUADS: usize = 1;
-    const EMPTY: [EightRows; ROWS / 8] = [[[0; 64]; 16]; ROWS / 8];
+    const EMPTY: [EightRows; ROWS / 8] = [EightRows { weights: [[0; 64]; 16], starts: [[0; 8]; 2] }; ROWS / 8];
 
     type Weights = [EightRows; ROWS / 8];
 
@@ -38,11 +46,21 @@ impl<const VNNI: bool> Steps8x8 for Avx2<VNNI> {
             prefetch(packed, ahead);
         }
         for (rows, out) in packed.as_chunks().0.iter().zip(out) {
-            for (words, out) in transpose(*rows).into_iter().zip(out.as_chunks_mut::<2>().0) {
+            let mut starts = [_mm256_setzero_si256(); 2];
+            for (i, words) in transpose(*rows).into_iter().enumerate() {
                 let [even, odd] = split_codes(&must_cast(words));
                 let (even, odd) = (_mm256_shuffle_epi8(self.i8_book, even), _mm256_shuffle_epi8(self.i8_book, odd));
-                *out = must_cast([even, _mm256_abs_epi8(even), odd, _mm256_abs_epi8(odd)]);
+                let (even, odd) = if VNNI {
+                    ([even, even], [odd, odd])
+                } else {
+                    let (even, odd) = (magnitudes(even), magnitudes(odd));
+                    let negative = _mm256_add_epi32(negative(even), negative(odd));
+                    starts[i / 4] = _mm256_add_epi32(starts[i / 4], negative);
+                    (even, odd)
+                };
+                [out.weights[2 * i], out.weights[2 * i + 1]] = [must_cast(even), must_cast(odd)];
             }
+            out.starts = must_cast(starts);
         }
     }
 
@@ -97,10 +115,13 @@ impl<const VNNI: bool> Steps8x8 for Avx2<VNNI> {
             for s in 0..spans {
                 let start = self.start(&values[s]);
                 let x: [__m256i; 2] = must_cast(values[s]);
-                let ab = [self.products(&a[s], x, start, ahead), self.products(&b[s], x, start, ahead)];
-                let cd = [self.products(&c[s], x, start, ahead), self.products(&d[s], x, start, ahead)];
+                for row in [a, b, c, d] {
+                    prefetch(&row[s], ahead);
+                }
+                let ab = [self.products(&a[s], x, start), self.products(&b[s], x, start)];
+                let cd = [self.products(&c[s], x, start), self.products(&d[s], x, start)];
                 let products = add_lanes_of_four(ab[0], ab[1], cd[0], cd[1]);
-                let scales = _mm256_set_m128(_mm_set1_ps(scales[s][1]), _mm_set1_ps(scales[s][0]));
+                let scales = _mm256_blend_ps::<0xf0>(_mm256_set1_ps(scales[s][0]), _mm256_set1_ps(scales[s][1]));
                 let factors = _mm256_mul_ps(quad(&e[s], &f[s], &g[s], &h[s]), scales);
                 total = _mm256_add_ps(total, _mm256_mul_ps(_mm256_cvtepi32_ps(products), factors));
             }
@@ -128,27 +149,28 @@ impl<const VNNI: bool> Avx2<VNNI> {
     /// Adds the products of a span to `start`: of four columns in each lane.
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn products(&self, packed: &[u8; 32], x: [__m256i; 2], start: __m256i, ahead: usize) -> __m256i {
-        prefetch(packed, ahead);
+    fn products(&self, packed: &[u8; 32], x: [__m256i; 2], start: __m256i) -> __m256i {
         let [even, odd] = split_codes(packed);
         let (even, odd) = (_mm256_shuffle_epi8(self.i8_book, even), _mm256_shuffle_epi8(self.i8_book, odd));
-        let magnitudes = [_mm256_abs_epi8(even), _mm256_abs_epi8(odd)];
         if VNNI {
-            self.add(self.add(start, even, even, x[0]), odd, odd, x[1])
+            // SAFETY: `self` is only made where the CPU has AVX-VNNI.
+            let sums = unsafe { add_byte_products(start, even, x[0]) };
+            // SAFETY: as above.
+            unsafe { add_byte_products(sums, odd, x[1]) }
         } else {
-            _mm256_add_epi32(dot(even, magnitudes[0], x[0]), dot(odd, magnitudes[1], x[1]))
+            _mm256_add_epi32(dot_signed(even, x[0]), dot_signed(odd, x[1]))
         }
     }
 
-    /// Adds the products of weights and activations, of four columns in each lane.
+    /// Adds the products of the weights of a panel and activations, of four columns in each lane.
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn add(&self, sums: __m256i, weights: __m256i, magnitudes: __m256i, x: __m256i) -> __m256i {
+    fn add(&self, sums: __m256i, weights: [__m256i; 2], x: __m256i) -> __m256i {
         if VNNI {
             // SAFETY: `self` is only made where the CPU has AVX-VNNI.
-            unsafe { add_byte_products(sums, weights, x) }
+            unsafe { add_byte_products(sums, weights[0], x) }
         } else {
-            _mm256_add_epi32(sums, dot(weights, magnitudes, x))
+            _mm256_add_epi32(sums, dot(weights, x))
         }
     }
 
@@ -168,19 +190,20 @@ impl<const VNNI: bool> Avx2<VNNI> {
             totals[v] = load_f32(&sums[FIRST + v][GROUP].as_chunks().0[eight]);
         }
         for (panel, vectors) in panel.iter().zip(vectors) {
-            let mut products = [_mm256_setzero_si256(); V];
+            let rows = &panel.weights[eight];
+            let mut products: [__m256i; V] = [must_cast(rows.starts[GROUP]); V];
             if VNNI {
                 for (v, products) in products.iter_mut().enumerate() {
                     *products = _mm256_set1_epi32(vectors.starts[GROUP][FIRST + v]);
                 }
             }
             for j in 0..8 {
-                let [weights, magnitudes] = must_cast(panel.weights[eight][8 * GROUP + j]);
+                let weights: [__m256i; 2] = must_cast(rows.weights[8 * GROUP + j]);
                 // Words of even columns, then of odd ones.
                 let word = j % 2 * 8 + 4 * GROUP + j / 2;
                 for (v, products) in products.iter_mut().enumerate() {
                     let x = _mm256_set1_epi32(must_cast(vectors.values[FIRST + v].as_chunks::<4>().0[word]));
-                    *products = self.add(*products, weights, magnitudes, x);
+                    *products = self.add(*products, weights, x);
                 }
             }
             let absmax = load_f32(&panel.absmax[GROUP].as_chunks().0[eight]);
@@ -216,12 +239,37 @@ pub(in crate::isa) fn quad<const GROUPS: usize>(
     _mm256_set_m128(second, first)
 }
 
-/// The products of four columns in each lane. The signs go to the activations, because `vpmaddubsw` takes one factor
-/// without a sign; with those of 124 and 127 it does not saturate.
+/// The magnitudes of weights, and -1 for each that is negative.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn dot(weights: __m256i, magnitudes: __m256i, x: __m256i) -> __m256i {
-    let pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(x, weights));
+fn magnitudes(weights: __m256i) -> [__m256i; 2] {
+    [_mm256_abs_epi8(weights), _mm256_cmpgt_epi8(_mm256_setzero_si256(), weights)]
+}
+
+/// The sums of the magnitudes of negative weights, of four columns in each lane.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn negative([magnitudes, signs]: [__m256i; 2]) -> __m256i {
+    _mm256_madd_epi16(_mm256_maddubs_epi16(magnitudes, _mm256_abs_epi8(signs)), _mm256_set1_epi16(1))
+}
+
+/// The products of four columns in each lane, less the magnitudes of the negative weights.
+///
+/// `vpmaddubsw` takes one factor without a sign, so the signs of the weights go to the activations: all bits of `x` are
+/// changed where a weight is negative, which gives `-x - 1`. Two products are at most `2 * 124 * 128`, so it does not
+/// saturate. `vpsignb` would give `-x`, but shares the ports of the multiplications.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn dot([magnitudes, signs]: [__m256i; 2], x: __m256i) -> __m256i {
+    let pairs = _mm256_maddubs_epi16(magnitudes, _mm256_xor_si256(x, signs));
+    _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+}
+
+/// The products of four columns in each lane.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn dot_signed(weights: __m256i, x: __m256i) -> __m256i {
+    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
     _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
 }
 

@@ -103,8 +103,11 @@ impl Steps8x8 for Avx512 {
             let [even, odd]: [__m256i; 2] = must_cast(values[s]);
             let x = [_mm512_broadcast_i64x4(even), _mm512_broadcast_i64x4(odd)];
             let start = self.start(x);
-            let ab = [self.products(&a[s], &e[s], x, start, ahead), self.products(&b[s], &f[s], x, start, ahead)];
-            let cd = [self.products(&c[s], &g[s], x, start, ahead), self.products(&d[s], &h[s], x, start, ahead)];
+            for row in [a, b, c, d, e, f, g, h] {
+                prefetch(&row[s], ahead);
+            }
+            let ab = [self.products(&a[s], &e[s], x, start), self.products(&b[s], &f[s], x, start)];
+            let cd = [self.products(&c[s], &g[s], x, start), self.products(&d[s], &h[s], x, start)];
             let products = add_lanes_of_four(ab[0], ab[1], cd[0], cd[1]);
             let absmax = [quad(&i[s], &j[s], &k[s], &l[s]), quad(&m[s], &n[s], &o[s], &p[s])];
             let absmax = _mm512_castpd_ps(_mm512_insertf64x4::<1>(
@@ -183,9 +186,7 @@ impl Avx512 {
     /// Adds the products of a span of two rows, each in a half, to `start`: of four columns in each lane.
     #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
     #[inline]
-    fn products(&self, above: &[u8; 32], below: &[u8; 32], x: [__m512i; 2], start: __m512i, ahead: usize) -> __m512i {
-        prefetch(above, ahead);
-        prefetch(below, ahead);
+    fn products(&self, above: &[u8; 32], below: &[u8; 32], x: [__m512i; 2], start: __m512i) -> __m512i {
         let [even, odd] = self.decode(two_spans(above, below));
         _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, even, x[0]), odd, x[1])
     }
