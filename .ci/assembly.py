@@ -66,6 +66,8 @@ class Loop:
         self.products = sum(PRODUCTS[operands[0]] for operands in multiplies)
         self.vnni = any("vpdpwssd" in m for m in self.mnemonics)
         self.wide = any(operands.startswith("z") for operands in multiplies)
+        # Products of 8-bit integers: a loop of the 8x8 products.
+        self.bytes = any(re.search(r"vpmaddubsw|vpdpbusd", m) for m in self.mnemonics)
         self.look_ups = sum(m in ("vpshufb", "vpermw") for m in self.mnemonics)
         self.floats = self.mnemonics.count("vmulps")
         self.isa = "avx512-vnni" if self.wide else "avx-vnni" if self.vnni else "avx2"
@@ -146,7 +148,7 @@ def choose(loops):
     """The loops to show, by instruction set and name."""
     chosen = {}
     for isa in NEEDS:
-        own = [loop for loop in loops if loop.isa == isa and loop.products]
+        own = [loop for loop in loops if loop.isa == isa and loop.products and not loop.bytes]
         decoding = [loop for loop in own if loop.look_ups]
         # One vector multiplies least for each look-up; a batch has most products. The simpler of equals has one
         # group in a span.

@@ -16,7 +16,10 @@ use std::time::Instant;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use generator::Generator;
-use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Isa, Kernels, NestedAbsmax, Nf4Matrix, bf16, f16};
+use nf4::{
+    Absmax, Activations, Activations8x8, BlockSize, DYNAMIC_MAP, Float, Isa, Kernels, NestedAbsmax, Nf4Matrix, bf16,
+    f16,
+};
 
 /// A toy, one that stays in the cache, and one that does not: sixteen matrices in turn, 150 MB.
 const SHAPES: [Shape; 3] = [
@@ -147,20 +150,32 @@ impl<'a> Setup<'a> {
         Operation { batch, matrices: count, ..self.operation(name, all) }
     }
 
+    /// Inputs of the 8x8 product. They live as long as the program, because few are made.
+    fn inputs_8x8(&self, batch: usize) -> Activations8x8<'a> {
+        let cols = self.data.shape.cols;
+        let values = vec![0; batch * Activations8x8::values_len(cols)].leak();
+        let scales = vec![0.0; batch * Activations8x8::scales_len(cols)].leak();
+        self.kernels.quantize_activations_8x8_batch(self.data.inputs(batch), cols, values, scales).unwrap()
+    }
+
     fn products(self, activations: Activations<'a>) -> Vec<Operation<'a>> {
+        let coarse = self.inputs_8x8(1);
         let Self { data, kernels: k, .. } = self;
         vec![
             self.product("gemv", 1, false, move |m, y| k.gemv(m, &activations, y).unwrap()),
+            self.product("gemv_8x8", 1, false, move |m, y| k.gemv_8x8(m, &coarse, y).unwrap()),
             self.product("gemv_nested", 1, true, move |m, y| k.gemv(m, &activations, y).unwrap()),
             self.product("gemv_f32", 1, false, move |m, y| k.gemv_f32(m, data.inputs(1), y).unwrap()),
             self.transposed(),
         ]
     }
 
-    fn batch_products(self, activations: Activations<'a>) -> [Operation<'a>; 2] {
+    fn batch_products(self, activations: Activations<'a>) -> [Operation<'a>; 3] {
+        let coarse = self.inputs_8x8(activations.batch());
         let (Self { data, kernels: k, .. }, n) = (self, activations.batch());
         [
             self.product("gemm", n, false, move |m, y| k.gemm(m, &activations, y).unwrap()),
+            self.product("gemm_8x8", n, false, move |m, y| k.gemm_8x8(m, &coarse, y).unwrap()),
             self.product("gemm_f32", n, false, move |m, y| k.gemm_f32(m, data.inputs(n), y).unwrap()),
         ]
     }

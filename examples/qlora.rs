@@ -11,7 +11,7 @@ use core::time::Duration;
 use std::time::Instant;
 
 use nf4::checkpoint::{CheckpointError, FloatType, TensorFile, TensorSource};
-use nf4::{Absmax, Activations, BlockSize, Kernels, LoRALayer, QLoRALayer, Quantized4Bit, Tensor};
+use nf4::{Absmax, Activations, Activations8x8, BlockSize, Kernels, LoRALayer, QLoRALayer, Quantized4Bit, Tensor};
 
 const RANK: usize = 16;
 const ALPHA: f32 = 32.0;
@@ -112,21 +112,33 @@ fn large_matrices() -> Result<(), Box<dyn Error>> {
         let mut next = || black_box(turn.next().expect("cycles"));
         let bytes = matrices[0].memory_bytes() as f64;
         let read_ns = median_ns(|| Ok::<_, nf4::Error>(read_all(next())))?;
-        let mut expected: Option<Vec<f32>> = None;
+        let mut expected: [Option<Vec<f32>>; 2] = [None, None];
         for kernels in Kernels::available() {
             let mut values = vec![0; Activations::values_len(N, BLOCK)];
             let mut scales = vec![0.0; Activations::scales_len(N, BLOCK)];
-            let mut y = vec![0.0; N];
-            let ns = median_ns(|| {
-                let x = kernels.quantize_activations(black_box(&x), BLOCK, &mut values, &mut scales)?;
-                kernels.gemv(&next().view(), &x, &mut y)
-            })?;
-            let same = same_bits(&y, expected.get_or_insert_with(|| y.clone()));
-            let (isa, ms, yes) = (kernels.isa(), ns / 1e6, yes_or_no(same));
-            let (speed, rate, share) = ((N * N) as f64 / ns, bytes / ns, read_ns / ns * 100.0);
-            println!("{isa:<13}{name:<18}{ms:>9.2} ms{speed:>13.1}{rate:>14.2}{share:>15.1} %{yes:>12}");
-            if !same {
-                return Err(format!("{isa} gives other bits than {}", Kernels::detect().isa()).into());
+            let mut bytes_8x8 = vec![0; Activations8x8::values_len(N)];
+            let mut scales_8x8 = vec![0.0; Activations8x8::scales_len(N)];
+            let mut y = [vec![0.0; N], vec![0.0; N]];
+            let ns = [
+                median_ns(|| {
+                    let x = kernels.quantize_activations(black_box(&x), BLOCK, &mut values, &mut scales)?;
+                    kernels.gemv(&next().view(), &x, &mut y[0])
+                })?,
+                median_ns(|| {
+                    let x = kernels.quantize_activations_8x8(black_box(&x), &mut bytes_8x8, &mut scales_8x8)?;
+                    kernels.gemv_8x8(&next().view(), &x, &mut y[1])
+                })?,
+            ];
+            for (((arithmetic, ns), y), expected) in ["16x4", "8x8"].into_iter().zip(ns).zip(&y).zip(&mut expected) {
+                let same = same_bits(y, expected.get_or_insert_with(|| y.clone()));
+                let (isa, ms, yes) = (kernels.isa(), ns / 1e6, yes_or_no(same));
+                let (speed, rate, share) = ((N * N) as f64 / ns, bytes / ns, read_ns / ns * 100.0);
+                println!(
+                    "{isa:<13}{name:<13}{arithmetic:<5}{ms:>9.2} ms{speed:>13.1}{rate:>14.2}{share:>15.1} %{yes:>12}"
+                );
+                if !same {
+                    return Err(format!("{isa} gives other bits than {}", Kernels::detect().isa()).into());
+                }
             }
         }
         let (ms, rate) = (read_ns / 1e6, bytes / read_ns);

@@ -14,7 +14,9 @@ use core::ops::Range;
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
 use generator::Generator;
 use mmap_rs::{MmapMut, MmapNone, MmapOptions};
-use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, bf16, f16};
+use nf4::{
+    Absmax, Activations, Activations8x8, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, bf16, f16,
+};
 
 /// What bytes beside a slice hold.
 const CANARY: u8 = 0xa5;
@@ -90,6 +92,8 @@ struct Memory {
     inputs: Fenced,
     values: Fenced,
     scales: Fenced,
+    bytes_8x8: Fenced,
+    scales_8x8: Fenced,
     out: Fenced,
 }
 
@@ -106,13 +110,18 @@ impl Memory {
             inputs: fenced(),
             values: fenced(),
             scales: fenced(),
+            bytes_8x8: fenced(),
+            scales_8x8: fenced(),
             out: fenced(),
         }
     }
 
     fn is_intact(&self) -> bool {
-        let Self { weights, packed, absmax, codes, map, nested, inputs, values, scales, out } = self;
-        [weights, packed, absmax, codes, map, nested, inputs, values, scales, out].iter().all(|f| f.is_intact())
+        let Self { weights, packed, absmax, codes, map, nested, inputs, values, scales, bytes_8x8, scales_8x8, out } =
+            self;
+        [weights, packed, absmax, codes, map, nested, inputs, values, scales, bytes_8x8, scales_8x8, out]
+            .iter()
+            .all(|f| f.is_intact())
     }
 }
 
@@ -180,7 +189,8 @@ impl Case {
     fn products(&self, k: Kernels, place: Place, memory: &mut Memory) -> Vec<u8> {
         let Self { rows, cols, block_size, batch, .. } = *self;
         let blocks = block_size.blocks(rows * cols);
-        let Memory { packed, absmax, codes, map, nested, inputs, values, scales, out, .. } = memory;
+        let Memory { packed, absmax, codes, map, nested, inputs, values, scales, bytes_8x8, scales_8x8, out, .. } =
+            memory;
         let (packed, absmax) = (packed.take((rows * cols).div_ceil(2), place), absmax.take(blocks, place));
         let (codes, nested) = (codes.take(blocks, place), nested.take(blocks.div_ceil(256), place));
         k.quantize(&self.weights, block_size, packed, absmax).unwrap();
@@ -210,6 +220,17 @@ impl Case {
                         k.gemm(&part, &activations, y).unwrap();
                         results.extend(bytes(y));
                         k.gemm_f32(&part, inputs, y).unwrap();
+                    }
+                    results.extend(bytes(y));
+
+                    let values = bytes_8x8.take::<i8>(batch * Activations8x8::values_len(cols), place);
+                    let scales = scales_8x8.take(batch * Activations8x8::scales_len(cols), place);
+                    let activations = k.quantize_activations_8x8_batch(inputs, cols, values, scales).unwrap();
+                    results.extend(bytes(activations.scales()));
+                    if batch == 1 {
+                        k.gemv_8x8(&part, &activations, y).unwrap();
+                    } else {
+                        k.gemm_8x8(&part, &activations, y).unwrap();
                     }
                     results.extend(bytes(y));
                 }

@@ -166,6 +166,15 @@ impl Bench {
             let activations = activations.expect("checked above");
             kernels.gemm(black_box(&matrix), &activations, &mut y).expect("outputs for each row and vector");
         });
+        let values_len = nf4::Activations8x8::values_len(cols) * batch;
+        let scales_len = nf4::Activations8x8::scales_len(cols) * batch;
+        let (mut values, mut scales) = (vec![0; values_len], vec![0.0; scales_len]);
+        let mut y = outputs.to_vec();
+        let eight_by_eight = Box::new(move || {
+            let activations = kernels.quantize_activations_8x8_batch(inputs, cols, &mut values, &mut scales);
+            let activations = activations.expect("buffers for all vectors");
+            kernels.gemm_8x8(black_box(&matrix), &activations, &mut y).expect("outputs for each row and vector");
+        });
         let mut y = outputs.to_vec();
         let exact = Box::new(move || {
             kernels.gemm_f32(black_box(&matrix), inputs, &mut y).expect("outputs for each row and vector");
@@ -173,6 +182,7 @@ impl Bench {
         let isa = kernels.isa().name();
         Ok(vec![
             Operation { name: "product 16x4", isa, uses: batch, run: sixteen_by_four },
+            Operation { name: "product 8x8", isa, uses: batch, run: eight_by_eight },
             Operation { name: "product f32", isa, uses: batch, run: exact },
         ])
     }

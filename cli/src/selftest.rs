@@ -106,13 +106,25 @@ impl Selftest {
         if let Some(read) = read {
             text.line(format_args!("{:<15}  {:.1} GB/s, one thread", "a pure read", read.gb_per_s));
         }
-        let titles = ["instruction set", "test vector", "random shapes", "1 vector", "of a read", "batch 16", "f32"];
+        let titles = [
+            "instruction set",
+            "test vector",
+            "random shapes",
+            "1 vector",
+            "of a read",
+            "batch 16",
+            "8x8",
+            "batch 16",
+            "f32",
+        ];
         let (mut rows, mut sets) = (vec![titles.map(str::to_owned).to_vec()], Vec::new());
         for set in checked {
             let of = |measured: &[Measurement], operation: &str| {
                 measured.iter().find(|m| m.isa == set.isa && m.operation == operation).cloned()
             };
-            let (product, exact, batch) = (of(one, "product 16x4"), of(one, "product f32"), of(batch, "product 16x4"));
+            let (product, batch_16x4) = (of(one, "product 16x4"), of(batch, "product 16x4"));
+            let (coarse, batch_8x8) = (of(one, "product 8x8"), of(batch, "product 8x8"));
+            let exact = of(one, "product f32");
             let cell =
                 |m: &Option<Measurement>, show: fn(&Measurement) -> String| m.as_ref().map_or(String::new(), show);
             let speed = |m: &Measurement| format!("{:.2}", m.weights_per_ns);
@@ -123,7 +135,9 @@ impl Selftest {
                 if set.differences.is_empty() { format!("{} equal", self.shapes) } else { "DIFFERENT".to_owned() },
                 cell(&product, speed),
                 cell(&product, share),
-                cell(&batch, speed),
+                cell(&batch_16x4, speed),
+                cell(&coarse, speed),
+                cell(&batch_8x8, speed),
                 cell(&exact, speed),
             ]);
             sets.push(json!({
@@ -133,7 +147,9 @@ impl Selftest {
                 "changed_vectors": set.vector.changed,
                 "differences": set.differences,
                 "one_vector": product,
-                "batch": batch,
+                "batch": batch_16x4,
+                "one_vector_8x8": coarse,
+                "batch_8x8": batch_8x8,
                 "f32": exact,
             }));
         }
