@@ -1,8 +1,6 @@
 //! Which instruction sets for aarch64 this CPU has beyond NEON. No instruction tells a program: the operating system is
 //! asked, without `std`, and once. Where nobody can be asked, it is what the crate was compiled for.
 
-#![expect(unsafe_code, reason = "asks the operating system by functions of C")]
-
 use core::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
 use cfg_if::cfg_if;
@@ -33,6 +31,7 @@ fn once(known: &AtomicU8, ask: fn() -> bool) -> bool {
 
 cfg_if! {
     if #[cfg(any(target_os = "linux", target_os = "android"))] {
+        #[expect(unsafe_code, reason = "asks the operating system by a function of C")]
         mod system {
             use libc::{AT_HWCAP, AT_HWCAP2, HWCAP_ASIMDDP, c_ulong, getauxval};
 
@@ -50,6 +49,7 @@ cfg_if! {
             }
         }
     } else if #[cfg(target_vendor = "apple")] {
+        #[expect(unsafe_code, reason = "asks the operating system by a function of C")]
         mod system {
             use core::ffi::CStr;
             use core::ptr;

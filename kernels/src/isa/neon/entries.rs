@@ -30,22 +30,25 @@ fn steps() -> Steps<Neon> {
 #[target_feature(enable = "neon")]
 #[inline]
 fn steps_8x8() -> Steps<Plain> {
+    let book = book();
     // SAFETY: this function has the features of all steps.
-    unsafe { Steps::new(Plain { book: book() }) }
+    unsafe { Steps::new(Plain { book }) }
 }
 
 #[target_feature(enable = "neon,dotprod")]
 #[inline]
 fn steps_dotprod() -> Steps<Dotprod> {
+    let book = book();
     // SAFETY: this function has the features of all steps.
-    unsafe { Steps::new(Dotprod { book: book() }) }
+    unsafe { Steps::new(Dotprod { book }) }
 }
 
 #[target_feature(enable = "neon,dotprod,i8mm")]
 #[inline]
 fn steps_i8mm() -> Steps<I8mm> {
+    let book = book();
     // SAFETY: this function has the features of all steps.
-    unsafe { Steps::new(I8mm { book: book() }) }
+    unsafe { Steps::new(I8mm { book }) }
 }
 
 /// What exists for each type of elements.
