@@ -37,6 +37,8 @@ check_web() {
     use_wasm
     chromium --version
     cargo fmt --check --manifest-path examples/web/Cargo.toml
+    RUSTFLAGS='--cfg getrandom_backend="custom"' "$clippy" clippy -q --locked -Zbuild-std=std,panic_abort \
+        --target wasm32-unknown-unknown --manifest-path examples/web/Cargo.toml -- -D warnings
     bash examples/web/build.sh
     node examples/web/test.mjs
 }

@@ -1,114 +1,87 @@
-//! A layer for JavaScript: it asks for the addresses of the buffers, fills them, and calls [`forward`].
+//! The model for JavaScript, which calls [`reserve`], writes a request or a part of a file at the address, and calls
+//! [`request`] or [`part`]. Answers stand at [`answer`] until the next call.
 //!
 //! Addresses are only handed out, never taken, so nothing here can be wrong about memory.
 
+mod chat;
+mod random;
+
 use std::cell::RefCell;
 
-use nf4::{Absmax, Activations, BlockSize, Isa, Kernels, Nf4Matrix, ShapeError};
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use chat::Chat;
 
 thread_local! {
-    static LAYER: RefCell<Layer> = RefCell::default();
+    static STATE: RefCell<State> = RefCell::default();
 }
 
-/// A matrix, a vector and their product, in buffers that keep their addresses from one [`resize`] to the next.
 #[derive(Default)]
-struct Layer {
-    rows: usize,
-    cols: usize,
-    block_size: BlockSize,
-    packed: Vec<u8>,
-    absmax: Vec<f32>,
-    inputs: Vec<f32>,
-    values: Vec<i16>,
-    scales: Vec<f32>,
-    outputs: Vec<f32>,
-    weights: Vec<f32>,
+struct State {
+    /// What JavaScript writes.
+    input: Vec<u8>,
+    /// What it reads.
+    answer: Vec<u8>,
+    chat: Chat,
 }
 
-impl Layer {
-    fn new(rows: usize, cols: usize, block_size: usize) -> Result<Self, ShapeError> {
-        let block_size = BlockSize::new(block_size)?;
-        let elements = rows.checked_mul(cols).ok_or(ShapeError::Overflow { rows, cols })?;
-        Ok(Self {
-            rows,
-            cols,
-            block_size,
-            packed: vec![0; nf4::packed_len(elements)],
-            absmax: vec![0.0; block_size.blocks(elements)],
-            inputs: vec![0.0; cols],
-            values: vec![0; Activations::values_len(cols, block_size)],
-            scales: vec![0.0; Activations::scales_len(cols, block_size)],
-            outputs: vec![0.0; rows],
-            weights: Vec::new(),
-        })
+impl State {
+    /// Runs a request, `{ "NAME": ARGUMENTS }`, and leaves `{ "ok": ... }` or `{ "error": "..." }`.
+    fn request(&mut self) {
+        let result = serde_json::from_slice(&self.input).context("request").and_then(|r| self.chat.request(r));
+        self.leave(result);
     }
 
-    fn forward(&mut self) -> Result<(), ShapeError> {
-        let kernels = Kernels::detect();
-        let absmax = Absmax::Plain(&self.absmax);
-        let matrix = Nf4Matrix::new(&self.packed, absmax, self.rows, self.cols, self.block_size)?;
-        let (values, scales) = (&mut self.values, &mut self.scales);
-        let activations = kernels.quantize_activations(&self.inputs, self.block_size, values, scales)?;
-        kernels.gemv(&matrix, &activations, &mut self.outputs)
-    }
-
-    fn dequantize(&mut self) -> Result<(), ShapeError> {
-        let absmax = Absmax::Plain(&self.absmax);
-        let matrix = Nf4Matrix::new(&self.packed, absmax, self.rows, self.cols, self.block_size)?;
-        self.weights.resize(self.rows * self.cols, 0.0);
-        Kernels::detect().dequantize(&matrix, &mut self.weights)
+    fn leave(&mut self, result: Result<Value>) {
+        let value = match result {
+            Ok(value) => serde_json::json!({ "ok": value }),
+            Err(error) => serde_json::json!({ "error": format!("{error:#}") }),
+        };
+        self.answer = value.to_string().into_bytes();
     }
 }
 
-fn with<T>(f: impl FnOnce(&mut Layer) -> T) -> T {
-    LAYER.with_borrow_mut(f)
+fn with<T>(f: impl FnOnce(&mut State) -> T) -> T {
+    STATE.with_borrow_mut(f)
 }
 
-/// Makes room for another layer: 1, or 0 if there is no such shape. Invalidates all addresses.
+/// The address where `len` bytes are to be written; 0 if there is no memory for them.
 #[unsafe(no_mangle)]
-pub extern "C" fn resize(rows: usize, cols: usize, block_size: usize) -> u32 {
-    let layer = Layer::new(rows, cols, block_size);
-    u32::from(layer.map(|layer| with(|l| *l = layer)).is_ok())
+pub extern "C" fn reserve(len: usize) -> *mut u8 {
+    with(|state| {
+        state.input.clear();
+        if state.input.try_reserve_exact(len).is_err() {
+            return core::ptr::null_mut();
+        }
+        state.input.resize(len, 0);
+        state.input.as_mut_ptr()
+    })
 }
 
-/// Address of the packed codes, two a byte.
+/// Runs the request that was written.
 #[unsafe(no_mangle)]
-pub extern "C" fn packed() -> *mut u8 {
-    with(|l| l.packed.as_mut_ptr())
+pub extern "C" fn request() {
+    with(State::request);
 }
 
-/// Address of the absmax, one f32 a block.
+/// Takes what was written as the next bytes of the file that is being read.
 #[unsafe(no_mangle)]
-pub extern "C" fn absmax() -> *mut f32 {
-    with(|l| l.absmax.as_mut_ptr())
+pub extern "C" fn part() {
+    with(|state| {
+        let result = state.chat.part(&state.input);
+        state.leave(result);
+    });
 }
 
-/// Address of the input vector.
+/// The address of the answer to the last call, a text in JSON.
 #[unsafe(no_mangle)]
-pub extern "C" fn inputs() -> *mut f32 {
-    with(|l| l.inputs.as_mut_ptr())
+pub extern "C" fn answer() -> *const u8 {
+    with(|state| state.answer.as_ptr())
 }
 
-/// Address of what [`forward`] computes.
+/// Its length in bytes.
 #[unsafe(no_mangle)]
-pub extern "C" fn outputs() -> *const f32 {
-    with(|l| l.outputs.as_ptr())
-}
-
-/// Computes the outputs: 1, or 0 if the shapes do not fit.
-#[unsafe(no_mangle)]
-pub extern "C" fn forward() -> u32 {
-    u32::from(with(Layer::forward).is_ok())
-}
-
-/// Restores the weights as f32 and returns their address, or 0. Invalidates views of the memory, which may grow.
-#[unsafe(no_mangle)]
-pub extern "C" fn dequantize() -> *const f32 {
-    with(|l| l.dequantize().map_or(core::ptr::null(), |()| l.weights.as_ptr()))
-}
-
-/// Whether the kernels of this module are those for 128-bit SIMD.
-#[unsafe(no_mangle)]
-pub extern "C" fn is_simd() -> u32 {
-    u32::from(Kernels::detect().isa() == Isa::Simd128)
+pub extern "C" fn answer_len() -> usize {
+    with(|state| state.answer.len())
 }
