@@ -232,16 +232,21 @@ impl<R, F: FnOnce() -> R> Task<F, R> {
 /// The operations of [`Kernels`] for which several threads pay.
 impl Executor {
     /// [`Kernels::gemm`].
-    pub(crate) fn gemm(&self, m: &Nf4Matrix<'_>, x: &Activations<'_>, out: &mut [f32]) -> Result<(), ShapeError> {
+    pub(crate) fn gemm<X: Float>(
+        &self,
+        m: &Nf4Matrix<'_>,
+        x: &Activations<'_, X>,
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
         let run = |rows, out: &mut [f32]| self.kernels.gemm(&m.row_range(rows)?, x, out);
         self.by_rows(work(m, x.batch(), cost::PRODUCT_16X4), 0..m.rows(), x.batch(), out, &run)
     }
 
     /// [`Kernels::gemm_8x8`].
-    pub(crate) fn gemm_8x8(
+    pub(crate) fn gemm_8x8<X: Float>(
         &self,
         m: &Nf4Matrix<'_>,
-        x: &Activations8x8<'_>,
+        x: &Activations8x8<'_, X>,
         out: &mut [f32],
     ) -> Result<(), ShapeError> {
         let run = |rows, out: &mut [f32]| self.kernels.gemm_8x8(&m.row_range(rows)?, x, out);

@@ -207,7 +207,7 @@ fn operations_of_the_8x8_product_check_every_length() {
     assert_eq!(Activations8x8::values_len(cols), usize::MAX);
     let length = |what, expected, got| Err(ShapeError::Length { what, expected, got });
     for k in Kernels::available() {
-        let none = k.quantize_activations_8x8_batch(&[], cols, &mut [], &mut []).unwrap();
+        let none = k.quantize_activations_8x8_batch::<f32>(&[], cols, &mut [], &mut []).unwrap();
         assert_eq!((none.cols(), none.batch()), (cols, 0));
         let ragged = k.quantize_activations_8x8_batch(&[0.0; 191], 64, &mut [0; 192], &mut [0.0; 6]).map(drop);
         assert_eq!(ragged, length("inputs", 128, 191));
@@ -229,7 +229,7 @@ fn operations_of_the_8x8_product_check_every_length() {
         assert_eq!(k.gemm_8x8(&wide, &three, &mut [0.0; 3]), length("activations", 128, 64));
         assert_eq!(k.gemm_8x8(&m, &three, &mut [0.0; 6]), Ok(()));
         let empty = plain(&[], &[], 3, 0).unwrap();
-        let none = k.quantize_activations_8x8(&[], &mut [], &mut []).unwrap();
+        let none = k.quantize_activations_8x8::<f32>(&[], &mut [], &mut []).unwrap();
         let mut y = [9.0; 3];
         assert_eq!((k.gemv_8x8(&empty, &none, &mut y), y), (Ok(()), [0.0; 3]));
         println!("lengths of 8x8 on {}", k.isa());
@@ -268,7 +268,7 @@ fn lengths_of_activations_do_not_overflow() {
     assert_eq!(Activations::values_len(cols, BlockSize::B32), usize::MAX);
     assert_eq!(Activations::values_len(usize::MAX - 63, BlockSize::B64), usize::MAX - 63);
     for k in Kernels::available() {
-        let none = k.quantize_activations_batch(&[], cols, BlockSize::B32, &mut [], &mut []).unwrap();
+        let none = k.quantize_activations_batch::<f32>(&[], cols, BlockSize::B32, &mut [], &mut []).unwrap();
         assert_eq!((none.cols(), none.batch()), (cols, 0));
         let (mut values, mut scales) = ([0; 64], [0.0; 2]);
         let few = k.quantize_activations_batch(&[0.0; 64], cols, BlockSize::B32, &mut values, &mut scales);
@@ -344,10 +344,10 @@ fn names_of_instruction_sets() {
 fn products_of_rows_without_columns() {
     for k in Kernels::available() {
         let m = plain(&[], &[], 3, 0).unwrap();
-        let none = k.quantize_activations(&[], BlockSize::B64, &mut [], &mut []).unwrap();
+        let none = k.quantize_activations::<f32>(&[], BlockSize::B64, &mut [], &mut []).unwrap();
         let (mut fast, mut exact) = ([9.0; 3], [9.0; 3]);
         assert_eq!((none.cols(), none.batch()), (0, 0));
-        assert_eq!((k.gemv(&m, &none, &mut fast), k.gemv_f32(&m, &[], &mut exact)), (Ok(()), Ok(())));
+        assert_eq!((k.gemv(&m, &none, &mut fast), k.gemv_f32::<f32>(&m, &[], &mut exact)), (Ok(()), Ok(())));
         assert_eq!((fast, exact), ([0.0; 3], [0.0; 3]), "{}", k.isa());
     }
 }

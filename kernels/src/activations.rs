@@ -1,6 +1,7 @@
 //! Vectors prepared for the products with integers: 16x4 and 8x8.
 
 use crate::error::{ShapeError, check_len};
+use crate::float::Float;
 use crate::format::BlockSize;
 use crate::spec::{GROUP_8X8, SPAN};
 
@@ -18,18 +19,18 @@ const _: () = assert!(8 * 32767 * (ACTIVATION_MAX as i64) <= i32::MAX as i64, "a
 ///
 /// [`crate::Kernels::quantize_activations`] and [`crate::Kernels::quantize_activations_batch`] make it in buffers that the
 /// caller provides; see [`crate::spec`] for the arithmetic. The values are in the order in which the instruction set of
-/// these kernels decodes weights, so only the same kernels can multiply by them. The f32 inputs are kept too, because
-/// matrices whose blocks straddle rows are multiplied in f32.
+/// these kernels decodes weights, so only the same kernels can multiply by them. The inputs, of type `T`, are kept too,
+/// because matrices whose blocks straddle rows are multiplied in f32.
 ///
 /// If the number of columns is not a multiple of the group, then blocks straddle rows in every such matrix; nothing is
 /// quantized, and both buffers have length 0.
 #[derive(Debug, Clone, Copy)]
-pub struct Activations<'a> {
-    vectors: Vectors<'a, i16>,
+pub struct Activations<'a, T = f32> {
+    vectors: Vectors<'a, T, i16>,
     group: usize,
 }
 
-impl<'a> Activations<'a> {
+impl Activations<'_> {
     /// The number of `i16` values per vector of `cols` inputs: `cols` rounded up to a multiple of 64, or 0 if it is not a
     /// multiple of the group; `usize::MAX`, a length that no slice has, if rounding up overflows. A batch needs as many for
     /// each vector.
@@ -44,10 +45,12 @@ impl<'a> Activations<'a> {
     pub const fn scales_len(cols: usize, block_size: BlockSize) -> usize {
         scales_len(cols, block_size.group())
     }
+}
 
+impl<'a, T: Float> Activations<'a, T> {
     /// Joins the parts, if they fit. `slots` is the order of the values.
     pub(crate) fn new(
-        inputs: &'a [f32],
+        inputs: &'a [T],
         cols: usize,
         block_size: BlockSize,
         values: &'a [i16],
@@ -67,7 +70,7 @@ impl<'a> Activations<'a> {
     /// Number of vectors; 0 if they have no inputs.
     #[must_use]
     pub fn batch(&self) -> usize {
-        self.vectors.batch()
+        self.vectors.batch
     }
 
     /// One vector of the batch.
@@ -79,9 +82,9 @@ impl<'a> Activations<'a> {
         Self { vectors: self.vectors.vector(index), ..*self }
     }
 
-    /// The f32 inputs, `[batch, cols]`.
+    /// The inputs, `[batch, cols]`.
     #[must_use]
-    pub fn inputs(&self) -> &'a [f32] {
+    pub fn inputs(&self) -> &'a [T] {
         self.vectors.inputs
     }
 
@@ -109,6 +112,12 @@ impl<'a> Activations<'a> {
         self.vectors.check_order(slots)
     }
 
+    /// The quantized values alone, without inputs: what the functions of an instruction set take, so that they exist once
+    /// for all types.
+    pub(crate) fn quantized(&self) -> Activations<'a> {
+        Activations { vectors: self.vectors.quantized(), group: self.group }
+    }
+
     /// `Ok` if these were quantized in the groups that matrices of `block_size` need.
     pub(crate) fn check_group(&self, block_size: BlockSize) -> Result<(), ShapeError> {
         let (expected, got) = (block_size.group(), self.group);
@@ -132,11 +141,11 @@ impl<'a> Activations<'a> {
 /// If the number of columns is not a multiple of 32, the product is computed in f32 from the inputs, which are kept for
 /// that; nothing is quantized, and both buffers have length 0.
 #[derive(Debug, Clone, Copy)]
-pub struct Activations8x8<'a> {
-    vectors: Vectors<'a, i8>,
+pub struct Activations8x8<'a, T = f32> {
+    vectors: Vectors<'a, T, i8>,
 }
 
-impl<'a> Activations8x8<'a> {
+impl Activations8x8<'_> {
     /// The number of `i8` values per vector of `cols` inputs: `cols` rounded up to a multiple of 64, or 0 if it is not a
     /// multiple of 32; `usize::MAX`, a length that no slice has, if rounding up overflows. A batch needs as many for each
     /// vector.
@@ -151,10 +160,12 @@ impl<'a> Activations8x8<'a> {
     pub const fn scales_len(cols: usize) -> usize {
         scales_len(cols, GROUP_8X8)
     }
+}
 
+impl<'a, T: Float> Activations8x8<'a, T> {
     /// Joins the parts, if they fit. `slots` is the order of the values.
     pub(crate) fn new(
-        inputs: &'a [f32],
+        inputs: &'a [T],
         cols: usize,
         values: &'a [i8],
         scales: &'a [f32],
@@ -172,7 +183,7 @@ impl<'a> Activations8x8<'a> {
     /// Number of vectors; 0 if they have no inputs.
     #[must_use]
     pub fn batch(&self) -> usize {
-        self.vectors.batch()
+        self.vectors.batch
     }
 
     /// One vector of the batch.
@@ -184,9 +195,9 @@ impl<'a> Activations8x8<'a> {
         Self { vectors: self.vectors.vector(index) }
     }
 
-    /// The f32 inputs, `[batch, cols]`.
+    /// The inputs, `[batch, cols]`.
     #[must_use]
-    pub fn inputs(&self) -> &'a [f32] {
+    pub fn inputs(&self) -> &'a [T] {
         self.vectors.inputs
     }
 
@@ -201,6 +212,11 @@ impl<'a> Activations8x8<'a> {
     #[must_use]
     pub fn get(&self, vector: usize, column: usize) -> Option<i8> {
         self.vectors.get(vector, column)
+    }
+
+    /// The quantized values alone, as in [`Activations::quantized`].
+    pub(crate) fn quantized(&self) -> Activations8x8<'a> {
+        Activations8x8 { vectors: self.vectors.quantized() }
     }
 
     /// `Ok` if these were quantized by kernels whose table has the order `slots`.
@@ -225,23 +241,25 @@ const fn scales_len(cols: usize, group: usize) -> usize {
     if cols.is_multiple_of(group) { cols / group } else { 0 }
 }
 
-/// The activations of both products: inputs, and the values of type `T` and the scales that were made from them.
+/// The activations of both products: inputs of type `T`, and the values of type `V` and the scales that were made from them.
 #[derive(Debug, Clone, Copy)]
-struct Vectors<'a, T> {
-    inputs: &'a [f32],
+struct Vectors<'a, T, V> {
+    /// `[batch, cols]`, or empty for the functions of an instruction set.
+    inputs: &'a [T],
+    batch: usize,
     cols: usize,
-    values: &'a [T],
+    values: &'a [V],
     scales: &'a [f32],
     /// The position of each column of a span in its values.
     slots: &'static [u8; SPAN],
 }
 
-impl<'a, T: Copy> Vectors<'a, T> {
+impl<'a, T: Copy, V: Copy> Vectors<'a, T, V> {
     fn new(
-        inputs: &'a [f32],
+        inputs: &'a [T],
         cols: usize,
         group: usize,
-        values: &'a [T],
+        values: &'a [V],
         scales: &'a [f32],
         slots: &'static [u8; SPAN],
     ) -> Result<Self, ShapeError> {
@@ -249,30 +267,33 @@ impl<'a, T: Copy> Vectors<'a, T> {
         check_len("inputs", batch * cols, inputs.len())?;
         check_len("activation values", batch * values_len(cols, group), values.len())?;
         check_len("activation scales", batch * scales_len(cols, group), scales.len())?;
-        Ok(Self { inputs, cols, values, scales, slots })
+        Ok(Self { inputs, batch, cols, values, scales, slots })
     }
 
-    fn batch(&self) -> usize {
-        self.inputs.len().checked_div(self.cols).unwrap_or(0)
+    fn quantized(&self) -> Vectors<'a, f32, V> {
+        let Self { batch, cols, values, scales, slots, .. } = *self;
+        Vectors { inputs: &[], batch, cols, values, scales, slots }
     }
 
     fn vector(&self, index: usize) -> Self {
-        let batch = self.batch();
+        let batch = self.batch;
         assert!(index < batch, "vector {index} of a batch of {batch}");
-        let (values, scales) = (self.values.len() / batch, self.scales.len() / batch);
+        let (inputs, values, scales) =
+            (self.inputs.len() / batch, self.values.len() / batch, self.scales.len() / batch);
         Self {
-            inputs: &self.inputs[index * self.cols..][..self.cols],
+            inputs: &self.inputs[index * inputs..][..inputs],
+            batch: 1,
             values: &self.values[index * values..][..values],
             scales: &self.scales[index * scales..][..scales],
             ..*self
         }
     }
 
-    fn get(&self, vector: usize, column: usize) -> Option<T> {
-        if column >= self.cols || vector >= self.batch() || self.values.is_empty() {
+    fn get(&self, vector: usize, column: usize) -> Option<V> {
+        if column >= self.cols || vector >= self.batch || self.values.is_empty() {
             return None;
         }
-        let values = self.values.len() / self.batch();
+        let values = self.values.len() / self.batch;
         let slot = usize::from(self.slots[column % SPAN]);
         Some(self.values[vector * values + column / SPAN * SPAN + slot])
     }

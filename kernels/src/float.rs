@@ -11,6 +11,13 @@ pub trait Float: Copy + Send + Sync + sealed::Sealed {
     /// Rounds to the nearest value of this type, ties to even, keeping subnormals and overflowing to infinity. Every NaN
     /// becomes the quiet NaN `0x7fc0_0000` (f32), `0x7e00` (f16) or `0x7fc0` (bf16).
     fn from_f32(x: f32) -> Self;
+
+    /// The slice itself if this type is f32, which needs no conversion.
+    #[must_use]
+    #[inline(always)]
+    fn as_f32(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
 }
 
 pub(crate) mod sealed {
@@ -40,6 +47,11 @@ impl Float for f32 {
     #[inline(always)]
     fn from_f32(x: f32) -> Self {
         crate::format::canonical(x)
+    }
+
+    #[inline(always)]
+    fn as_f32(x: &[Self]) -> Option<&[f32]> {
+        Some(x)
     }
 }
 

@@ -77,7 +77,9 @@ impl Forward<'_> {
         scratch: &mut Scratch,
         y: &mut [Y],
     ) -> Result<(), Error> {
-        let inputs = self.base.prepare(x, self.batch_of(x.len(), y.len())?, &mut scratch.inputs)?;
+        let batch = self.batch_of(x.len(), y.len())?;
+        let adapters = self.largest_rank(batch, terms)? > 0;
+        let inputs = self.base.prepare(x, batch, adapters, &mut scratch.inputs)?;
         self.run(&inputs, terms, &mut scratch.work, y)
     }
 
@@ -108,9 +110,9 @@ impl Forward<'_> {
     }
 
     /// The outputs of inputs that were prepared before.
-    pub(crate) fn run<'t, Y: Float, T: Iterator<Item = Term<'t>> + Clone>(
+    pub(crate) fn run<'t, X: Float, Y: Float, T: Iterator<Item = Term<'t>> + Clone>(
         &self,
-        x: &Inputs<'_>,
+        x: &Inputs<'_, X>,
         terms: &(impl Fn(usize) -> T + Sync),
         work: &mut Work,
         y: &mut [Y],

@@ -61,10 +61,10 @@ impl Linear {
     /// Inputs `[batch, d_in]`, converted and quantized for this layer and others like it.
     pub(crate) fn quantize_inputs<'b, X: Float>(
         &self,
-        x: &[X],
+        x: &'b [X],
         buffers: &'b mut InputsBuf,
-    ) -> Result<Inputs<'b>, Error> {
-        self.base()?.prepare(x, check_batch(x.len(), self.d_in())?, buffers)
+    ) -> Result<Inputs<'b, X>, Error> {
+        self.base()?.prepare(x, check_batch(x.len(), self.d_in())?, true, buffers)
     }
 }
 

@@ -48,16 +48,17 @@ impl<'a> Base<'a> {
         self.executor.kernels
     }
 
-    /// Prepares inputs `[batch, d_in]` for [`Self::product`].
+    /// Prepares inputs `[batch, d_in]` for [`Self::product`], and in f32 for adapters if there are any.
     pub(crate) fn prepare<'b, X: Float>(
         &self,
-        x: &[X],
+        x: &'b [X],
         batch: usize,
+        adapters: bool,
         buffers: &'b mut InputsBuf,
-    ) -> Result<Inputs<'b>, Error> {
+    ) -> Result<Inputs<'b, X>, Error> {
         match &self.weight {
             Weight::Packed(weight, arithmetic) => {
-                buffers.prepare(x, [batch, self.d_in], weight.block_size(), *arithmetic, self.kernels())
+                buffers.prepare(x, [batch, self.d_in], weight.block_size(), *arithmetic, self.kernels(), adapters)
             }
             Weight::Dense(_) => buffers.convert(x, [batch, self.d_in]),
         }
@@ -72,7 +73,7 @@ impl<'a> Base<'a> {
     }
 
     /// `y = W x` for a batch, in the arithmetic of the layer; `y` is `[d_out, batch]`.
-    pub(crate) fn product(&self, x: &Inputs<'_>, y: &mut [f32]) -> Result<(), Error> {
+    pub(crate) fn product<X: Float>(&self, x: &Inputs<'_, X>, y: &mut [f32]) -> Result<(), Error> {
         match &self.weight {
             _ if self.d_in == 0 => y.fill(0.0),
             Weight::Packed(weight, Arithmetic::SixteenByFour) => self.executor.gemm(weight, x.activations()?, y)?,

@@ -72,7 +72,8 @@ impl InputsBuf {
 
     /// Grows the buffers, if necessary, for batches of `batch` vectors of `d_in` inputs and weights of this block size.
     ///
-    /// They serve every [`Arithmetic`]. A vector takes 4 bytes per input for f32 values. If `d_in` is a multiple of 32, it
+    /// They serve inputs of every type and every [`Arithmetic`]. A vector takes 4 bytes per input for the f32 values of f16
+    /// and bf16 inputs. If `d_in` is a multiple of 32, it
     /// also takes 4 bytes per 32 inputs, and 2 bytes per input (1 if `d_in` is not a multiple of 64 and the block size not
     /// 32), with `d_in` rounded up to a multiple of 64.
     ///
@@ -104,23 +105,25 @@ impl InputsBuf {
         (self.floats.capacity() + self.scales.capacity()) * size_of::<f32>() + self.values.capacity() * size_of::<i16>()
     }
 
-    /// Converts inputs `[batch, d_in]` to f32, exactly, and quantizes them for an arithmetic.
-    pub(crate) fn prepare<X: Float>(
-        &mut self,
-        x: &[X],
+    /// Quantizes inputs `[batch, d_in]` for an arithmetic, and converts them to f32 if `floats` asks for it.
+    pub(crate) fn prepare<'a, X: Float>(
+        &'a mut self,
+        x: &'a [X],
         [batch, d_in]: [usize; 2],
         block_size: BlockSize,
         arithmetic: Arithmetic,
         kernels: Kernels,
-    ) -> Result<Inputs<'_>, Error> {
-        let need = Need::new(d_in, block_size, batch);
-        let floats = convert(x, &mut self.floats, need.floats)?;
+        floats: bool,
+    ) -> Result<Inputs<'a, X>, Error> {
+        // The f32 product converts its inputs for every tile of rows.
+        let floats = floats || arithmetic == Arithmetic::F32;
+        let floats = if floats { convert(x, &mut self.floats)? } else { &[] };
         let quantized = match arithmetic {
             Arithmetic::F32 => Quantized::No,
             Arithmetic::SixteenByFour => {
                 let lens = [Activations::values_len(d_in, block_size), Activations::scales_len(d_in, block_size)];
                 let (values, scales) = take_both(&mut self.values, &mut self.scales, lens, batch)?;
-                let activations = kernels.quantize_activations_batch(floats, d_in, block_size, values, scales)?;
+                let activations = kernels.quantize_activations_batch(x, d_in, block_size, values, scales)?;
                 Quantized::SixteenByFour(activations)
             }
             Arithmetic::EightByEight => {
@@ -128,15 +131,19 @@ impl InputsBuf {
                 let lens = [Activations8x8::values_len(d_in) / 2, Activations8x8::scales_len(d_in)];
                 let (values, scales) = take_both(&mut self.values, &mut self.scales, lens, batch)?;
                 let values = cast_slice_mut(values);
-                Quantized::EightByEight(kernels.quantize_activations_8x8_batch(floats, d_in, values, scales)?)
+                Quantized::EightByEight(kernels.quantize_activations_8x8_batch(x, d_in, values, scales)?)
             }
         };
         Ok(Inputs { floats, batch, d_in, quantized })
     }
 
-    /// Converts inputs `[batch, d_in]` to f32, exactly, for products with dense weights.
-    pub(crate) fn convert<X: Float>(&mut self, x: &[X], [batch, d_in]: [usize; 2]) -> Result<Inputs<'_>, Error> {
-        let floats = convert(x, &mut self.floats, batch.saturating_mul(d_in))?;
+    /// Converts inputs `[batch, d_in]` to f32 for products with dense weights.
+    pub(crate) fn convert<'a, X: Float>(
+        &'a mut self,
+        x: &'a [X],
+        [batch, d_in]: [usize; 2],
+    ) -> Result<Inputs<'a, X>, Error> {
+        let floats = convert(x, &mut self.floats)?;
         Ok(Inputs { floats, batch, d_in, quantized: Quantized::No })
     }
 }
@@ -155,32 +162,36 @@ fn take_both<'a>(
     ))
 }
 
-/// Inputs as f32 in the first `len` values of a buffer.
-fn convert<'a, X: Float>(x: &[X], floats: &'a mut [f32], len: usize) -> Result<&'a [f32], Error> {
-    let floats = take("scratch for inputs", floats, len)?;
+/// Inputs as f32, exactly: themselves, or the first values of a buffer.
+fn convert<'a, X: Float>(x: &'a [X], floats: &'a mut [f32]) -> Result<&'a [f32], Error> {
+    if let Some(x) = X::as_f32(x) {
+        return Ok(x);
+    }
+    let floats = take("scratch for inputs", floats, x.len())?;
     floats.iter_mut().zip(x).for_each(|(float, x)| *float = x.to_f32());
     Ok(floats)
 }
 
-/// A batch of vectors in an [`InputsBuf`], ready for every layer with the same arithmetic, group ([`BlockSize::group`]) and
-/// kernels. Layers with [`Arithmetic::F32`] take any.
+/// A batch of vectors of type `X`, quantized in an [`InputsBuf`], ready for every layer with the same arithmetic, group
+/// ([`BlockSize::group`]) and kernels. Layers with [`Arithmetic::F32`] take any.
 #[derive(Debug, Clone, Copy)]
-pub struct Inputs<'a> {
+pub struct Inputs<'a, X = f32> {
+    /// Empty if neither an adapter nor the product reads them.
     floats: &'a [f32],
     batch: usize,
     d_in: usize,
-    quantized: Quantized<'a>,
+    quantized: Quantized<'a, X>,
 }
 
 /// Quantized inputs, for arithmetics other than f32.
 #[derive(Debug, Clone, Copy)]
-enum Quantized<'a> {
+enum Quantized<'a, X> {
     No,
-    SixteenByFour(Activations<'a>),
-    EightByEight(Activations8x8<'a>),
+    SixteenByFour(Activations<'a, X>),
+    EightByEight(Activations8x8<'a, X>),
 }
 
-impl Quantized<'_> {
+impl<X> Quantized<'_, X> {
     /// The error that a layer with another arithmetic returns.
     fn not_for(&self, arithmetic: Arithmetic) -> Error {
         let got = match self {
@@ -192,7 +203,7 @@ impl Quantized<'_> {
     }
 }
 
-impl<'a> Inputs<'a> {
+impl<'a, X: Float> Inputs<'a, X> {
     /// Number of vectors.
     #[must_use]
     pub fn batch(&self) -> usize {
@@ -216,7 +227,7 @@ impl<'a> Inputs<'a> {
     }
 
     /// The activations of the 16x4 product.
-    pub(crate) fn activations(&self) -> Result<&Activations<'a>, Error> {
+    pub(crate) fn activations(&self) -> Result<&Activations<'a, X>, Error> {
         match &self.quantized {
             Quantized::SixteenByFour(activations) => Ok(activations),
             other => Err(other.not_for(Arithmetic::SixteenByFour)),
@@ -224,7 +235,7 @@ impl<'a> Inputs<'a> {
     }
 
     /// The activations of the 8x8 product.
-    pub(crate) fn activations_8x8(&self) -> Result<&Activations8x8<'a>, Error> {
+    pub(crate) fn activations_8x8(&self) -> Result<&Activations8x8<'a, X>, Error> {
         match &self.quantized {
             Quantized::EightByEight(activations) => Ok(activations),
             other => Err(other.not_for(Arithmetic::EightByEight)),

@@ -11,6 +11,7 @@ mod generator;
 mod truth;
 
 mod eight_by_eight;
+mod element_types;
 
 use generator::Generator;
 use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, bf16, f16, spec};

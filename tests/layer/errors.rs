@@ -151,7 +151,7 @@ fn of_forwards() {
     assert_eq!(message(layer.forward_into(&x, &mut scratch, &mut [0.0; 2])), "output: expected length 3, got 2");
     assert_eq!(
         message(layer.forward_into(&x, &mut Scratch::new(), &mut [0.0; 3])),
-        "scratch for inputs: expected length 64, got 0"
+        "scratch for activation values: expected length 64, got 0"
     );
     assert_eq!(message(layer.merge_rows_into(2..4, &mut [0.0_f32; 128])), "rows 2..4 do not lie in 0..3");
     let got = layer.merge_rows_into(1..2, &mut [0.0_f32; 65]);
@@ -175,7 +175,7 @@ fn of_batches() {
     assert_eq!(message(layer.forward_into(&x, &mut scratch, &mut [0.0; 5])), "output: expected length 6, got 5");
     assert_eq!(
         message(layer.forward_into(&x, &mut layer.scratch(1), &mut [0.0; 6])),
-        "scratch for inputs: expected length 128, got 64"
+        "scratch for activation values: expected length 128, got 64"
     );
     let mut small = Scratch::new();
     small.reserve(3, 64, BlockSize::B64, 1, 2).unwrap();

@@ -217,15 +217,13 @@ fn shared_inputs_give_the_bits_of_a_forward() {
     }
 }
 
-fn x64() -> Vec<f32> {
-    normal(64, 1.0, 4)
-}
-
 #[test]
 fn inputs_of_another_layer_that_do_not_fit_are_errors() {
     let prepared = layer(3, 64, 1, BlockSize::B64, false);
     let mut buffers = InputsBuf::new();
     let small = prepared.quantize_inputs(&[0.0; 64], &mut buffers).map(drop).unwrap_err();
+    assert_eq!(small.to_string(), "scratch for activation values: expected length 64, got 0");
+    let small = prepared.quantize_inputs(&[bf16::ZERO; 64], &mut buffers).map(drop).unwrap_err();
     assert_eq!(small.to_string(), "scratch for inputs: expected length 64, got 0");
     buffers.reserve(64, BlockSize::B64, 2).unwrap();
     let ragged = prepared.quantize_inputs(&[0.0; 65], &mut buffers).map(drop).unwrap_err();
@@ -262,7 +260,8 @@ fn inputs_of_another_layer_that_do_not_fit_are_errors() {
     // Other kernels have the same bits, or refuse what is in another order.
     for [one, other] in all_kernels().iter().flat_map(|a| all_kernels().into_iter().map(|b| [*a, b])) {
         let (one, other) = (prepared.clone().with_kernels(one), prepared.clone().with_kernels(other));
-        let inputs = one.quantize_inputs(&x64(), &mut buffers).unwrap();
+        let x = normal(64, 1.0, 4);
+        let inputs = one.quantize_inputs(&x, &mut buffers).unwrap();
         let mut y = [[0.0; 3]; 2];
         one.forward_shared(&inputs, &mut one.scratch(1), &mut y[0]).unwrap();
         match other.forward_shared(&inputs, &mut other.scratch(1), &mut y[1]) {

@@ -22,15 +22,11 @@ pub(super) static TABLE: Table = Table {
     bf16: floats(),
     mean: double_quant::mean,
     quantize_absmax: double_quant::quantize_absmax,
-    quantize_activations,
     gemv,
     gemm,
     slots_8x8: scalar_8x8::SLOTS,
-    quantize_activations_8x8: scalar_8x8::quantize_activations,
     gemv_8x8: scalar_8x8::gemv,
     gemm_8x8: scalar_8x8::gemm,
-    gemv_f32,
-    gemm_f32,
     gemv_transposed_f32,
     gemm_transposed_f32,
     gemm_transposed_dense_add,
@@ -38,7 +34,16 @@ pub(super) static TABLE: Table = Table {
 
 /// What exists for each type of elements.
 const fn floats<T: Float>() -> FloatTable<T> {
-    FloatTable { quantize, dequantize, gemv_dense, gemm_dense }
+    FloatTable {
+        quantize,
+        dequantize,
+        quantize_activations,
+        quantize_activations_8x8: scalar_8x8::quantize_activations,
+        gemv_f32,
+        gemm_f32,
+        gemv_dense,
+        gemm_dense,
+    }
 }
 
 /// Activations stand in the order of the columns: a byte's two weights meet two adjacent ones.
@@ -113,26 +118,31 @@ pub(super) fn dequantize_segment<T: Float>(matrix: &Nf4Matrix<'_>, segment: &Seg
 }
 
 /// Quantizes inputs in groups, in the order of the columns.
-fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i16], scales: &mut [f32]) {
+fn quantize_activations<T: Float>(inputs: &[T], group: usize, values: &mut [i16], scales: &mut [f32]) {
     // There are only these two; so the compiler knows that it is not 0.
     let group = if group == SPAN { SPAN } else { SPAN / 2 };
     let spans = inputs.chunks(SPAN).zip(values.as_chunks_mut::<SPAN>().0).zip(scales.chunks_mut(SPAN / group));
     for ((inputs, values), scales) in spans {
         values.fill(0);
         for (g, (inputs, scale)) in inputs.chunks(group).zip(scales).enumerate() {
-            let bits = inputs.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
             let factor;
-            (*scale, factor) = activation_scale(f32::from_bits(bits), f32::from(ACTIVATION_MAX));
+            (*scale, factor) = activation_scale(largest_input(inputs), f32::from(ACTIVATION_MAX));
             if factor > 0.0 {
                 for (x, value) in inputs.iter().zip(values.iter_mut().skip(g * group)) {
                     #[allow(clippy::cast_possible_truncation, reason = "|x| <= 8191, so the low 16 bits hold it")]
                     {
-                        *value = round_to_bits(x * factor) as i16;
+                        *value = round_to_bits(x.to_f32() * factor) as i16;
                     }
                 }
             }
         }
     }
+}
+
+/// The largest absolute input by its bits: NaN, if there is one.
+#[inline(always)]
+pub(super) fn largest_input<T: Float>(inputs: &[T]) -> f32 {
+    f32::from_bits(inputs.iter().map(|x| x.to_f32().to_bits() & 0x7fff_ffff).max().unwrap_or(0))
 }
 
 /// Scale of a group and factor that its inputs are multiplied by (0: all values are 0), from the largest absolute
@@ -269,14 +279,14 @@ fn span_sums(bytes: &[u8; SPAN / 2], values: &[i16; SPAN]) -> [i32; 8] {
 }
 
 /// The f32 product of a matrix of any shape.
-pub(super) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+pub(super) fn gemv_f32<T: Float>(matrix: &Nf4Matrix<'_>, inputs: &[T], out: &mut [f32]) {
     for (row, out) in out.iter_mut().enumerate() {
         *out = dot_f32(matrix, row, inputs);
     }
 }
 
 /// The f32 product of a batch, with a matrix of any shape.
-pub(super) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+pub(super) fn gemm_f32<T: Float>(matrix: &Nf4Matrix<'_>, inputs: &[T], out: &mut [f32]) {
     for (row, out) in out.chunks_exact_mut(inputs.len() / matrix.cols()).enumerate() {
         for (inputs, out) in inputs.chunks_exact(matrix.cols()).zip(out) {
             *out = dot_f32(matrix, row, inputs);
@@ -285,7 +295,7 @@ pub(super) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) 
 }
 
 /// The f32 product of a row and a vector.
-fn dot_f32(matrix: &Nf4Matrix<'_>, row: usize, inputs: &[f32]) -> f32 {
+fn dot_f32<T: Float>(matrix: &Nf4Matrix<'_>, row: usize, inputs: &[T]) -> f32 {
     let mut start = matrix.row_start(row);
     let mut sum = 0.0;
     for panel in inputs.chunks(spec::PANEL) {
@@ -302,14 +312,20 @@ fn dot_f32(matrix: &Nf4Matrix<'_>, row: usize, inputs: &[f32]) -> f32 {
 }
 
 /// Adds the products of the columns of a span that lie in one block; the first is column `skip` of the span.
-fn add_segment(matrix: &Nf4Matrix<'_>, segment: &Segment<'_>, skip: usize, inputs: &[f32], lanes: &mut [f32; 8]) {
+fn add_segment<T: Float>(
+    matrix: &Nf4Matrix<'_>,
+    segment: &Segment<'_>,
+    skip: usize,
+    inputs: &[T],
+    lanes: &mut [f32; 8],
+) {
     let mut products = [0.0; SPAN];
     let mut present = [false; 8];
     let columns = skip..skip + segment.len;
     let inputs = get_range(inputs, columns.clone());
     for (i, (x, slot)) in inputs.iter().zip(get_range(&spec::F32_SLOTS, columns)).enumerate() {
         let slot = usize::from(*slot) % SPAN;
-        products[slot] = CODEBOOK[matrix.code(segment.start + i)] * x;
+        products[slot] = CODEBOOK[matrix.code(segment.start + i)] * x.to_f32();
         present[slot % 8] = true;
     }
     // A lane without a column in this segment must not meet the block's absmax, which may be infinite.

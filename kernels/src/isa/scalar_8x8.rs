@@ -1,8 +1,9 @@
 //! The portable 8x8 product.
 
 use super::scalar;
-use super::scalar::{activation_scale, add_scaled, round_to_bits};
+use super::scalar::{activation_scale, add_scaled, largest_input, round_to_bits};
 use crate::activations::{ACTIVATION_MAX_8X8, Activations8x8};
+use crate::float::Float;
 use crate::format::canonical;
 use crate::matrix::Nf4Matrix;
 use crate::spec::{CODEBOOK_I8, GROUP_8X8, SPAN, WEIGHT_STEP_8X8};
@@ -11,20 +12,19 @@ use crate::spec::{CODEBOOK_I8, GROUP_8X8, SPAN, WEIGHT_STEP_8X8};
 pub(super) static SLOTS: &[u8; SPAN] = &scalar::SLOTS;
 
 /// Quantizes inputs in groups, in the order of the columns.
-pub(super) fn quantize_activations(inputs: &[f32], values: &mut [i8], scales: &mut [f32]) {
+pub(super) fn quantize_activations<T: Float>(inputs: &[T], values: &mut [i8], scales: &mut [f32]) {
     let (groups, _) = inputs.as_chunks::<GROUP_8X8>();
     let (values, padding) = values.as_chunks_mut::<GROUP_8X8>().0.split_at_mut(groups.len());
     padding.iter_mut().for_each(|values| *values = [0; GROUP_8X8]);
     for ((inputs, values), scale) in groups.iter().zip(values).zip(scales) {
-        let bits = inputs.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
         let factor;
-        (*scale, factor) = activation_scale(f32::from_bits(bits), f32::from(ACTIVATION_MAX_8X8));
+        (*scale, factor) = activation_scale(largest_input(inputs), f32::from(ACTIVATION_MAX_8X8));
         *values = [0; GROUP_8X8];
         if factor > 0.0 {
             for (x, value) in inputs.iter().zip(values) {
                 #[allow(clippy::cast_possible_truncation, reason = "|x| <= 127, so the low 8 bits hold it")]
                 {
-                    *value = round_to_bits(x * factor) as i8;
+                    *value = round_to_bits(x.to_f32() * factor) as i8;
                 }
             }
         }

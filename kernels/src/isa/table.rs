@@ -74,21 +74,16 @@ pub(crate) struct Table {
     pub bf16: FloatTable<bf16>,
     pub mean: unsafe fn(values: &[f32]) -> f32,
     pub quantize_absmax: unsafe fn(absmax: &[f32], offset: f32, codes: &mut [u8], nested_absmax: &mut [f32]),
-    pub quantize_activations: unsafe fn(inputs: &[f32], group: usize, values: &mut [i16], scales: &mut [f32]),
     /// Only for row-aligned matrices and quantized activations.
     pub gemv: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]),
     /// As `gemv`, for any batch; `out` is `[rows, batch]`.
     pub gemm: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]),
     /// As `slots`, of the values of [`Activations8x8`].
     pub slots_8x8: &'static [u8; SPAN],
-    pub quantize_activations_8x8: unsafe fn(inputs: &[f32], values: &mut [i8], scales: &mut [f32]),
     /// Only for matrices whose rows are whole groups, and which have columns.
     pub gemv_8x8: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]),
     /// As `gemv_8x8`, for any batch; `out` is `[rows, batch]`.
     pub gemm_8x8: unsafe fn(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]),
-    pub gemv_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
-    /// `inputs` is `[batch, cols]` with `cols > 0`, `out` `[rows, batch]`.
-    pub gemm_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
     pub gemv_transposed_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
     /// `inputs` is `[batch, rows]`, `out` `[batch, cols]`; neither is empty.
     pub gemm_transposed_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
@@ -101,6 +96,11 @@ pub(crate) struct Table {
 pub(crate) struct FloatTable<T: 'static> {
     pub quantize: unsafe fn(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32]),
     pub dequantize: unsafe fn(matrix: &Nf4Matrix<'_>, out: &mut [T]),
+    pub quantize_activations: unsafe fn(inputs: &[T], group: usize, values: &mut [i16], scales: &mut [f32]),
+    pub quantize_activations_8x8: unsafe fn(inputs: &[T], values: &mut [i8], scales: &mut [f32]),
+    pub gemv_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[T], out: &mut [f32]),
+    /// `inputs` is `[batch, cols]` with `cols > 0`, `out` `[rows, batch]`.
+    pub gemm_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[T], out: &mut [f32]),
     /// `x` is not empty.
     pub gemv_dense: unsafe fn(a: &[T], x: &[f32], add: Option<f32>, out: &mut [f32]),
     /// `x` is `[batch, cols]` and not empty, `out` `[rows, batch]`.

@@ -1,8 +1,9 @@
-//! The 8x8 product, and quantization to 8-bit activations.
+//! The 8x8 products.
 
 use super::{Kernels, check_batch_outputs};
 use crate::activations::Activations8x8;
 use crate::error::{ShapeError, check_len};
+use crate::float::Float;
 use crate::matrix::Nf4Matrix;
 
 /// The 8x8 product, which is the fastest one on CPUs with dot products of 8-bit integers, where 8 bits are precise enough.
@@ -29,50 +30,6 @@ use crate::matrix::Nf4Matrix;
 /// # Ok::<(), nf4_kernels::ShapeError>(())
 /// ```
 impl Kernels {
-    /// Quantizes a vector for [`Self::gemv_8x8`], in buffers that the caller provides.
-    ///
-    /// `values` and `scales` must have the lengths [`Activations8x8::values_len`] and [`Activations8x8::scales_len`]. The
-    /// result can be multiplied by matrices of every block size. The scale of a group that contains NaN or infinity is NaN,
-    /// which makes every output NaN.
-    ///
-    /// # Errors
-    /// [`ShapeError::Length`] if a buffer has the wrong length.
-    pub fn quantize_activations_8x8<'a>(
-        &self,
-        inputs: &'a [f32],
-        values: &'a mut [i8],
-        scales: &'a mut [f32],
-    ) -> Result<Activations8x8<'a>, ShapeError> {
-        self.quantize_activations_8x8_batch(inputs, inputs.len(), values, scales)
-    }
-
-    /// Quantizes a batch of vectors, `inputs` `[batch, cols]`, for [`Self::gemm_8x8`], each of them like
-    /// [`Self::quantize_activations_8x8`].
-    ///
-    /// # Errors
-    /// [`ShapeError::Length`] if the length of `inputs` is not a multiple of `cols`, or if `values` or `scales` does not
-    /// have `batch` times the length that one vector needs.
-    pub fn quantize_activations_8x8_batch<'a>(
-        &self,
-        inputs: &'a [f32],
-        cols: usize,
-        values: &'a mut [i8],
-        scales: &'a mut [f32],
-    ) -> Result<Activations8x8<'a>, ShapeError> {
-        let slots = self.table.slots_8x8;
-        Activations8x8::new(inputs, cols, values, scales, slots)?;
-        let (values_len, scales_len) = (Activations8x8::values_len(cols), Activations8x8::scales_len(cols));
-        // One of them is 0 only if all are; the compiler needs to hear it to drop the panics of `chunks`.
-        if cols > 0 && values_len > 0 && scales_len > 0 {
-            let vectors = inputs.chunks(cols).zip(values.chunks_mut(values_len)).zip(scales.chunks_mut(scales_len));
-            for ((inputs, values), scales) in vectors {
-                // SAFETY: `self` exists, so the CPU has the instruction set of its table.
-                unsafe { (self.table.quantize_activations_8x8)(inputs, values, scales) };
-            }
-        }
-        Activations8x8::new(inputs, cols, values, scales, slots)
-    }
-
     /// Computes the 8x8 product `out = W x`, which [`crate::spec`] defines to the bit, with an error bound.
     ///
     /// Matrices whose number of columns is not a multiple of 32 are multiplied like in [`Self::gemv_f32`]. All others are
@@ -81,10 +38,10 @@ impl Kernels {
     /// # Errors
     /// [`ShapeError::Length`] if `activations` is not one vector of `cols` inputs or `out` does not have `rows` elements;
     /// [`ShapeError::Order`] if the activations were quantized by the kernels of another instruction set.
-    pub fn gemv_8x8(
+    pub fn gemv_8x8<T: Float>(
         &self,
         matrix: &Nf4Matrix<'_>,
-        activations: &Activations8x8<'_>,
+        activations: &Activations8x8<'_, T>,
         out: &mut [f32],
     ) -> Result<(), ShapeError> {
         check_len("activations", matrix.cols(), activations.cols())?;
@@ -100,7 +57,7 @@ impl Kernels {
             out.fill(0.0);
         } else {
             // SAFETY: `self` exists, so the CPU has the instruction set of its table.
-            unsafe { (self.table.gemv_8x8)(matrix, activations, out) };
+            unsafe { (self.table.gemv_8x8)(matrix, &activations.quantized(), out) };
         }
         Ok(())
     }
@@ -113,10 +70,10 @@ impl Kernels {
     /// # Errors
     /// [`ShapeError::Length`] if the activations do not have `cols` inputs or `out` does not have `rows * batch` elements;
     /// [`ShapeError::Order`] if the activations were quantized by the kernels of another instruction set.
-    pub fn gemm_8x8(
+    pub fn gemm_8x8<T: Float>(
         &self,
         matrix: &Nf4Matrix<'_>,
-        activations: &Activations8x8<'_>,
+        activations: &Activations8x8<'_, T>,
         out: &mut [f32],
     ) -> Result<(), ShapeError> {
         check_len("activations", matrix.cols(), activations.cols())?;
@@ -128,9 +85,9 @@ impl Kernels {
         match activations.batch() {
             0 => {}
             // SAFETY: `self` exists, so the CPU has the instruction set of its table.
-            1 => unsafe { (self.table.gemv_8x8)(matrix, activations, out) },
+            1 => unsafe { (self.table.gemv_8x8)(matrix, &activations.quantized(), out) },
             // SAFETY: `self` exists, so the CPU has the instruction set of its table.
-            _ => unsafe { (self.table.gemm_8x8)(matrix, activations, out) },
+            _ => unsafe { (self.table.gemm_8x8)(matrix, &activations.quantized(), out) },
         }
         Ok(())
     }

@@ -80,9 +80,9 @@ impl MultiAdapterLayer {
     /// [`Error::Arithmetic`] if the inputs were quantized for another arithmetic; with [`Adapters::PerVector`] also
     /// [`Error::Shape`] if there is not one entry for each vector, and [`Error::RemovedAdapter`] if a chosen adapter was
     /// removed; and [those of all layers](crate#errors). `y` may then be partly written.
-    pub fn forward_shared<Y: Float>(
+    pub fn forward_shared<X: Float, Y: Float>(
         &self,
-        inputs: &Inputs<'_>,
+        inputs: &Inputs<'_, X>,
         adapters: Adapters<'_>,
         scratch: &mut Scratch,
         y: &mut [Y],
@@ -97,7 +97,11 @@ impl MultiAdapterLayer {
     /// # Errors
     /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `buffers` are too small
     /// ([`InputsBuf::reserve`] grows them).
-    pub fn quantize_inputs<'b, X: Float>(&self, x: &[X], buffers: &'b mut InputsBuf) -> Result<Inputs<'b>, Error> {
+    pub fn quantize_inputs<'b, X: Float>(
+        &self,
+        x: &'b [X],
+        buffers: &'b mut InputsBuf,
+    ) -> Result<Inputs<'b, X>, Error> {
         self.linear.quantize_inputs(x, buffers)
     }
 

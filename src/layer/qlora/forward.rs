@@ -58,9 +58,9 @@ impl QLoRALayer {
     /// [`Error::Arithmetic`] if the inputs were quantized for another arithmetic; [`Error::StaleNorms`] if a `DoRA` adapter
     /// was changed and [`Self::refresh_dora`] not called; and [those of all layers](crate#errors). `y` may then be partly
     /// written.
-    pub fn forward_shared<Y: Float>(
+    pub fn forward_shared<X: Float, Y: Float>(
         &self,
-        inputs: &Inputs<'_>,
+        inputs: &Inputs<'_, X>,
         scratch: &mut Scratch,
         y: &mut [Y],
     ) -> Result<(), Error> {
@@ -73,7 +73,11 @@ impl QLoRALayer {
     /// # Errors
     /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `buffers` are too small
     /// ([`InputsBuf::reserve`] grows them).
-    pub fn quantize_inputs<'b, X: Float>(&self, x: &[X], buffers: &'b mut InputsBuf) -> Result<Inputs<'b>, Error> {
+    pub fn quantize_inputs<'b, X: Float>(
+        &self,
+        x: &'b [X],
+        buffers: &'b mut InputsBuf,
+    ) -> Result<Inputs<'b, X>, Error> {
         self.linear.quantize_inputs(x, buffers)
     }
 

@@ -50,7 +50,16 @@ pub(super) const fn floats<T: Float>() -> FloatTable<T>
 where
     Avx2: Widen<T> + Decode<T>,
 {
-    FloatTable { quantize, dequantize, gemv_dense, gemm_dense }
+    FloatTable {
+        quantize,
+        dequantize,
+        quantize_activations,
+        quantize_activations_8x8,
+        gemv_f32,
+        gemm_f32,
+        gemv_dense,
+        gemm_dense,
+    }
 }
 
 #[target_feature(enable = "avx2,f16c")]
@@ -88,7 +97,10 @@ pub(super) fn dequantize_f32(matrix: &Nf4Matrix<'_>, out: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx2,f16c")]
-pub(super) fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i16], scales: &mut [f32]) {
+fn quantize_activations<T: Float>(inputs: &[T], group: usize, values: &mut [i16], scales: &mut [f32])
+where
+    Avx2: Widen<T>,
+{
     activations::quantize_activations(&steps(), inputs, group, values, scales);
 }
 
@@ -113,7 +125,10 @@ pub(super) fn gemm_vnni(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, o
 }
 
 #[target_feature(enable = "avx2,f16c")]
-pub(super) fn quantize_activations_8x8(inputs: &[f32], values: &mut [i8], scales: &mut [f32]) {
+fn quantize_activations_8x8<T: Float>(inputs: &[T], values: &mut [i8], scales: &mut [f32])
+where
+    Avx2: Widen<T>,
+{
     activations::quantize_activations_8x8(&steps(), &steps(), inputs, values, scales);
 }
 
@@ -138,12 +153,18 @@ pub(super) fn gemm_8x8_vnni(matrix: &Nf4Matrix<'_>, activations: &Activations8x8
 }
 
 #[target_feature(enable = "avx2,f16c")]
-pub(super) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+fn gemv_f32<T: Float>(matrix: &Nf4Matrix<'_>, inputs: &[T], out: &mut [f32])
+where
+    Avx2: Widen<T>,
+{
     product_f32::gemv_f32(&steps(), matrix, inputs, out);
 }
 
 #[target_feature(enable = "avx2,f16c")]
-pub(in crate::isa) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+pub(in crate::isa) fn gemm_f32<T: Float>(matrix: &Nf4Matrix<'_>, inputs: &[T], out: &mut [f32])
+where
+    Avx2: Widen<T>,
+{
     product_f32::gemm_f32(&steps(), matrix, inputs, out);
 }
 

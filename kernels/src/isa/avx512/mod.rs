@@ -59,7 +59,7 @@ use super::avx2;
 use super::simd::planes::UNSIGNED_BOOK_I8;
 use super::simd::steps::Steps;
 use super::simd::{batch_8x8, product_8x8};
-use super::table::{Isa, Table};
+use super::table::{FloatTable, Isa, Table};
 use crate::activations::{Activations, Activations8x8};
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
@@ -70,7 +70,7 @@ pub(super) static TABLE: Table = Table {
     gemm: multiply,
     gemv_8x8,
     gemm_8x8,
-    gemm_f32: panel_f32::gemm_f32,
+    f32: FloatTable { gemm_f32: panel_f32::gemm_f32, ..avx2::TABLE.f32 },
     gemm_transposed_f32: columns::gemm_transposed_f32,
     gemm_transposed_dense_add: columns::gemm_transposed_dense_add,
     ..avx2::TABLE

@@ -56,7 +56,16 @@ pub(super) const fn floats<T: Float>() -> FloatTable<T>
 where
     Neon: Widen<T> + Decode<T>,
 {
-    FloatTable { quantize, dequantize, gemv_dense, gemm_dense }
+    FloatTable {
+        quantize,
+        dequantize,
+        quantize_activations,
+        quantize_activations_8x8,
+        gemv_f32,
+        gemm_f32,
+        gemv_dense,
+        gemm_dense,
+    }
 }
 
 #[target_feature(enable = "neon")]
@@ -76,7 +85,10 @@ where
 }
 
 #[target_feature(enable = "neon")]
-pub(super) fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i16], scales: &mut [f32]) {
+fn quantize_activations<T: Float>(inputs: &[T], group: usize, values: &mut [i16], scales: &mut [f32])
+where
+    Neon: Widen<T>,
+{
     activations::quantize_activations(&steps(), inputs, group, values, scales);
 }
 
@@ -91,7 +103,10 @@ pub(super) fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &
 }
 
 #[target_feature(enable = "neon")]
-pub(super) fn quantize_activations_8x8(inputs: &[f32], values: &mut [i8], scales: &mut [f32]) {
+fn quantize_activations_8x8<T: Float>(inputs: &[T], values: &mut [i8], scales: &mut [f32])
+where
+    Neon: Widen<T>,
+{
     activations::quantize_activations_8x8(&steps(), &steps_8x8(), inputs, values, scales);
 }
 
@@ -121,12 +136,18 @@ pub(super) fn gemm_8x8_i8mm(matrix: &Nf4Matrix<'_>, activations: &Activations8x8
 }
 
 #[target_feature(enable = "neon")]
-pub(super) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+fn gemv_f32<T: Float>(matrix: &Nf4Matrix<'_>, inputs: &[T], out: &mut [f32])
+where
+    Neon: Widen<T>,
+{
     product_f32::gemv_f32(&steps(), matrix, inputs, out);
 }
 
 #[target_feature(enable = "neon")]
-pub(super) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+fn gemm_f32<T: Float>(matrix: &Nf4Matrix<'_>, inputs: &[T], out: &mut [f32])
+where
+    Neon: Widen<T>,
+{
     product_f32::gemm_f32(&steps(), matrix, inputs, out);
 }
 

@@ -1,16 +1,17 @@
 //! Inputs of the products with integers.
 
-use super::steps::{Floats, Steps};
+use super::steps::{Steps, Widen};
 use super::steps_8x8::Steps8x8;
 use crate::activations::{ACTIVATION_MAX, ACTIVATION_MAX_8X8};
+use crate::float::Float;
 use crate::isa::scalar;
 use crate::spec::{GROUP_8X8, SPAN};
 
 /// Quantizes inputs in groups, into the order of the table's slots.
 #[inline(always)]
-pub(in crate::isa) fn quantize_activations<S: Floats>(
+pub(in crate::isa) fn quantize_activations<S: Widen<T>, T: Float>(
     steps: &Steps<S>,
-    inputs: &[f32],
+    inputs: &[T],
     group: usize,
     values: &mut [i16],
     scales: &mut [f32],
@@ -24,10 +25,10 @@ pub(in crate::isa) fn quantize_activations<S: Floats>(
 /// Quantizes inputs of the 8x8 product, into the order of the table's slots. `floats` are steps for the arithmetic.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "other instruction sets take the portable form"))]
 #[inline(always)]
-pub(in crate::isa) fn quantize_activations_8x8<F: Floats, S: Steps8x8>(
+pub(in crate::isa) fn quantize_activations_8x8<F: Widen<T>, S: Steps8x8, T: Float>(
     floats: &Steps<F>,
     steps: &Steps<S>,
-    inputs: &[f32],
+    inputs: &[T],
     values: &mut [i8],
     scales: &mut [f32],
 ) {
@@ -41,16 +42,16 @@ pub(in crate::isa) fn quantize_activations_8x8<F: Floats, S: Steps8x8>(
 
 /// Quantizes a span to integers up to `max`.
 #[inline(always)]
-fn quantize_span<S: Floats>(
+fn quantize_span<S: Widen<T>, T: Float>(
     steps: &Steps<S>,
-    inputs: &[f32],
+    inputs: &[T],
     group: usize,
     max: f32,
     values: &mut [i16; SPAN],
     scales: &mut [f32],
 ) {
-    let mut padded = [0.0; SPAN];
-    let inputs = <&[f32; SPAN]>::try_from(inputs).unwrap_or_else(|_| {
+    let mut padded = [T::from_f32(0.0); SPAN];
+    let inputs = <&[T; SPAN]>::try_from(inputs).unwrap_or_else(|_| {
         padded[..inputs.len()].copy_from_slice(inputs);
         &padded
     });
@@ -61,14 +62,14 @@ fn quantize_span<S: Floats>(
     for ((inputs, scaled), scale) in groups.zip(scales) {
         let mut largest = zero;
         for x in inputs {
-            largest = steps.max_abs(largest, steps.load(x));
+            largest = steps.max_abs(largest, steps.widen(x));
         }
         let factor;
         (*scale, factor) = scalar::activation_scale(f32::from_bits(steps.largest_bits(largest)), max);
         if factor > 0.0 {
             let factor = steps.splat(factor);
             for (x, scaled) in inputs.iter().zip(scaled) {
-                *scaled = steps.mul(steps.load(x), factor);
+                *scaled = steps.mul(steps.widen(x), factor);
             }
         }
     }

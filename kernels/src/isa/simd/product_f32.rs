@@ -1,8 +1,9 @@
 //! The loops of the f32 products over rows, panels of columns and vectors.
 
 use super::product_16x4::{AHEAD, padded};
-use super::steps::Steps;
+use super::steps::{Steps, Widen};
 use super::steps_f32::{DECODED_SPANS, DecodedRow, StepsF32};
+use crate::float::Float;
 use crate::format::canonical;
 use crate::isa::scalar;
 use crate::matrix::Nf4Matrix;
@@ -14,7 +15,12 @@ const STRIDE: usize = 8;
 
 /// The f32 product.
 #[inline(always)]
-pub(in crate::isa) fn gemv_f32<S: StepsF32>(steps: &Steps<S>, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+pub(in crate::isa) fn gemv_f32<S: StepsF32 + Widen<T>, T: Float>(
+    steps: &Steps<S>,
+    matrix: &Nf4Matrix<'_>,
+    inputs: &[T],
+    out: &mut [f32],
+) {
     if !matrix.has_whole_groups() {
         return scalar::gemv_f32(matrix, inputs, out);
     }
@@ -38,18 +44,31 @@ fn has_whole_spans(matrix: &Nf4Matrix<'_>) -> bool {
     matrix.is_row_aligned() && matrix.block_size().group() == SPAN
 }
 
-/// Puts inputs into order, span by span, with zeros after the last.
+/// Puts inputs into order as f32, span by span, with zeros after the last.
 #[inline(always)]
-fn arrange<S: StepsF32>(steps: &Steps<S>, inputs: &[f32], panel: &mut [[f32; SPAN]]) {
+fn arrange<S: StepsF32 + Widen<T>, T: Float>(steps: &Steps<S>, inputs: &[T], panel: &mut [[f32; SPAN]]) {
     let (spans, rest) = inputs.as_chunks();
     for (inputs, panel) in spans.iter().zip(&mut *panel) {
-        steps.arrange(inputs, panel);
+        arrange_span(steps, inputs, panel);
     }
     if let ([_, ..], Some(panel)) = (rest, panel.get_mut(spans.len())) {
-        let mut padded = [0.0; SPAN];
+        let mut padded = [T::from_f32(0.0); SPAN];
         padded[..rest.len()].copy_from_slice(rest);
-        steps.arrange(&padded, panel);
+        arrange_span(steps, &padded, panel);
     }
+}
+
+/// Puts the inputs of a span into order as f32.
+#[inline(always)]
+fn arrange_span<S: StepsF32 + Widen<T>, T: Float>(steps: &Steps<S>, inputs: &[T; SPAN], out: &mut [f32; SPAN]) {
+    if let Some(inputs) = T::as_f32(inputs).and_then(|inputs| inputs.first_chunk()) {
+        return steps.arrange(inputs, out);
+    }
+    let mut wide = [0.0; SPAN];
+    for (x, wide) in inputs.as_chunks().0.iter().zip(wide.as_chunks_mut().0) {
+        steps.store(wide, steps.widen(x));
+    }
+    steps.arrange(&wide, out);
 }
 
 /// Adds the product of panel `p` of a matrix, `cols` columns, with `GROUPS` blocks in a span of 64 columns at
@@ -123,22 +142,27 @@ const VECTORS: usize = 64;
 /// The f32 product of a batch: the weights of a tile are decoded once for all vectors, whose inputs are arranged again for
 /// each tile of rows.
 #[inline(always)]
-pub(in crate::isa) fn gemm_f32<S: StepsF32>(steps: &Steps<S>, matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+pub(in crate::isa) fn gemm_f32<S: StepsF32 + Widen<T>, T: Float>(
+    steps: &Steps<S>,
+    matrix: &Nf4Matrix<'_>,
+    inputs: &[T],
+    out: &mut [f32],
+) {
     if !matrix.has_whole_groups() {
         scalar::gemm_f32(matrix, inputs, out);
     } else if has_whole_spans(matrix) {
-        gemm_groups::<S, 1>(steps, matrix, inputs, out);
+        gemm_groups::<S, T, 1>(steps, matrix, inputs, out);
     } else {
-        gemm_groups::<S, 2>(steps, matrix, inputs, out);
+        gemm_groups::<S, T, 2>(steps, matrix, inputs, out);
     }
 }
 
 /// The product with `GROUPS` blocks in a span of 64 columns at most.
 #[inline(always)]
-fn gemm_groups<S: StepsF32, const GROUPS: usize>(
+fn gemm_groups<S: StepsF32 + Widen<T>, T: Float, const GROUPS: usize>(
     steps: &Steps<S>,
     matrix: &Nf4Matrix<'_>,
-    inputs: &[f32],
+    inputs: &[T],
     out: &mut [f32],
 ) {
     let (cols, batch) = (matrix.cols(), inputs.len() / matrix.cols());

@@ -7,6 +7,7 @@ use bytemuck::must_cast;
 use super::Simd128;
 use crate::activations::Activations;
 use crate::float::Float;
+use crate::isa::scalar_8x8;
 use crate::isa::simd::planes::{PLANES_F32, PLANES_I16};
 use crate::isa::simd::steps::{Decode, Steps, Widen};
 use crate::isa::simd::{
@@ -27,7 +28,16 @@ pub(super) const fn floats<T: Float>() -> FloatTable<T>
 where
     Simd128: Widen<T> + Decode<T>,
 {
-    FloatTable { quantize, dequantize, gemv_dense, gemm_dense }
+    FloatTable {
+        quantize,
+        dequantize,
+        quantize_activations,
+        quantize_activations_8x8: scalar_8x8::quantize_activations,
+        gemv_f32,
+        gemm_f32,
+        gemv_dense,
+        gemm_dense,
+    }
 }
 
 fn quantize<T: Float>(weights: &[T], block_size: usize, packed: &mut [u8], absmax: &mut [f32])
@@ -44,7 +54,10 @@ where
     dequantize::dequantize(&steps(), matrix, out);
 }
 
-pub(super) fn quantize_activations(inputs: &[f32], group: usize, values: &mut [i16], scales: &mut [f32]) {
+fn quantize_activations<T: Float>(inputs: &[T], group: usize, values: &mut [i16], scales: &mut [f32])
+where
+    Simd128: Widen<T>,
+{
     activations::quantize_activations(&steps(), inputs, group, values, scales);
 }
 
@@ -56,11 +69,17 @@ pub(super) fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &
     batch_16x4::gemm(&steps(), matrix, activations, out);
 }
 
-pub(super) fn gemv_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+fn gemv_f32<T: Float>(matrix: &Nf4Matrix<'_>, inputs: &[T], out: &mut [f32])
+where
+    Simd128: Widen<T>,
+{
     product_f32::gemv_f32(&steps(), matrix, inputs, out);
 }
 
-pub(super) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+fn gemm_f32<T: Float>(matrix: &Nf4Matrix<'_>, inputs: &[T], out: &mut [f32])
+where
+    Simd128: Widen<T>,
+{
     product_f32::gemm_f32(&steps(), matrix, inputs, out);
 }
 

@@ -1,0 +1,102 @@
+//! The products of dense matrices.
+
+use super::Kernels;
+use crate::error::{ShapeError, check_len};
+use crate::float::Float;
+
+/// The products of dense matrices, such as adapters.
+impl Kernels {
+    /// Computes `out = A x` with a dense matrix `[out.len(), x.len()]`, row-major, of any element type; [`crate::spec`]
+    /// defines it. The elements are converted to f32 as they are read.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `a` does not have `out.len() * x.len()` elements; [`ShapeError::Overflow`] if that number
+    /// does not fit in `usize`.
+    pub fn gemv_dense<T: Float>(&self, a: &[T], x: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
+        self.dense(a, x, None, out)
+    }
+
+    /// Computes `out += factor * (A x)` with a dense matrix, like [`Self::gemv_dense`].
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if `a` does not have `out.len() * x.len()` elements; [`ShapeError::Overflow`] if that number
+    /// does not fit in `usize`.
+    pub fn gemv_dense_add<T: Float>(&self, a: &[T], x: &[f32], factor: f32, out: &mut [f32]) -> Result<(), ShapeError> {
+        self.dense(a, x, Some(factor), out)
+    }
+
+    /// Computes the product of a dense matrix `[rows, cols]`, row-major, and a batch of vectors, `x` `[batch, cols]`; `out` is
+    /// `[rows, batch]`. Every output has the bits that [`Self::gemv_dense`] returns for its row and vector.
+    ///
+    /// `cols` is the length of `x` divided by `batch`, and `rows` is the length of `out` divided by `batch`.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if the length of `x` or `out` is not a multiple of `batch`, or if `a` does not have
+    /// `rows * cols` elements; [`ShapeError::Overflow`] if that number does not fit in `usize`.
+    pub fn gemm_dense<T: Float>(&self, a: &[T], x: &[f32], batch: usize, out: &mut [f32]) -> Result<(), ShapeError> {
+        if batch == 1 {
+            return self.gemv_dense(a, x, out);
+        }
+        let (rows, cols) = (out.len().checked_div(batch).unwrap_or(0), x.len().checked_div(batch).unwrap_or(0));
+        check_len("inputs", cols * batch, x.len())?;
+        check_len("outputs", rows * batch, out.len())?;
+        // Without vectors, the shape of the matrix is not known.
+        if batch > 0 {
+            check_dense(rows, cols, a)?;
+        }
+        if x.is_empty() {
+            out.fill(0.0);
+        } else {
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            unsafe { (T::pick(self.table).gemm_dense)(a, x, batch, out) };
+        }
+        Ok(())
+    }
+
+    /// Computes `out += A^T x` with a dense f32 matrix `[rows, cols]`, row-major, and a batch of vectors, `x`
+    /// `[batch, rows]`; `out` is `[batch, cols]`. Gradients of adapters consist of such products; [`crate::spec`] defines
+    /// them.
+    ///
+    /// `rows` is the length of `x` divided by `batch`, and `cols` is the length of `out` divided by `batch`.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if the length of `x` or `out` is not a multiple of `batch`, or if `a` does not have
+    /// `rows * cols` elements; [`ShapeError::Overflow`] if that number does not fit in `usize`.
+    pub fn gemm_transposed_dense_add(
+        &self,
+        a: &[f32],
+        x: &[f32],
+        batch: usize,
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        let (rows, cols) = (x.len().checked_div(batch).unwrap_or(0), out.len().checked_div(batch).unwrap_or(0));
+        check_len("inputs", rows * batch, x.len())?;
+        check_len("outputs", cols * batch, out.len())?;
+        // Without vectors, the shape of the matrix is not known.
+        if batch > 0 {
+            check_dense(rows, cols, a)?;
+        }
+        if !a.is_empty() && batch > 0 {
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            unsafe { (self.table.gemm_transposed_dense_add)(a, x, batch, out) };
+        }
+        Ok(())
+    }
+
+    fn dense<T: Float>(&self, a: &[T], x: &[f32], add: Option<f32>, out: &mut [f32]) -> Result<(), ShapeError> {
+        check_dense(out.len(), x.len(), a)?;
+        if x.is_empty() {
+            out.iter_mut().for_each(|o| crate::isa::store_dense(o, 0.0, add));
+        } else {
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            unsafe { (T::pick(self.table).gemv_dense)(a, x, add, out) };
+        }
+        Ok(())
+    }
+}
+
+/// `Ok` if a dense matrix has `rows * cols` elements.
+fn check_dense<T>(rows: usize, cols: usize, a: &[T]) -> Result<(), ShapeError> {
+    let elements = rows.checked_mul(cols).ok_or(ShapeError::Overflow { rows, cols })?;
+    check_len("dense matrix", elements, a.len())
+}
