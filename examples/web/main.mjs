@@ -79,7 +79,7 @@ async function loadModel(folder) {
     status("Loading …");
     const chosen = options();
     try {
-        const about = await remote.call("load", { folder, options: chosen, test: TEST }, status);
+        const about = await remote.call("load", { folder, options: chosen, threads: element("threads").valueAsNumber || 1, test: TEST }, status);
         showModel(about, chosen);
     } catch (error) {
         status("No model.");
@@ -88,9 +88,10 @@ async function loadModel(folder) {
 }
 
 function showModel(about, { arithmetic, quantize_head, f16_cache }) {
-    const { layers, bytes, kernels, positions, chat, seconds, hash } = about;
+    const { layers, bytes, kernels, threads, positions, chat, seconds, hash } = about;
     status(
         `${layers} layers, ${(bytes / 1e6).toFixed(1)} MB, ${positions} positions, kernels ${kernels}, ` +
+            `${threads} thread${threads === 1 ? "" : "s"}, `+
             `loaded in ${seconds.toFixed(1)} s` +
             (chat ? "" : "; the model has no chat template, so it continues texts"),
     );
@@ -170,6 +171,9 @@ async function say(message) {
 }
 
 element("arithmetic").append(...ARITHMETICS.map((name) => new Option(name, name)));
+const threads = element("threads");
+threads.value = globalThis.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
+threads.disabled = !globalThis.crossOriginIsolated;
 element("native").oninput = compare;
 const drop = element("drop");
 addEventListener("dragover", (event) => {

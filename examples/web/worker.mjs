@@ -63,9 +63,9 @@ function breathe() {
 }
 
 const methods = {
-    async load({ folder, options, test }, report) {
+    async load({ folder, options, threads, test }, report) {
         const start = performance.now();
-        engine = await Engine.best();
+        engine = await Engine.best(threads);
         const get = reader(folder);
         for (const name of ["config.json", "tokenizer.json"]) {
             await copy(get, name);

@@ -4,14 +4,17 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use nf4::Arithmetic;
+use nf4::{Arithmetic, Threads};
 use nf4::checkpoint::{PeftAdapter, TensorFile};
 use nf4_llama::{
     Cache, CacheType, Config, Conversation, Engine, Model, Options, Sampling, Shards, Text, TextFiles, Workspace,
     shard_names,
 };
+use rayon::ThreadPool;
 use serde::Deserialize;
 use serde_json::{Value, json};
+
+use crate::threads;
 
 /// Tokens of a prompt that are computed at a time.
 const BATCH: usize = 64;
@@ -22,6 +25,8 @@ const CONTEXT: usize = 4096;
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Request {
+    /// Makes a pool of threads, of which the caller is the first.
+    Threads { count: usize },
     /// A file begins, of which [`Chat::part`] brings the bytes.
     File { name: String, len: usize },
     /// The names of the files that an index of a model lists.
@@ -58,6 +63,8 @@ pub(crate) struct Chat {
     /// The file that is being read.
     current: String,
     talk: Option<(Engine, Conversation)>,
+    /// The pool that `rayon` finds as the caller's own, because its first thread is the caller.
+    pool: Option<ThreadPool>,
 }
 
 struct File {
@@ -68,6 +75,10 @@ struct File {
 impl Chat {
     pub(crate) fn request(&mut self, request: Request) -> Result<Value> {
         match request {
+            Request::Threads { count } => {
+                self.pool = Some(threads::pool(count)?);
+                Ok(Value::Null)
+            }
             Request::File { name, len } => {
                 let mut bytes = Vec::new();
                 let no_memory = || anyhow!("{name}: no memory for {len} bytes in this page");
@@ -139,7 +150,12 @@ impl Chat {
         }
         let arithmetic = Arithmetic::ALL.into_iter().find(|a| a.name() == load.arithmetic);
         let arithmetic = arithmetic.with_context(|| format!("no arithmetic is called {}", load.arithmetic))?;
-        let options = Options { arithmetic, quantize_head: load.quantize_head, ..Options::default() };
+        let options = Options {
+            arithmetic,
+            quantize_head: load.quantize_head,
+            threads: Some(Arc::new(nf4::Rayon)),
+            ..Options::default()
+        };
         let model = Model::load(config, &shards, options, |_, _| {})?;
         let cache_type = if load.f16_cache { CacheType::F16 } else { CacheType::F32 };
         let cache = Cache::new(model.config(), model.config().positions.min(CONTEXT), cache_type)?;
@@ -149,6 +165,7 @@ impl Chat {
             "layers": model.config().layers,
             "bytes": model.data_bytes(),
             "kernels": model.kernels().isa().name(),
+            "threads": nf4::Rayon.count(),
             "positions": cache.positions(),
             "chat": text.has_template(),
         });

@@ -5,6 +5,7 @@
 
 mod chat;
 mod random;
+mod threads;
 
 use std::cell::RefCell;
 
@@ -72,6 +73,19 @@ pub extern "C" fn part() {
         let result = state.chat.part(&state.input);
         state.leave(result);
     });
+}
+
+/// The address of `len` bytes, aligned to 16, for the stack and the thread-local variables of a thread. They are never freed,
+/// because the thread never ends. Can be called before there are thread-local variables.
+#[unsafe(no_mangle)]
+pub extern "C" fn thread_memory(len: usize) -> *mut u128 {
+    Vec::leak(vec![0_u128; len.div_ceil(16)]).as_mut_ptr()
+}
+
+/// Becomes a thread of the pool that a request made. Returns when there is none to become.
+#[unsafe(no_mangle)]
+pub extern "C" fn thread() {
+    threads::run();
 }
 
 /// The address of the answer to the last call, a text in JSON.
