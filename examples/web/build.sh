@@ -1,32 +1,30 @@
 #!/usr/bin/env bash
-# Builds the page into dist/, with WebAssembly modules for what browsers can do, because a browser compiles a module only if it
-# knows every instruction in it:
+# Builds the page into dist/, with two WebAssembly modules:
 #
-#     nf4-threads.wasm   SIMD and shared memory, for pages that are isolated (serve.mjs)
-#     nf4-simd128.wasm   SIMD
-#     nf4-scalar.wasm    neither
+#     nf4-threads.wasm   on memory that workers share, for a page that is isolated (serve.mjs)
+#     nf4-simd128.wasm   one thread
 #
-#     bash build.sh              # all three
-#     bash build.sh simd128      # only this one
+#     bash build.sh              # both, or the last
+#     bash build.sh threads      # only this one
 #
-# A stable toolchain with the target's standard library (`rustup target add wasm32-unknown-unknown`) makes the last two. Threads
-# need a standard library that is compiled for them, from its source: RUSTC names a compiler that has it (for rustup's nightly,
-# `rustup component add rust-src`), and RUSTC_BOOTSTRAP=1 is set.
+# A toolchain with the target's standard library (`rustup target add wasm32-unknown-unknown`) makes the last. Threads need one that
+# is compiled for them: RUSTC_BOOTSTRAP=1 makes it from its source (`rustup component add rust-src`, or the RUSTC that is named).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 build_std=()
-modules=(simd128 scalar)
+modules=(simd128)
 if [[ ${RUSTC_BOOTSTRAP:-} == 1 ]]; then
     build_std=(-Zbuild-std=std,panic_abort)
-    modules=(threads "${modules[@]}")
+    modules=(threads simd128)
 fi
 if (($#)); then modules=("$@"); fi
 
-# The linker's options for threads: each is an instance of the module on the memory that threads.mjs makes, 16 MiB at first.
-shared="-C target-feature=+simd128,+atomics"
+# Threads are instances of one module on the memory that threads.mjs makes, 16 MiB at first. Each gets a stack and thread-local
+# variables through what is exported.
+shared="-C target-feature=+simd128,+atomics,+bulk-memory,+mutable-globals"
 for option in --shared-memory --import-memory --initial-memory=$((1 << 24)) --max-memory=$((1 << 32)) \
-    --export=__stack_pointer --export=__wasm_init_tls --export=__tls_size; do
+    --export={__wasm_init_tls,__tls_size,__tls_align,__tls_base,__stack_pointer}; do
     shared+=" -C link-arg=$option"
 done
 
@@ -41,7 +39,6 @@ for module in "${modules[@]}"; do
     case $module in
         threads) flags+=" $shared" ;;
         simd128) flags+=" -C target-feature=+simd128" ;;
-        scalar) ;;
         *) echo "no module is called $module" >&2; exit 2 ;;
     esac
     RUSTFLAGS=$flags \

@@ -1,6 +1,6 @@
 // The model in a WebAssembly module: requests and answers are texts in its memory. Works in Node too.
 
-import { sharedMemory, startThreads } from "./threads.mjs";
+import { firstThread, otherThreads, sharedMemory } from "./threads.mjs";
 
 /// The shortest module with an instruction of 128-bit SIMD: a function that drops a vector.
 const SIMD_PROBE = Uint8Array.of(
@@ -11,29 +11,32 @@ export class Engine {
     #exports;
     #memory;
 
-    /// The fastest module that this browser can run, from the folder of the page, on at most so many threads.
+    /// The module for this page, from its folder, on this number of threads if the page may have them.
     static async best(threads) {
-        const compile = (name) => WebAssembly.compileStreaming(fetch(name));
         if (!WebAssembly.validate(SIMD_PROBE)) {
-            return Engine.load(await compile("nf4-scalar.wasm"));
+            throw new Error("this browser has no SIMD in WebAssembly");
         }
         const memory = threads > 1 && globalThis.crossOriginIsolated ? sharedMemory() : null;
-        if (!memory) {
-            return Engine.load(await compile("nf4-simd128.wasm"));
+        // Not there if it was not built.
+        const shared = memory && (await fetch("nf4-threads.wasm"));
+        if (shared?.ok) {
+            return Engine.#onThreads(threads, await WebAssembly.compileStreaming(shared), memory);
         }
-        const module = await compile("nf4-threads.wasm");
-        const { exports } = await WebAssembly.instantiate(module, { env: { memory } });
-        exports.__wasm_init_tls(exports.thread_memory(exports.__tls_size.value));
-        const engine = new Engine(exports, memory);
-        engine.request({ threads: { count: threads } });
-        await startThreads(threads, module, memory, exports);
-        return engine;
+        return Engine.load(await WebAssembly.compileStreaming(fetch("nf4-simd128.wasm")));
     }
 
-    /// A module that was compiled, without threads.
+    /// A module that was compiled, on one thread.
     static async load(module) {
         const { exports } = await WebAssembly.instantiate(module, {});
         return new Engine(exports, exports.memory);
+    }
+
+    static async #onThreads(count, module, memory) {
+        const exports = await firstThread(module, memory);
+        const engine = new Engine(exports, memory);
+        engine.request({ threads: { count } });
+        await otherThreads(count, module, memory, exports);
+        return engine;
     }
 
     constructor(exports, memory) {

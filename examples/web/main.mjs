@@ -57,6 +57,10 @@ async function busy(work) {
     document.querySelectorAll("fieldset, #adapter, #restart, #send").forEach((control) => (control.disabled = false));
 }
 
+function count(number, noun) {
+    return `${number} ${noun}${number === 1 ? "" : "s"}`;
+}
+
 function status(text) {
     element("status").textContent = text;
 }
@@ -79,7 +83,8 @@ async function loadModel(folder) {
     status("Loading …");
     const chosen = options();
     try {
-        const about = await remote.call("load", { folder, options: chosen, threads: element("threads").valueAsNumber || 1, test: TEST }, status);
+        const threads = element("threads").valueAsNumber || 1;
+        const about = await remote.call("load", { folder, options: chosen, threads, test: TEST }, status);
         showModel(about, chosen);
     } catch (error) {
         status("No model.");
@@ -90,9 +95,8 @@ async function loadModel(folder) {
 function showModel(about, { arithmetic, quantize_head, f16_cache }) {
     const { layers, bytes, kernels, threads, positions, chat, seconds, hash } = about;
     status(
-        `${layers} layers, ${(bytes / 1e6).toFixed(1)} MB, ${positions} positions, kernels ${kernels}, ` +
-            `${threads} thread${threads === 1 ? "" : "s"}, `+
-            `loaded in ${seconds.toFixed(1)} s` +
+        `${count(layers, "layer")}, ${(bytes / 1e6).toFixed(1)} MB, ${positions} positions, kernels ${kernels}, ` +
+            `${count(threads, "thread")}${crossOriginIsolated ? "" : ", because the page is not isolated"}, loaded in ${seconds.toFixed(1)} s` +
             (chat ? "" : "; the model has no chat template, so it continues texts"),
     );
     const flags = [`--arithmetic ${arithmetic}`];
@@ -159,7 +163,7 @@ async function say(message) {
         const result = await remote.call("ask", { message, maxTokens: element("max-tokens").valueAsNumber || 512 }, report);
         const { tokens, prompt, decoded, decoding, hash } = result;
         facts.textContent =
-            `prompt ${tokens} tokens, ${prompt.toFixed(1)} tokens/s; decoding ${decoded} tokens, ` +
+            `prompt: ${count(tokens, "new token")}, ${prompt.toFixed(1)} tokens/s; answer: ${count(decoded, "token")}, ` +
             `${decoding.toFixed(1)} tokens/s; first logits ${hash}`;
     } catch (error) {
         [user, answer, facts].forEach((node) => node.remove());
@@ -171,9 +175,9 @@ async function say(message) {
 }
 
 element("arithmetic").append(...ARITHMETICS.map((name) => new Option(name, name)));
-const threads = element("threads");
-threads.value = globalThis.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
-threads.disabled = !globalThis.crossOriginIsolated;
+// Only an isolated page may share memory between workers.
+element("threads").value = crossOriginIsolated ? navigator.hardwareConcurrency : 1;
+element("threads").disabled = !crossOriginIsolated;
 element("native").oninput = compare;
 const drop = element("drop");
 addEventListener("dragover", (event) => {

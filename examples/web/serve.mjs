@@ -10,7 +10,7 @@ import { extname } from "node:path";
 import { argv } from "node:process";
 import { fileURLToPath } from "node:url";
 
-const DIST = new URL("dist/", import.meta.url);
+export const DIST = new URL("dist/", import.meta.url);
 const TYPES = { ".html": "text/html", ".mjs": "text/javascript", ".wasm": "application/wasm" };
 const ISOLATION = { "cross-origin-opener-policy": "same-origin", "cross-origin-embedder-policy": "require-corp" };
 

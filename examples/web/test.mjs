@@ -1,32 +1,32 @@
 // Tests dist/ on the tiny model of examples/llama, whose conversations are committed: `cargo test` there holds the native
-// library to the same file. Each module in Node, then the page in headless Chromium.
+// library to the same file. The module for one thread in Node, then the page in headless Chromium: isolated, with threads,
+// and as any server of files gives it.
 //
 //     node test.mjs [--screenshot FILE.png]
 
 import assert from "node:assert/strict";
 import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
-import { createServer } from "node:http";
 import { tmpdir } from "node:os";
-import { extname, join } from "node:path";
+import { join } from "node:path";
 import { argv } from "node:process";
 import { fileURLToPath } from "node:url";
 
 import { Browser } from "./browser.mjs";
 import { Engine } from "./engine.mjs";
+import { DIST, serve } from "./serve.mjs";
 
-const DIST = new URL("dist/", import.meta.url);
 const MODEL = new URL("../llama/tests/data/llama/", import.meta.url);
 const EXPECTED = JSON.parse(await readFile(new URL("conversations.json", MODEL), "utf8"));
 const MODEL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"];
 const ADAPTERS = ["adapter_one", "adapter_two"];
-const TYPES = { ".html": "text/html", ".mjs": "text/javascript", ".wasm": "application/wasm" };
 
 const path = (url) => fileURLToPath(url);
 
-/// Every adapter's conversation, in both arithmetics, by the module alone.
-async function testModule(name) {
+/// Every adapter's conversation, in each arithmetic, by the module alone.
+async function testModule() {
+    const module = await WebAssembly.compile(await readFile(new URL("nf4-simd128.wasm", DIST)));
     for (const arithmetic of Object.keys(EXPECTED.answers)) {
-        const engine = await Engine.load(await WebAssembly.compile(await readFile(new URL(name, DIST))));
+        const engine = await Engine.load(module);
         const copy = async (folder, file) => engine.file(file, new Blob([await readFile(new URL(folder + file, MODEL))]));
         for (const file of MODEL_FILES) {
             await copy("", file);
@@ -50,28 +50,12 @@ async function testModule(name) {
                 }
                 return { hash, text };
             });
-            assert.deepEqual(answers, EXPECTED.answers[arithmetic][adapter], `${name}, ${arithmetic}, ${adapter}`);
+            assert.deepEqual(answers, EXPECTED.answers[arithmetic][adapter], `${arithmetic}, ${adapter}`);
         }
         assert.throws(() => engine.request({ switch: { name: "three" } }), /no adapter three/);
-        console.log(`${name}: ${kernels} kernels, ${arithmetic}: the native conversations`);
+        console.log(`module: ${kernels} kernels, ${arithmetic}: the native conversations`);
     }
 }
-
-/// Serves the files of dist/, and under model/ those of the tiny model.
-const serve = async (request, response) => {
-    const name = new URL(request.url, "http://localhost").pathname.slice(1) || "index.html";
-    try {
-        assert.match(name, /^(model\/)?(adapter_\w+\/)?[\w.-]+$/);
-        const file = name.startsWith("model/") ? new URL(name.slice(6), MODEL) : new URL(name, DIST);
-        const body = await readFile(file);
-        response.writeHead(200, {
-            "content-type": TYPES[extname(name)] ?? "application/octet-stream",
-        });
-        response.end(request.method === "HEAD" ? undefined : body);
-    } catch {
-        response.writeHead(404).end();
-    }
-};
 
 const IDLE = `!document.querySelector("#send").disabled`;
 
@@ -104,34 +88,59 @@ async function refused(page, files, message) {
     console.log(`refused: ${await page.text("#error")}`);
 }
 
-async function testPage(page) {
+const good = (name) => path(new URL(name, MODEL));
+
+/// Files that are no model, or only part of one.
+async function testRefusals(page) {
     const scratch = await mkdtemp(join(tmpdir(), "nf4-bad-"));
-    const good = (name) => path(new URL(name, MODEL));
     const bad = async (name, content) => {
         await writeFile(join(scratch, name), content);
         return join(scratch, name);
     };
-    const weights = await readFile(new URL("model.safetensors", MODEL));
+    const weights = await readFile(good("model.safetensors"));
     const texts = MODEL_FILES.slice(0, 3).map(good);
     await refused(page, [await bad("notes.txt", "hello")], /no config.json/);
     await refused(page, texts, /no model.safetensors/);
     await refused(page, [await bad("config.json", "{"), ...texts.slice(1), good("model.safetensors")], /config.json|JSON|EOF/);
     await refused(page, [...texts, await bad("model.safetensors", weights.subarray(0, 5000))], /model.safetensors/);
     await refused(page, [good("adapter_one")], /needs a model first|no model is loaded/);
+    await rm(scratch, { recursive: true });
+}
 
+/// Sets the options of the expected conversations.
+async function fillOptions(page) {
     const { max_tokens, sampling } = EXPECTED;
     const fields = { "max-tokens": max_tokens, temperature: sampling.temperature, "top-p": sampling.top_p, seed: sampling.seed };
     for (const [id, value] of Object.entries(fields)) {
         await page.fill(`#${id}`, String(value));
     }
-    await page.drop("#drop", [...MODEL_FILES.map(good), good("adapter_one")]);
+}
+
+/// Waits for a model, and compares what the page says of it.
+async function loaded(page, status) {
     await page.until(`${IDLE} && !document.querySelector("#loaded").hidden`);
     assert.equal(await page.text("#error"), "");
     console.log(await page.text("#status"));
-    assert.match(await page.text("#status"), /simd128/);
-    const hash = EXPECTED.answers["16x4"].none[0].hash;
-    assert.equal(await page.text("#hash"), hash);
-    await page.fill("#native", hash);
+    assert.match(await page.text("#status"), status);
+    assert.equal(await page.text("#hash"), EXPECTED.answers["16x4"].none[0].hash);
+}
+
+/// Loads from the server that the page is from.
+async function loadUrl(page, folder) {
+    await page.fill("#url", `${await page.get("location.origin")}/${folder}`);
+    await page.click("#from-url button");
+    await page.until(`document.querySelector("#files").disabled`);
+    await page.until(IDLE);
+}
+
+/// An isolated page with three threads, whatever the machine has: dropped files, addresses, and adapters.
+async function testThreads(page) {
+    await testRefusals(page);
+    await fillOptions(page);
+    await page.fill("#threads", "3");
+    await page.drop("#drop", [...MODEL_FILES.map(good), good("adapter_one")]);
+    await loaded(page, /simd128, 3 threads,/);
+    await page.fill("#native", await page.text("#hash"));
     assert.match(await page.text("#same"), /the same bits/);
     await talk(page, "none");
     await talk(page, "adapter_one");
@@ -145,31 +154,31 @@ async function testPage(page) {
     if (shot > 0) {
         await writeFile(argv[shot + 1], await page.screenshot());
     }
-
-    const origin = await page.get("location.origin");
-    await page.fill("#url", `${origin}/model`);
-    await page.click("#from-url button");
-    await page.until(`document.querySelector("#files").disabled`);
-    await page.until(IDLE);
-    assert.equal(await page.text("#error"), "");
-    assert.equal(await page.text("#hash"), hash);
-    await page.fill("#url", `${origin}/model/adapter_two`);
-    await page.click("#from-url button");
-    await page.until(`document.querySelectorAll("#adapter option").length === 2`);
-    await page.until(IDLE);
+    await page.fill("#threads", "1");
+    await loadUrl(page, "model");
+    await loaded(page, /simd128, 1 thread,/);
+    await loadUrl(page, "model/adapter_two");
     await talk(page, "adapter_two");
-    await rm(scratch, { recursive: true });
 }
 
-for (const name of ["nf4-simd128.wasm", "nf4-scalar.wasm"]) {
-    await testModule(name);
+/// A page that may not have threads.
+async function testPlain(page) {
+    await fillOptions(page);
+    assert.equal(await page.get(`document.querySelector("#threads").disabled`), true);
+    await page.fill("#threads", "3");
+    await loadUrl(page, "model");
+    await loaded(page, /simd128, 1 thread, because the page is not isolated,/);
+    await talk(page, "none");
 }
-const server = createServer(serve);
-await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
+
+await testModule();
 const browser = await Browser.start();
 try {
-    await testPage(await browser.open(`http://127.0.0.1:${server.address().port}/`));
+    for (const [isolated, test] of [[true, testThreads], [false, testPlain]]) {
+        const server = await serve({ isolated, model: MODEL });
+        await test(await browser.open(`http://127.0.0.1:${server.address().port}/`));
+        server.close();
+    }
 } finally {
     await browser.end();
-    server.close();
 }

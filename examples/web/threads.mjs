@@ -1,6 +1,6 @@
-// Threads of the module: workers on a memory that all of them share.
+// Threads of the module: workers, each with an instance of it, on a memory that all of them share.
 
-/// Bytes of a thread's stack; the first one's, too, has so many.
+/// Bytes of a thread's stack, as the linker gives the first.
 const STACK = 1 << 20;
 /// Pages of 64 KiB that the memory has at first, and may have: build.sh tells the linker the same.
 const [INITIAL, MAXIMUM] = [256, 65536];
@@ -18,8 +18,16 @@ export function sharedMemory() {
     return null;
 }
 
-/// Starts an instance of the module in each worker but the caller's, which has the `exports` of the first.
-export async function startThreads(count, module, memory, exports) {
+/// The exports of the instance on the caller's thread.
+export async function firstThread(module, memory) {
+    const { exports } = await WebAssembly.instantiate(module, { env: { memory } });
+    // Its stack is in the module; its thread-local variables are there only with newer linkers.
+    exports.__wasm_init_tls(exports.thread_memory(exports.__tls_size.value));
+    return exports;
+}
+
+/// Starts an instance in a worker for each of `count` threads but the first, which has these exports.
+export async function otherThreads(count, module, memory, exports) {
     const own = () => exports.thread_memory(STACK + exports.__tls_size.value) + STACK;
     // All have begun before the module is called again: a worker starts only while the one that made it does not wait.
     await Promise.all(Array.from({ length: count - 1 }, () => start({ module, memory, own: own() })));

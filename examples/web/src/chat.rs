@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use nf4::{Arithmetic, Threads};
+use nf4::Arithmetic;
 use nf4::checkpoint::{PeftAdapter, TensorFile};
 use nf4_llama::{
     Cache, CacheType, Config, Conversation, Engine, Model, Options, Sampling, Shards, Text, TextFiles, Workspace,
@@ -165,7 +165,8 @@ impl Chat {
             "layers": model.config().layers,
             "bytes": model.data_bytes(),
             "kernels": model.kernels().isa().name(),
-            "threads": nf4::Rayon.count(),
+            // Each of them answers.
+            "threads": rayon::broadcast(|_| ()).len(),
             "positions": cache.positions(),
             "chat": text.has_template(),
         });
