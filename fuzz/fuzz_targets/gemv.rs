@@ -4,8 +4,9 @@
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
-use nf4::{Kernels, Nf4Matrix};
-use nf4_fuzz::{ActivationBuffers, Bytes, Product, bits, check_dense, others};
+use nf4::Kernels;
+use nf4_fuzz::products::{PRODUCTS, of_vector, quantized, quantized_8x8};
+use nf4_fuzz::{Bytes, Product, bits, check_dense, others};
 
 #[derive(Debug, Arbitrary)]
 struct Input<'a> {
@@ -13,18 +14,6 @@ struct Input<'a> {
     /// Where the matrix is split.
     split: u16,
     bytes: &'a [u8],
-}
-
-/// The 16x4, the f32 and the transposed product.
-fn products(k: Kernels, matrix: &Nf4Matrix<'_>, x: &[f32], t: &[f32]) -> [Vec<f32>; 3] {
-    let mut buffers = ActivationBuffers::new(1, matrix.cols(), matrix.block_size());
-    let activations = buffers.quantize(k, x);
-    let (mut fast, mut exact) = (vec![3.0; matrix.rows()], vec![3.0; matrix.rows()]);
-    let mut transposed = vec![3.0; matrix.cols()];
-    k.gemv(matrix, &activations, &mut fast).expect("the lengths fit");
-    k.gemv_f32(matrix, x, &mut exact).expect("the lengths fit");
-    k.gemv_transposed_f32(matrix, t, &mut transposed).expect("the lengths fit");
-    [fast, exact, transposed]
 }
 
 fuzz_target!(|input: Input<'_>| {
@@ -35,22 +24,22 @@ fuzz_target!(|input: Input<'_>| {
     let view = matrix.view();
 
     let scalar = Kernels::scalar();
-    let expected = products(scalar, &view, &x, &t);
-    let mut buffers = ActivationBuffers::new(1, cols, matrix.block_size);
-    matrix.check_gemv(&buffers.quantize(scalar, &x), &expected[0]);
-    matrix.check_gemv_f32(&x, &expected[1]);
-    matrix.check_transposed(&t, &expected[2]);
+    let expected = of_vector(scalar, &view, &x, &t);
+    quantized(scalar, &view, &x, |x| matrix.check_gemv(x, &expected[0]));
+    quantized_8x8(scalar, cols, &x, |x| matrix.check_gemv_8x8(x, &expected[1]));
+    matrix.check_gemv_f32(&x, &expected[2]);
+    matrix.check_transposed(&t, &expected[3]);
     for k in others() {
-        for (y, e) in products(k, &view, &x, &t).iter().zip(&expected) {
-            assert_eq!(bits(y), bits(e), "{} and scalar", k.isa());
+        for ((y, e), name) in of_vector(k, &view, &x, &t).iter().zip(&expected).zip(PRODUCTS) {
+            assert_eq!(bits(y), bits(e), "{name}, {} and scalar", k.isa());
         }
     }
 
     let row = usize::from(input.split) % (rows + 1);
     let (top, bottom) = view.split_at_row(row).expect("row <= rows");
     for k in Kernels::available() {
-        let (top, bottom) = (products(k, &top, &x, &t[..row]), products(k, &bottom, &x, &t[row..]));
-        for p in 0..2 {
+        let (top, bottom) = (of_vector(k, &top, &x, &t[..row]), of_vector(k, &bottom, &x, &t[row..]));
+        for p in 0..3 {
             assert_eq!(bits(&[&*top[p], &*bottom[p]].concat()), bits(&expected[p]), "split at {row}, {}", k.isa());
         }
     }

@@ -81,6 +81,39 @@ impl Shape {
     }
 }
 
+/// One value that arithmetic treats unlike others, and where it stands: a bug may show only if all others are ordinary.
+#[derive(Debug, Clone, Copy, Arbitrary)]
+pub struct Poison {
+    /// 0 modulo 8: none.
+    pub kind: u8,
+    pub row: u8,
+    /// Index in [`EDGES`], and times eight how many columns before it.
+    pub edge: u8,
+    pub vector: u8,
+}
+
+/// Columns where blocks, groups, tiles and panels begin; the last stands for the end.
+const EDGES: [usize; 8] = [0, 32, 64, 512, 1024, 2048, nf4::spec::PANEL, usize::MAX];
+
+impl Poison {
+    pub fn value(&self) -> Option<f32> {
+        SPECIAL.get(usize::from(self.kind % 8).wrapping_sub(1)).copied()
+    }
+
+    pub fn row(&self, rows: usize) -> usize {
+        usize::from(self.row) % rows
+    }
+
+    pub fn column(&self, cols: usize) -> usize {
+        let edge = EDGES[usize::from(self.edge % 8)].min(cols);
+        edge.checked_sub(usize::from(self.edge / 8)).unwrap_or(edge) % cols
+    }
+
+    pub fn vector(&self, batch: usize) -> usize {
+        usize::from(self.vector) % batch
+    }
+}
+
 /// How four bytes become a float, and values that are put in at places of their own.
 #[derive(Debug, Clone, Copy, Arbitrary)]
 pub struct Floats {
@@ -91,7 +124,7 @@ pub struct Floats {
     pub patches: [(u16, u32); 2],
 }
 
-/// Values that arithmetic treats unlike others. A bug may show only where one of them stands among ordinary ones.
+/// Values that arithmetic treats unlike others.
 const SPECIAL: [f32; 7] =
     [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, 0.0, f32::MIN_POSITIVE, f32::from_bits(1)];
 

@@ -1,7 +1,10 @@
 //! Packed matrices of any bytes, and their products in f64.
 
 use arbitrary::Arbitrary;
-use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, NESTED_BLOCK, NestedAbsmax, Nf4Matrix, packed_len, spec};
+use nf4::{
+    Absmax, Activations, Activations8x8, BlockSize, DYNAMIC_MAP, NESTED_BLOCK, NestedAbsmax, Nf4Matrix, packed_len,
+    spec,
+};
 
 use crate::input::{Bytes, Floats, Shape};
 use crate::layer_truth::products::{self as truth, Row};
@@ -9,8 +12,7 @@ use crate::layer_truth::products::{self as truth, Row};
 /// How the scales of a matrix are made.
 #[derive(Debug, Clone, Copy, Arbitrary)]
 pub struct Scales {
-    /// Odd: nested; with the second bit the map is not the usual one, but made of the same floats as the scales. Plain scales
-    /// with the second bit: all of one row are the special value, wherever a tile of other rows may take it from.
+    /// Odd: nested; with the second bit the map is not the usual one, but made of the same floats as the scales.
     pub nested: u8,
     pub floats: Floats,
 }
@@ -52,15 +54,7 @@ impl Matrix {
         let blocks = block_size.blocks(rows * cols);
         let floats = scales.floats;
         let (absmax, nested) = if scales.nested.is_multiple_of(2) {
-            let mut absmax = floats.take(blocks, bytes);
-            if scales.nested & 2 != 0
-                && let Some(special) = floats.special()
-            {
-                let len = blocks.checked_div(rows).unwrap_or(0).max(1);
-                let row = usize::from(floats.patches[1].0) % rows.max(1);
-                absmax.iter_mut().skip(row * len).take(len).for_each(|scale| *scale = special);
-            }
-            (absmax, None)
+            (floats.take(blocks, bytes), None)
         } else {
             let absmax = floats.take(blocks.div_ceil(NESTED_BLOCK), bytes);
             let offset = floats.take(1, bytes)[0];
@@ -84,6 +78,13 @@ impl Matrix {
 
     pub fn view(&self) -> Nf4Matrix<'_> {
         Nf4Matrix::new(&self.packed, self.scales(), self.rows, self.cols, self.block_size).expect("made to fit")
+    }
+
+    /// Makes the scale of an element this value, or what it is restored from.
+    pub fn poison(&mut self, row: usize, column: usize, value: f32) {
+        let block = (row * self.cols + column) / self.block_size.get();
+        let scale = if self.nested.is_some() { block / NESTED_BLOCK } else { block };
+        self.absmax[scale] = value;
     }
 
     /// The scale of each block.
@@ -115,6 +116,22 @@ impl Matrix {
                     self.row(r).f32(activations.inputs())
                 };
                 truth.check(*y, || format!("16x4, row {r}"));
+            }
+        }
+    }
+
+    /// The same of the 8x8 product.
+    pub fn check_gemv_8x8(&self, activations: &Activations8x8<'_>, y: &[f32]) {
+        let x = activations.inputs();
+        if is_tame(&self.restored(), x, self.cols) {
+            for (r, y) in y.iter().enumerate() {
+                let row = self.row(r);
+                let truth = if self.cols.is_multiple_of(spec::GROUP_8X8) {
+                    row.eight_by_eight(activations)
+                } else {
+                    row.f32(x)
+                };
+                truth.check(*y, || format!("8x8, row {r}"));
             }
         }
     }

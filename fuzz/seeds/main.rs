@@ -1,6 +1,6 @@
 //! Writes the seeds of every target, made from the reference data of the tests, to `corpus/TARGET/`.
 //!
-//!     cargo run --example seeds
+//!     cargo run --bin seeds
 //!
 //! The layouts are those of the inputs in `fuzz_targets/`: their fields in order, little endian, and then the bytes.
 
@@ -20,7 +20,7 @@ fn main() -> std::io::Result<()> {
     let seeds = Seeds { corpus: root.join("corpus") };
     files(&seeds)?;
     commands(&seeds)?;
-    special_rows(&seeds)?;
+    poisoned(&seeds)?;
     matrices(&seeds, &root.join("../tests/data/reference"))
 }
 
@@ -138,14 +138,15 @@ fn shortened(mut argument: &[u8]) -> Vec<u8> {
     short
 }
 
-/// Batches on rows that end in the middle of a span, after a whole tile of columns, with special values in all scales of one
-/// row: a tile that takes a scale of an earlier one shows in the other rows.
-fn special_rows(seeds: &Seeds) -> std::io::Result<()> {
-    for (row, special) in (0..3_u8).flat_map(|row| (1..4).map(move |special| (row, special))) {
-        let floats = |kind: u8, row: u8| [&[kind, 0xff, 0xff, 0, 0, 0, 0, row, 0][..], &[0; 4]].concat();
-        let shape = [&3_u16.to_le_bytes()[..], &1056_u16.to_le_bytes(), &[0, 1]].concat();
-        let gemm = [&shape[..], &[2], &floats(7 + 8 * special, row), &floats(7, 0xff), &[8], b"a row"].concat();
-        seeds.write("gemm", &format!("special{special}_of_row{row}"), &gemm)?;
+/// Batches on rows that end in the middle of a span, after a whole tile of columns, with an infinity or NaN as one scale at
+/// the edge of a tile: a tile that takes a scale of an earlier one shows in the other rows.
+fn poisoned(seeds: &Seeds) -> std::io::Result<()> {
+    let moderate = [&[7, 0xff, 0xff, 0, 0, 0, 0, 0xff, 0xff][..], &[0; 4]].concat();
+    let shape = [&3_u16.to_le_bytes()[..], &1056_u16.to_le_bytes(), &[0, 1]].concat();
+    for (row, edge, kind) in (0..48_u8).map(|i| (i % 3, i / 3 % 8, 1 + i / 24 * 2)) {
+        let poison = [kind, row, edge, row];
+        let gemm = [&shape[..], &[0], &moderate, &moderate, &[8], &poison].concat();
+        seeds.write("gemm", &format!("poison{kind}_row{row}_edge{edge}"), &gemm)?;
     }
     Ok(())
 }
@@ -218,7 +219,7 @@ impl Case {
         let x = vec![0x20; 4 * usize::from(*cols)];
         let gemv = [&shape[..], &plain, &inputs, &(rows / 2).to_le_bytes(), &x, absmax, packed].concat();
         seeds.write("gemv", name, &gemv)?;
-        let gemm = [&shape[..], &plain, &inputs, &[3], &x, &x, &x, absmax, packed].concat();
+        let gemm = [&shape[..], &plain, &inputs, &[3, 1, 1, 1, 1], &x, &x, &x, absmax, packed].concat();
         seeds.write("gemm", name, &gemm)?;
 
         // Every operation, twice; moderate values.

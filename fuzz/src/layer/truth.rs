@@ -64,7 +64,7 @@ impl Dense {
 }
 
 /// Checks a merged weight: f64 in any order, rounded once.
-pub fn check_merged(layer: &QLoRALayer, got: &[f32]) {
+pub(super) fn check_merged(layer: &QLoRALayer, got: &[f32]) {
     let model = Dense::new(layer);
     let weight = |i: usize| {
         let (row, column) = (i / model.d_in, i % model.d_in);
@@ -77,7 +77,7 @@ pub fn check_merged(layer: &QLoRALayer, got: &[f32]) {
 }
 
 /// Checks the forward of one vector. `plain` is the same layer without `DoRA`, bias and what the adapter adds.
-pub fn check_forward(layer: &QLoRALayer, plain: &QLoRALayer, x: &[f32], got: &[f32]) {
+pub(super) fn check_forward(layer: &QLoRALayer, plain: &QLoRALayer, x: &[f32], got: &[f32]) {
     let gains = Dense::new(layer).gains;
     let mut y = layer_truth::forward(plain, x);
     if layer.adapter().magnitude().is_none() {
@@ -101,7 +101,7 @@ pub fn check_forward(layer: &QLoRALayer, plain: &QLoRALayer, x: &[f32], got: &[f
 
 /// Checks the gradients of `A`, `B` and the inputs that a backward gives; `layer` is as it was before, with gradients of
 /// `A` and `B` that the new ones are added to.
-pub fn check_gradients(layer: &QLoRALayer, x: &[f32], dy: &[f32], got: [&[f32]; 3]) {
+pub(super) fn check_gradients(layer: &QLoRALayer, x: &[f32], dy: &[f32], got: [&[f32]; 3]) {
     let model = Dense::new(layer);
     let Dense { d_out, d_in, rank, scale, .. } = model;
     let batch = x.len().checked_div(d_in).unwrap_or(0);
@@ -148,7 +148,7 @@ pub fn check_gradients(layer: &QLoRALayer, x: &[f32], dy: &[f32], got: [&[f32]; 
 }
 
 /// Checks a step of `Sgd` without momentum and weight decay.
-pub fn check_sgd(before: &[f32], grad: &[f32], lr: f64, after: &[f32]) {
+pub(super) fn check_sgd(before: &[f32], grad: &[f32], lr: f64, after: &[f32]) {
     let step = |(p, g): (&f32, &f32)| {
         let (p, change) = (f64::from(*p), lr * f64::from(*g));
         // The rate, the product and the difference are rounded.
@@ -158,7 +158,7 @@ pub fn check_sgd(before: &[f32], grad: &[f32], lr: f64, after: &[f32]) {
 }
 
 /// Checks a step of `AdamW`, with its defaults and the state before and after it.
-pub fn check_adamw(before: &[f32], grad: &[f32], lr: f64, [old, new]: [&Moments; 2], after: &[f32]) {
+pub(super) fn check_adamw(before: &[f32], grad: &[f32], lr: f64, [old, new]: [&Moments; 2], after: &[f32]) {
     let (t, tiny) = (f64::from(new.step), f64::from(f32::MIN_POSITIVE));
     assert_eq!(new.step, old.step + 1);
     let (mut first, mut second, mut value) = (Vec::new(), Vec::new(), Vec::new());
@@ -180,12 +180,12 @@ pub fn check_adamw(before: &[f32], grad: &[f32], lr: f64, [old, new]: [&Moments;
 }
 
 /// Whether the bounds hold: everything is finite and of a size whose products neither overflow nor underflow in f32.
-pub fn is_tame(values: &[f32]) -> bool {
+pub(super) fn is_tame(values: &[f32]) -> bool {
     values.iter().all(|v| *v == 0.0 || (1e-9..1e6).contains(&v.abs()))
 }
 
 /// The same `A` and `B` with another scale, without `DoRA`.
-pub fn with_scale(old: &LoRAAdapter, alpha: f64, scaling: LoRAScaling) -> LoRAAdapter {
+pub(super) fn with_scale(old: &LoRAAdapter, alpha: f64, scaling: LoRAScaling) -> LoRAAdapter {
     let (a, b) = (old.a().data().to_vec(), old.b().data().to_vec());
     LoRAAdapter::from_parts(a, b, old.d_out(), old.d_in(), old.rank(), alpha, scaling)
         .expect("finite, and of the same shape")
