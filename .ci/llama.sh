@@ -28,10 +28,15 @@ check_llama_isa() {
     done
 }
 
-# A real model: made, quantized, and compared with what bitsandbytes and f64 make of it.
+# A real model: made, quantized, and compared with what transformers, bitsandbytes and PEFT make of it in f32 and in f64.
 check_llama_model() {
     needs python3 python3-venv
-    local compare="cargo run -q --release --locked --manifest-path $llama --bin compare --"
+    local models=examples/llama/models/SmolLM2-135M-Instruct reference
     bash examples/llama/get-model.sh
-    $compare examples/llama/models/SmolLM2-135M-Instruct-nf4 examples/llama/tests/data/smollm2
+    reference=$(mktemp -d)
+    NF4_REQUIRE_UPSTREAM=1 bash tests/upstream/run.sh --script examples/llama/reference.py "$models" "$reference" \
+        --text examples/llama/tests/data/smollm2/gpl3.txt --tokens 256 --steps 16 --cases nf4 lora dora
+    cargo run -q --release --locked --manifest-path $llama --bin compare -- "$models-nf4" "$reference" \
+        --adapter "lora=$reference/adapters/lora" --adapter "dora=$reference/adapters/dora"
+    rm -r "$reference"
 }

@@ -50,6 +50,12 @@ pub trait Threads: Send + Sync {
     /// No pool can change a result: a function that is called twice does nothing the second time, and one that was not
     /// called is called afterwards.
     fn join(&self, a: &mut (dyn FnMut() + Send), b: &mut (dyn FnMut() + Send));
+
+    /// The least work per part, in multiply-adds of the 16x4 product: operations with less than twice this run on one
+    /// thread. The default is for threads that sleep while there is no work; less pays if they are awake.
+    fn least_work(&self) -> usize {
+        LEAST
+    }
 }
 
 /// The current `rayon` pool: the one in which the caller runs (see `rayon::ThreadPool::install`), or the global one.
@@ -84,7 +90,7 @@ impl Threads for ThisThread {
     }
 }
 
-/// The least work per thread, in multiply-adds of the 16x4 product; on a core with AVX2 this takes 70 microseconds. Called
+/// [`Threads::least_work`] of threads that sleep; on a core with AVX2 this takes 70 microseconds. Called
 /// from outside of the pool, two sleeping threads did work of 70 microseconds at 0.75 times the speed of one thread, of
 /// 140 microseconds at 0.9 to 1.3 times, and of 220 microseconds at 1.1 to 1.7 times. Measured with
 /// `cargo bench --features rayon --bench kernels -- --ratios` on two cores of a virtual machine.
@@ -151,9 +157,10 @@ impl Executor {
 
     /// The number of parts into which an operation with this work is split.
     fn parts(&self, work: usize) -> usize {
-        match work / LEAST {
+        let threads = self.threads();
+        match work / threads.least_work().max(1) {
             0 | 1 => 1,
-            parts => parts.min(self.threads().count()).max(1),
+            parts => parts.min(threads.count()).max(1),
         }
     }
 

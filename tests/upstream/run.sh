@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs check.py with $NF4_UPSTREAM_PYTHON or python3, if that has the packages of requirements.txt. If not:
+# Runs check.py, or with `--script FILE` another one, with $NF4_UPSTREAM_PYTHON or python3, if that has the packages of requirements.txt. If not:
 #
 #     NF4_UPSTREAM_VENV=DIR         makes an environment there (environment.sh; a minute, 1.9 GB), unless it is there
 #     NF4_REQUIRE_UPSTREAM=1        fails; with it, and without a directory, the environment is made in target/upstream
@@ -7,6 +7,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${NF4_UPSTREAM_PYTHON:-python3}
+script=tests/upstream/check.py
+if [[ ${1:-} == --script ]]; then
+    script=$2
+    shift 2
+fi
 require=${NF4_REQUIRE_UPSTREAM:-}
 venv=${NF4_UPSTREAM_VENV:-${require:+target/upstream}}
 
@@ -41,4 +46,4 @@ if [[ -n $absent ]]; then
     [[ -z $require ]] || { echo "but NF4_REQUIRE_UPSTREAM is set"; exit 1; }
     exit 0
 fi
-"$python" tests/upstream/check.py "$@"
+"$python" "$script" "$@"

@@ -105,6 +105,10 @@ impl Linear {
         settings: &Settings,
     ) -> Result<Self, nf4::Error> {
         let layer = MultiAdapterLayer::new(weight).with_arithmetic(settings.arithmetic).with_kernels(settings.kernels);
+        let layer = match &settings.pool.0 {
+            Some(threads) => layer.with_threads(threads.clone()),
+            None => layer,
+        };
         let layer = match bias {
             Some(bias) => layer.with_bias(bias)?,
             None => layer,

@@ -29,8 +29,8 @@ pub struct Options {
     pub kernels: Kernels,
     /// Whether the head is quantized to NF4, if it is not already.
     pub quantize_head: bool,
-    /// Threads for attention and dense products. Products with packed weights run on those of `nf4`: with the feature
-    /// `std`, the current `rayon` pool.
+    /// The threads. Without any, attention and dense products run on the calling thread, products with packed weights on
+    /// the threads of `nf4`: with the feature `std`, the current `rayon` pool.
     pub threads: Option<Arc<dyn nf4::Threads>>,
 }
 

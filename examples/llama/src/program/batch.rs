@@ -10,6 +10,7 @@ use std::{eprintln, println};
 use anyhow::{Context, Result, ensure};
 
 use super::Arguments;
+use super::awake::awake;
 use super::loaded::Loaded;
 use crate::cache::Cache;
 use crate::conversation::Engine;
@@ -45,7 +46,7 @@ pub(super) fn run(loaded: &mut Loaded, arguments: &Arguments, file: &Path) -> Re
         let user = Message { role: "user", content: prompt.to_string() };
         let tokens = text.prompt(&system.chain([user]).collect::<Vec<_>>())?;
         let mut sampler = Sampler::new(arguments.sampling());
-        let logits = model.extend(&mut cache, &tokens, adapter, workspace).with_context(at)?;
+        let logits = awake(|| model.extend(&mut cache, &tokens, adapter, workspace)).with_context(at)?;
         let next = Some(sampler.choose(logits));
         let (prompt, name) = (prompt.into(), name.into());
         sequences.push(Sequence { prompt, name, adapter, cache, sampler, next, answer: Vec::new() });
@@ -71,7 +72,7 @@ pub(super) fn run(loaded: &mut Loaded, arguments: &Arguments, file: &Path) -> Re
         let parts = running.iter_mut().zip(next.chunks(1));
         let mut parts: Vec<Part<'_>> =
             parts.map(|(s, tokens)| Part { cache: &mut s.cache, tokens, adapter: s.adapter }).collect();
-        let logits = model.forward(&mut parts, Logits::Last, &mut workspace)?;
+        let logits = awake(|| model.forward(&mut parts, Logits::Last, &mut workspace))?;
         for (s, logits) in running.iter_mut().zip(logits.chunks_exact(model.config().vocabulary)) {
             s.next = Some(s.sampler.choose(logits));
         }

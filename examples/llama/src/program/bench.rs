@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
+use super::awake::awake;
 use super::loaded::Loaded;
 use crate::cache::{Cache, CacheType};
 use crate::conversation::Engine;
@@ -27,15 +28,18 @@ pub(super) fn run(loaded: &mut Loaded, threads: usize) -> Result<()> {
     for _ in 0..REPEATS {
         cache.truncate(0);
         let start = Instant::now();
-        model.extend(&mut cache, &prompt, None, workspace)?;
+        awake(|| model.extend(&mut cache, &prompt, None, workspace).map(|_| ()))?;
         prompts.push(PROMPT as f64 / start.elapsed().as_secs_f64());
 
         cache.truncate(0);
         let mut token = argmax(model.extend(&mut cache, &prompt[..16], None, workspace)?);
         let start = Instant::now();
-        for _ in 0..DECODED {
-            token = argmax(model.extend(&mut cache, &[token], None, workspace)?);
-        }
+        awake(|| -> Result<()> {
+            for _ in 0..DECODED {
+                token = argmax(model.extend(&mut cache, &[token], None, workspace)?);
+            }
+            Ok(())
+        })?;
         decodings.push(DECODED as f64 / start.elapsed().as_secs_f64());
     }
     for (what, rates) in [("prompt of 512", &mut prompts), ("decoding", &mut decodings)] {

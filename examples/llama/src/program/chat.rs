@@ -11,6 +11,7 @@ use std::{eprintln, print, println};
 use anyhow::Result;
 
 use super::Arguments;
+use super::awake::awake;
 use super::loaded::Loaded;
 use crate::conversation::{Conversation, Engine, Prompt};
 
@@ -18,11 +19,13 @@ use crate::conversation::{Conversation, Engine, Prompt};
 pub(super) fn answer(loaded: &mut Loaded, arguments: &Arguments, prompt: &str) -> Result<()> {
     let mut conversation = loaded.conversation(arguments, arguments.first_adapter.as_deref())?;
     let start = Instant::now();
-    let read = if arguments.raw {
-        conversation.complete(&mut loaded.engine, prompt)
-    } else {
-        conversation.ask(&mut loaded.engine, prompt)
-    };
+    let read = awake(|| {
+        if arguments.raw {
+            conversation.complete(&mut loaded.engine, prompt)
+        } else {
+            conversation.ask(&mut loaded.engine, prompt)
+        }
+    });
     print_answer(&mut loaded.engine, &mut conversation, arguments, read?, start.elapsed())
 }
 
@@ -58,7 +61,7 @@ pub(super) fn run(loaded: &mut Loaded, arguments: &Arguments) -> Result<()> {
             _ => {
                 let start = Instant::now();
                 // Whatever is wrong with one message, as that it is too long, the next may be better.
-                let asked = conversation.ask(&mut loaded.engine, line);
+                let asked = awake(|| conversation.ask(&mut loaded.engine, line));
                 let answered = asked.and_then(|prompt| {
                     print_answer(&mut loaded.engine, &mut conversation, arguments, prompt, start.elapsed())
                 });
@@ -79,10 +82,13 @@ fn print_answer(
     reading: Duration,
 ) -> Result<()> {
     let start = Instant::now();
-    while let Some(text) = conversation.step(engine, arguments.max_tokens)? {
-        print!("{text}");
-        stdout().flush()?;
-    }
+    awake(|| -> Result<()> {
+        while let Some(text) = conversation.step(engine, arguments.max_tokens)? {
+            print!("{text}");
+            stdout().flush()?;
+        }
+        Ok(())
+    })?;
     println!();
     let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
     let decoded = conversation.decoded();

@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::awake::Awake;
 use super::{Arguments, Head};
 use crate::cache::Cache;
 use crate::conversation::{Conversation, Engine};
@@ -32,7 +33,7 @@ impl Loaded {
         let options = Options {
             arithmetic: arguments.arithmetic(),
             quantize_head: arguments.head == Head::Nf4,
-            threads: Some(Arc::new(nf4::Rayon)),
+            threads: Some(Arc::new(Awake)),
             ..Options::default()
         };
         let quantizes = config.quantization.is_none();

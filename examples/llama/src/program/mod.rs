@@ -1,5 +1,6 @@
 //! The program: a chat, single prompts, batches with an adapter per sequence, and a benchmark.
 
+mod awake;
 mod batch;
 mod bench;
 mod chat;

@@ -2,6 +2,8 @@
 
 #![allow(clippy::std_instead_of_alloc, reason = "a program, which has std")]
 
+mod agreement;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,6 +19,8 @@ use nf4_llama::{
 };
 use serde_json::Value;
 
+use crate::agreement::{Agreement, Truth};
+
 /// Compares the logits of a model with those of a reference.
 ///
 /// Teacher-forced logits must be within a bound; greedy tokens must be equal except where the two largest logits of the
@@ -30,13 +34,10 @@ struct Arguments {
     /// The case in the manifest
     #[arg(long, default_value = "nf4")]
     case: String,
-    /// The adapter of the case; the case without it is compared too, before and after
-    #[arg(long, requires = "base_case")]
-    adapter: Option<PathBuf>,
-    /// The case of the same model without the adapter
-    #[arg(long)]
-    base_case: Option<String>,
-    /// Skip the perplexities, which take 2048 tokens each
+    /// The case of the same model with the adapter in DIR; several times, to switch between them
+    #[arg(long = "adapter", value_name = "CASE=DIR", value_parser = case_and_folder)]
+    adapters: Vec<(String, PathBuf)>,
+    /// Skip the texts
     #[arg(long)]
     no_perplexity: bool,
 }
@@ -48,14 +49,14 @@ struct Bounds {
     logit: f64,
     /// By how much a perplexity may differ from the reference, as a part of it.
     perplexity: f64,
-    /// The mean divergence of the next token's distribution from that of f32, in nats.
+    /// The mean divergence of the next token's distribution from the exact one, in nats.
     divergence: f64,
 }
 
 /// The f32 of bitsandbytes is off by up to 1.3e-4; 16x4 rounds activations to 14 bits, 210 times in a row. 8x8 rounds them to
 /// 8 bits, and weights too: single logits say little then.
 const BOUNDS: [Bounds; 3] = [
-    Bounds { arithmetic: Arithmetic::F32, logit: 5e-4, perplexity: 1e-3, divergence: 0.0 },
+    Bounds { arithmetic: Arithmetic::F32, logit: 5e-4, perplexity: 1e-3, divergence: 1e-6 },
     Bounds { arithmetic: Arithmetic::SixteenByFour, logit: 0.1, perplexity: 1e-3, divergence: 1e-4 },
     Bounds { arithmetic: Arithmetic::EightByEight, logit: f64::INFINITY, perplexity: 5e-3, divergence: 1e-2 },
 ];
@@ -69,24 +70,26 @@ fn main() -> Result<()> {
         let options = Options { arithmetic, threads: Some(Arc::new(nf4::Rayon)), ..Options::default() };
         Ok(Model::load(directory.config()?, &directory, options, |_, _| {})?)
     };
-    let exact = load(Arithmetic::F32)?;
+    let f32 = load(Arithmetic::F32)?;
     for bounds in &BOUNDS {
         let mut model = load(bounds.arithmetic)?;
         let reference = Reference { folder: &arguments.reference, manifest: &manifest, bounds };
-        match (&arguments.adapter, &arguments.base_case) {
-            (Some(path), Some(base)) => {
-                let id = model.add_adapter("adapter", &read_adapter(path)?)?;
-                // Switched on, off, and on again.
-                for (case, adapter) in
-                    [(base, None), (&arguments.case, Some(id)), (base, None), (&arguments.case, Some(id))]
-                {
-                    reference.compare(&model, case, adapter)?;
-                }
-            }
-            _ => reference.compare(&model, &arguments.case, None)?,
+        reference.compare(&model, &arguments.case, None)?;
+        let mut adapters = Vec::new();
+        for (case, path) in &arguments.adapters {
+            adapters.push((case, model.add_adapter(case, &read_adapter(path)?)?));
         }
-        if !arguments.no_perplexity && arguments.adapter.is_none() {
-            reference.perplexities(&model, &exact, &directory, &arguments.case)?;
+        // Switched on one after the other, off, and on again.
+        for _ in 0..2 {
+            for (case, id) in &adapters {
+                reference.compare(&model, case, Some(*id))?;
+            }
+            if !adapters.is_empty() {
+                reference.compare(&model, &arguments.case, None)?;
+            }
+        }
+        if !arguments.no_perplexity {
+            reference.perplexities(&model, &f32, &directory, &arguments.case)?;
         }
     }
     println!("all within the bounds");
@@ -108,7 +111,8 @@ impl Reference<'_> {
         let prompts: BTreeMap<String, Value> = serde_json::from_value(self.manifest["prompts"].clone())?;
         for (name, prompt) in &prompts {
             let ids: Vec<u32> = serde_json::from_value(prompt["ids"].clone())?;
-            self.compare_prompt(model, &tensors, name, &ids, adapter).with_context(|| format!("{case}, {name}"))?;
+            let at = format!("{case}, {name}");
+            self.compare_prompt(model, &tensors, (name, &at), &ids, adapter).context(at.clone())?;
         }
         Ok(())
     }
@@ -117,7 +121,7 @@ impl Reference<'_> {
         &self,
         model: &Model,
         tensors: &TensorFile<'_>,
-        name: &str,
+        (name, at): (&str, &str),
         ids: &[u32],
         adapter: Option<AdapterId>,
     ) -> Result<()> {
@@ -156,7 +160,7 @@ impl Reference<'_> {
             next = argmax(model.extend(&mut cache, &[*token], adapter, &mut workspace)?);
         }
         println!(
-            "{} {name}: logits off by at most {most:.2e}, rms {rms:.2e}; {} of {} greedy tokens equal, {near} within the bound",
+            "{} {at}: logits off by at most {most:.2e}, rms {rms:.2e}; {} of {} greedy tokens equal, {near} within the bound",
             self.bounds.arithmetic.name(),
             greedy.len() - near,
             greedy.len(),
@@ -164,8 +168,9 @@ impl Reference<'_> {
         Ok(())
     }
 
-    /// The perplexity of each text, in one window, and how far the distributions are from those of `exact`.
-    fn perplexities(&self, model: &Model, exact: &Model, directory: &Directory, case: &str) -> Result<()> {
+    /// The perplexity of each text, in one window, and how far the distributions are from those of the reference; if it does
+    /// not have its logits, from those of `f32`, which is `model` in that arithmetic.
+    fn perplexities(&self, model: &Model, f32: &Model, directory: &Directory, case: &str) -> Result<()> {
         let tokenizer = directory.read("tokenizer.json")?.context("no tokenizer.json")?;
         let text = Text::new(TextFiles { tokenizer: &tokenizer, ..TextFiles::default() }, &[])?;
         let texts: BTreeMap<String, Value> = serde_json::from_value(self.manifest["perplexity"].clone())?;
@@ -175,14 +180,23 @@ impl Reference<'_> {
             let content = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
             let mut ids = text.encode(&content, false)?;
             ids.truncate(usize::try_from(entry["tokens"].as_u64().context("the text has no tokens")?)?);
-            let Agreement { perplexity: got, divergence, same_top } = agreement(model, exact, &ids)?;
+            let logits = match entry["logits"][case].as_str() {
+                Some(file) => Some(fs::read(self.folder.join(file)).with_context(|| file.to_owned())?),
+                None => None,
+            };
+            let truth = match &logits {
+                Some(bytes) => Truth::Logits(floats(&TensorFile::parse(bytes)?, "logits")?),
+                None => Truth::model(f32, ids.len())?,
+            };
+            let Agreement { perplexity: got, divergence, same_top } = Agreement::measure(model, truth, &ids)?;
             let expected = entry["results"][name]["perplexity"].as_f64().with_context(|| format!("{label}: {name}"))?;
             let off = got / expected - 1.0;
             println!(
                 "{} {label}: perplexity {got:.4}, reference {expected:.4}, {:+.4} %; \
-                 against f32: KL {divergence:.6}, same top token {:.2} %",
+                 against {}: KL {divergence:.3e}, same top token {:.2} %",
                 self.bounds.arithmetic.name(),
                 off * 100.0,
+                if logits.is_some() { "f64" } else { "f32" },
                 same_top * 100.0
             );
             let Bounds { perplexity, divergence: most, .. } = self.bounds;
@@ -193,59 +207,15 @@ impl Reference<'_> {
     }
 }
 
-/// How a model's predictions of a text's tokens are, and how they agree with those of another model.
-struct Agreement {
-    perplexity: f64,
-    /// The mean Kullback-Leibler divergence of a next token's distribution from the other model's, in nats.
-    divergence: f64,
-    /// The part of the positions where both have the same likeliest token.
-    same_top: f64,
-}
-
-fn agreement(model: &Model, exact: &Model, ids: &[u32]) -> Result<Agreement> {
-    const BATCH: usize = 128;
-    let mut runs = Vec::new();
-    for model in [model, exact] {
-        let workspace = Workspace::new(model, BATCH, BATCH)?;
-        runs.push((model, workspace, Cache::new(model.config(), ids.len(), CacheType::F32)?));
-    }
-    let [(model, workspace, cache), (exact, exact_workspace, exact_cache)] = &mut runs[..] else { unreachable!() };
-    let (mut surprise, mut divergence, mut same) = (0.0, 0.0, 0_usize);
-    for (n, tokens) in ids.chunks(BATCH).enumerate() {
-        let logits = model.forward(&mut [Part { cache, tokens, adapter: None }], Logits::All, workspace)?;
-        let parts = &mut [Part { cache: exact_cache, tokens, adapter: None }];
-        let exact_logits = exact.forward(parts, Logits::All, exact_workspace)?;
-        let vocabulary = model.config().vocabulary;
-        let rows = logits.chunks_exact(vocabulary).zip(exact_logits.chunks_exact(vocabulary));
-        let next = &ids[(n * BATCH + 1).min(ids.len())..];
-        for ((logits, exact), next) in rows.zip(next) {
-            let (total, exact_total) = (log_sum_exp(logits), log_sum_exp(exact));
-            surprise += total - f64::from(logits[*next as usize]);
-            for (q, p) in logits.iter().zip(exact) {
-                let (q, p) = (f64::from(*q) - total, f64::from(*p) - exact_total);
-                divergence += p.exp() * (p - q);
-            }
-            same += usize::from(argmax(logits) == argmax(exact));
-        }
-    }
-    let count = (ids.len() - 1) as f64;
-    Ok(Agreement {
-        perplexity: (surprise / count).exp(),
-        divergence: divergence / count,
-        same_top: same as f64 / count,
-    })
-}
-
-/// The logarithm of what a softmax is divided by.
-fn log_sum_exp(logits: &[f32]) -> f64 {
-    let max = logits.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
-    logits.iter().map(|x| f64::from(x - max).exp()).sum::<f64>().ln() + f64::from(max)
-}
-
 fn floats(tensors: &TensorFile<'_>, name: &str) -> Result<Vec<f32>> {
     Ok(tensors.read(name)?.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
 }
 
 fn words(tensors: &TensorFile<'_>, name: &str) -> Result<Vec<u32>> {
     Ok(tensors.read(name)?.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect())
+}
+
+fn case_and_folder(text: &str) -> Result<(String, PathBuf), String> {
+    let (case, path) = text.split_once('=').ok_or_else(|| format!("{text:?} is not CASE=DIR"))?;
+    Ok((case.to_owned(), path.into()))
 }
