@@ -79,7 +79,7 @@ check_test() {
 check_features() {
     cargo test --locked -p nf4 --no-default-features --lib --test exactness --test vectors --test views
     cargo build -q --locked -p nf4-kernels
-    cargo test --locked -p nf4 --all-features --lib --test threads --test checkpoint
+    cargo test --locked -p nf4 --all-features --lib --test allocation --test threads --test checkpoint
 }
 
 check_release() {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use allocation_counter::measure;
 use nf4::{
     Absmax, AbsmaxBuf, Adapters, Arithmetic, BlockSize, DYNAMIC_MAP, InputsBuf, Kernels, LoRAAdapter, LoRAScaling,
-    MultiAdapterLayer, QLoRALayer, Quantized4Bit, Scratch, SharedBytes, Store, bf16, f16,
+    MultiAdapterLayer, QLoRALayer, Quantized4Bit, Scratch, SharedBytes, Store, Threads, bf16, f16,
 };
 
 const RANK: usize = 5;
@@ -27,6 +27,21 @@ fn base([d_out, d_in]: [usize; 2], double_quant: bool) -> Quantized4Bit {
 fn adapter([d_out, d_in]: [usize; 2], rank: usize) -> LoRAAdapter {
     let (a, b) = (values(rank * d_in), values(d_out * rank));
     LoRAAdapter::from_parts(a, b, d_out, d_in, rank, 2.0, LoRAScaling::Standard).unwrap()
+}
+
+/// Splits operations as for three threads and runs all parts on this one, whose allocations are the ones that are counted. A
+/// pool may allocate for its own queue.
+struct Parts;
+
+impl Threads for Parts {
+    fn count(&self) -> usize {
+        3
+    }
+
+    fn join(&self, a: &mut (dyn FnMut() + Send), b: &mut (dyn FnMut() + Send)) {
+        a();
+        b();
+    }
 }
 
 /// Fails if `run` allocates.
@@ -51,7 +66,7 @@ fn forwards_into_buffers_allocate_nothing() {
             {
                 let layer = QLoRALayer::from_parts(base(shape, double_quant), adapter(shape, RANK)).unwrap();
                 let layer = layer.with_bias(values(d_out)).unwrap();
-                let layer = layer.with_kernels(kernels).with_arithmetic(arithmetic);
+                let layer = layer.with_kernels(kernels).with_arithmetic(arithmetic).with_threads(Arc::new(Parts));
                 let name = format!("{d_out}x{d_in}, {arithmetic:?}, {}", kernels.isa());
                 let mut scratch = layer.scratch(140);
                 // The largest batch, smaller ones, and the largest again.

@@ -66,11 +66,15 @@ impl Header {
     /// Parses the start of a file of `file_len` bytes: at least the first [`Self::len_from`] bytes.
     ///
     /// # Errors
-    /// Those of [`Self::len_from`]; [`CheckpointError::Json`]; [`CheckpointError::Overflow`] for a shape too large for
-    /// the address space; [`CheckpointError::Unexpected`] for a name of more than 1024 bytes or 64 parts, and for elements
-    /// of less than a byte that are not whole bytes together; [`CheckpointError::Bytes`] for a tensor whose place has another length than its shape and
-    /// type need, and for a file of another length than its tensors have; [`CheckpointError::Offset`] for tensors that
-    /// overlap or leave a gap.
+    /// * [`CheckpointError::Truncated`] if the file is shorter than its header;
+    /// * [`CheckpointError::HeaderTooLong`] above the 100 MB that the format allows;
+    /// * [`CheckpointError::Json`];
+    /// * [`CheckpointError::Overflow`] for a shape too large for the address space;
+    /// * [`CheckpointError::Unexpected`] for a name of more than 1024 bytes or 64 parts, and for elements of less than a byte
+    ///   that are not whole bytes together;
+    /// * [`CheckpointError::Bytes`] for a tensor whose place has another length than its shape and type need, and for a file
+    ///   of another length than its tensors have;
+    /// * [`CheckpointError::Offset`] for tensors that overlap or leave a gap.
     pub fn parse(start: &[u8], file_len: u64) -> Result<Self, CheckpointError> {
         let len = Self::len_from(start, file_len)?;
         let cut = || CheckpointError::Truncated { what: "header", expected: len as u64, got: start.len() as u64 };

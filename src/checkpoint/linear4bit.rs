@@ -38,8 +38,13 @@ impl Linear4bit {
     /// [`QuantState::matrix_shape`] says.
     ///
     /// # Errors
-    /// Those of [`QuantState::load`]; [`CheckpointError::Codebook`]; [`CheckpointError::Shape`] for the bias;
-    /// [`CheckpointError::Layer`] for a scale or bias that is NaN or infinite.
+    /// * [`CheckpointError::Unsupported`] for FP4 and for what is not known;
+    /// * [`CheckpointError::Missing`], [`CheckpointError::Type`], [`CheckpointError::Shape`] or [`CheckpointError::Bytes`] for
+    ///   a tensor;
+    /// * [`CheckpointError::Json`], [`CheckpointError::Field`] and [`CheckpointError::Overflow`] for the quantization state;
+    /// * [`CheckpointError::Codebook`] if it is not that of NF4;
+    /// * [`CheckpointError::Layer`] for a scale or bias that is NaN or infinite;
+    /// * [`CheckpointError::Memory`].
     pub fn load(source: &dyn TensorSource, prefix: &str) -> Result<Self, CheckpointError> {
         let layer = Self::load_tensor(source, &join(prefix, WEIGHT))?;
         let bias = join(prefix, BIAS);
@@ -55,8 +60,13 @@ impl Linear4bit {
     /// a bias.
     ///
     /// # Errors
-    /// Those of [`QuantState::load`]; [`CheckpointError::Codebook`]; [`CheckpointError::Memory`];
-    /// [`CheckpointError::Layer`] for a scale that is NaN or infinite.
+    /// * [`CheckpointError::Unsupported`] for FP4 and for what is not known;
+    /// * [`CheckpointError::Missing`], [`CheckpointError::Type`], [`CheckpointError::Shape`] or [`CheckpointError::Bytes`] for
+    ///   a tensor;
+    /// * [`CheckpointError::Json`], [`CheckpointError::Field`] and [`CheckpointError::Overflow`] for the quantization state;
+    /// * [`CheckpointError::Codebook`] if it is not that of NF4;
+    /// * [`CheckpointError::Layer`] for a scale that is NaN or infinite;
+    /// * [`CheckpointError::Memory`].
     pub fn load_tensor(source: &dyn TensorSource, tensor: &str) -> Result<Self, CheckpointError> {
         let state = QuantState::load(source, tensor)?;
         let [rows, cols] = state.matrix_shape()?;

@@ -45,12 +45,15 @@ impl<'a> MergedModel<'a> {
     /// Merges `adapter` into the model in `source`. Only the descriptions of tensors are read here.
     ///
     /// # Errors
-    /// Those of [`super::QuantState::load`] for a 4-bit tensor; [`CheckpointError::Json`] for the configuration;
-    /// [`CheckpointError::Foreign`] if something is packed in another format and could not be loaded afterwards, or is to
-    /// be merged into; [`CheckpointError::NotInModel`] for a module or tensor of the adapter that the model does not have;
-    /// [`CheckpointError::Layer`] and [`CheckpointError::Shape`] for one of another shape; [`CheckpointError::Missing`] for
-    /// a base bias that a `lora_bias` needs, as in PEFT; [`CheckpointError::Type`] for one that is not made of floats;
-    /// [`CheckpointError::Unexpected`] for what can mean more than one thing.
+    /// * [`CheckpointError::Json`] for the configuration;
+    /// * [`CheckpointError::Foreign`] if something is packed in another format and could not be loaded afterwards, or is to
+    ///   be merged into;
+    /// * [`CheckpointError::NotInModel`] for a module or tensor of the adapter that the model does not have;
+    /// * [`CheckpointError::Layer`] and [`CheckpointError::Shape`] for one of another shape;
+    /// * [`CheckpointError::Missing`] for a base bias that a `lora_bias` needs, as in PEFT;
+    /// * [`CheckpointError::Type`] for one that is not made of floats;
+    /// * [`CheckpointError::Unexpected`] for what can mean more than one thing;
+    /// * what [`super::QuantState::load`] returns for a 4-bit tensor.
     pub fn new(
         source: &'a dyn TensorSource,
         adapter: Option<&'a PeftAdapter>,
@@ -63,7 +66,7 @@ impl<'a> MergedModel<'a> {
     /// Opens a tensor for computing it in parts.
     ///
     /// # Errors
-    /// Those of the source; [`CheckpointError::Missing`]; [`CheckpointError::Codebook`] and [`CheckpointError::Layer`] for
+    /// What the source returns; [`CheckpointError::Missing`]; [`CheckpointError::Codebook`] and [`CheckpointError::Layer`] for
     /// what is wrong with a 4-bit tensor; [`CheckpointError::Memory`].
     pub fn open(&self, name: &str) -> Result<TensorReader<'_>, CheckpointError> {
         let Some((name, planned)) = self.plan.tensors.get_key_value(name) else {

@@ -73,7 +73,7 @@ impl ModelConfig {
     }
 
     /// All fields, mutably.
-    pub fn fields_mut(&mut self) -> &mut Map<String, Value> {
+    pub(super) fn fields_mut(&mut self) -> &mut Map<String, Value> {
         &mut self.fields
     }
 
@@ -82,7 +82,7 @@ impl ModelConfig {
     }
 
     /// The types of the model and of its parts, such as `gemma3`, `gemma3_text` and `siglip_vision_model`.
-    pub fn model_types(&self) -> impl Iterator<Item = &str> {
+    pub(super) fn model_types(&self) -> impl Iterator<Item = &str> {
         self.objects().into_iter().filter_map(|fields| fields.get("model_type")?.as_str())
     }
 

@@ -133,7 +133,7 @@ impl<'a> TensorReader<'a> {
     /// Appends the bytes of some units.
     ///
     /// # Errors
-    /// Those of the source; [`CheckpointError::Bytes`] if there are no such units; [`CheckpointError::TooLarge`] for a
+    /// What the source returns; [`CheckpointError::Bytes`] if there are no such units; [`CheckpointError::TooLarge`] for a
     /// finite value that is infinite in the type of the tensor, unless [`super::MergeOptions::with_overflow`] allows it;
     /// [`CheckpointError::Memory`].
     pub fn read(&self, units: Range<usize>, out: &mut Vec<u8>) -> Result<(), CheckpointError> {

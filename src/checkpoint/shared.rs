@@ -44,7 +44,9 @@ impl SharedFile {
     /// Parses a whole file.
     ///
     /// # Errors
-    /// Those of [`Header::parse`].
+    /// [`CheckpointError::Truncated`] and [`CheckpointError::HeaderTooLong`] for the length of the header;
+    /// [`CheckpointError::Json`] for its text; [`CheckpointError::Overflow`], [`CheckpointError::Unexpected`],
+    /// [`CheckpointError::Bytes`] and [`CheckpointError::Offset`] for a tensor in it. [`Header::parse`] says when.
     pub fn parse(bytes: SharedBytes) -> Result<Self, CheckpointError> {
         let file = (*bytes).as_ref();
         let header = Header::parse(file, file.len() as u64)?;

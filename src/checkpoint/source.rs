@@ -40,7 +40,8 @@ pub trait TensorSource: Sync {
     /// Reads some bytes of a tensor. A source whose tensors are not in memory should read only these.
     ///
     /// # Errors
-    /// Those of [`Self::read`]; [`CheckpointError::Bytes`] if the tensor does not have them.
+    /// [`CheckpointError::Missing`]; [`CheckpointError::Read`] with the reason; [`CheckpointError::Bytes`] if the tensor does
+    /// not have them.
     fn read_range(&self, name: &str, range: Range<usize>) -> Result<Cow<'_, [u8]>, CheckpointError> {
         let bytes = self.read(name)?;
         if range.start > range.end || range.end > bytes.len() {
@@ -69,7 +70,9 @@ impl<'a> TensorFile<'a> {
     /// Parses a whole file.
     ///
     /// # Errors
-    /// Those of [`Header::parse`].
+    /// [`CheckpointError::Truncated`] and [`CheckpointError::HeaderTooLong`] for the length of the header;
+    /// [`CheckpointError::Json`] for its text; [`CheckpointError::Overflow`], [`CheckpointError::Unexpected`],
+    /// [`CheckpointError::Bytes`] and [`CheckpointError::Offset`] for a tensor in it. [`Header::parse`] says when.
     pub fn parse(file: &'a [u8]) -> Result<Self, CheckpointError> {
         let header = Header::parse(file, file.len() as u64)?;
         let data = &file[file.len() - header.data_len()..];

@@ -54,8 +54,8 @@ impl Layout {
     ///
     /// # Errors
     /// [`CheckpointError::Unexpected`] for a name that stands twice, for one that the format reserves, for one that
-    /// [`super::Header::parse`] refuses, and for a type of less than a byte; [`CheckpointError::Overflow`] for tensors too large for the address space;
-    /// [`CheckpointError::HeaderTooLong`] above the limit of the format.
+    /// [`super::Header::parse`] refuses, and for a type of less than a byte; [`CheckpointError::Overflow`] for tensors too
+    /// large for the address space; [`CheckpointError::HeaderTooLong`] above the limit of the format.
     pub fn new(mut entries: Vec<Entry>, metadata: BTreeMap<String, String>) -> Result<Self, CheckpointError> {
         entries.sort_by(|a, b| {
             a.is_late.cmp(&b.is_late).then_with(|| b.dtype.cmp(&a.dtype)).then_with(|| a.name.cmp(&b.name))
@@ -88,7 +88,8 @@ impl Layout {
     /// Lays out all tensors of a source.
     ///
     /// # Errors
-    /// Those of [`Self::new`].
+    /// [`CheckpointError::Unexpected`] for a name that safetensors does not allow and for elements of less than a byte;
+    /// [`CheckpointError::Overflow`] and [`CheckpointError::HeaderTooLong`] if the file would be too large.
     pub fn of(source: &dyn TensorSource) -> Result<Self, CheckpointError> {
         // A source that gives a name twice means one tensor.
         let names: alloc::collections::BTreeSet<&str> = source.names().collect();
@@ -160,7 +161,9 @@ fn header(metadata: &BTreeMap<String, String>, infos: Vec<(String, TensorInfo)>)
 /// Writes a safetensors file, one tensor at a time, by passing the bytes to `sink` in order.
 ///
 /// # Errors
-/// Those of [`Layout::of`], of the source and of `sink`.
+/// [`CheckpointError::Unexpected`] for a name that safetensors does not allow and for elements of less than a byte;
+/// [`CheckpointError::Overflow`] and [`CheckpointError::HeaderTooLong`] if the file would be too large; what the
+/// source and `sink` return.
 pub fn write_safetensors(
     source: &dyn TensorSource,
     sink: &mut dyn FnMut(&[u8]) -> Result<(), CheckpointError>,
@@ -173,7 +176,9 @@ pub fn write_safetensors(
 /// Writes a safetensors file in memory.
 ///
 /// # Errors
-/// Those of [`Layout::of`] and of the source.
+/// [`CheckpointError::Unexpected`] for a name that safetensors does not allow and for elements of less than a byte;
+/// [`CheckpointError::Overflow`] and [`CheckpointError::HeaderTooLong`] if the file would be too large;
+/// [`CheckpointError::Memory`]; what the source returns.
 pub fn to_safetensors(source: &dyn TensorSource) -> Result<Vec<u8>, CheckpointError> {
     let mut file = Vec::new();
     write_safetensors(source, &mut |bytes| {

@@ -151,8 +151,7 @@ impl PeftAdapter {
 
     /// Tensors of the base model as they were under the adapter, which PEFT saves where the base may have others: what
     /// the adapter adds is added to these.
-    #[must_use]
-    pub fn bases(&self) -> &TensorMap<'static> {
+    pub(in super::super) fn bases(&self) -> &TensorMap<'static> {
         &self.bases
     }
 

@@ -326,9 +326,7 @@ impl PeftConfig {
 
 /// Changes.
 impl PeftConfig {
-    /// Sets the target modules.
-    #[must_use]
-    pub fn with_target_modules(self, modules: TargetModules) -> Self {
+    pub(super) fn with_target_modules(self, modules: TargetModules) -> Self {
         Self { target_modules: Some(modules), ..self }
     }
 

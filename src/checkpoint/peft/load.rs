@@ -35,12 +35,15 @@ impl PeftAdapter {
     /// Reads an adapter from the text of its `adapter_config.json` and the tensors of its `adapter_model.safetensors`.
     ///
     /// # Errors
-    /// Those of [`PeftConfig::parse`]. For the tensors: [`CheckpointError::Missing`] if one of a pair is not there;
-    /// [`CheckpointError::Shape`] if one does not fit the rank or the other one; [`CheckpointError::Type`];
-    /// [`CheckpointError::Unsupported`] for tensors of a variant that is not implemented;
-    /// [`CheckpointError::Unexpected`] for tensors that nothing in the configuration explains, for two that stand for one,
-    /// for empty ones, and if there are none; [`CheckpointError::Layer`] for NaN and infinity;
-    /// [`CheckpointError::Memory`].
+    /// * [`CheckpointError::Json`] and [`CheckpointError::Field`] for the configuration;
+    /// * [`CheckpointError::Unsupported`] for a variant that is not implemented;
+    /// * [`CheckpointError::Missing`] if a tensor of a pair is not there;
+    /// * [`CheckpointError::Shape`] if one does not fit the rank or the other one;
+    /// * [`CheckpointError::Type`] for a tensor that is not made of floats;
+    /// * [`CheckpointError::Unexpected`] for tensors that nothing in the configuration explains, for two that stand for one,
+    ///   for empty ones, and if there are none;
+    /// * [`CheckpointError::Layer`] for NaN and infinity;
+    /// * [`CheckpointError::Memory`].
     pub fn load(config: &[u8], source: &dyn TensorSource) -> Result<Self, CheckpointError> {
         let config = PeftConfig::parse(config)?;
         let sorted = Sorted::new(source, &config)?;

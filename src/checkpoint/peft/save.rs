@@ -179,7 +179,9 @@ impl PeftAdapter {
     /// Both files of an adapter: `adapter_config.json` and `adapter_model.safetensors`.
     ///
     /// # Errors
-    /// Those of [`Self::tensors`] and [`to_safetensors`].
+    /// [`CheckpointError::Missing`] for a `DoRA` adapter that never met a base and so has no magnitude yet;
+    /// [`CheckpointError::Layer`] if `A` or `B` was replaced by a tensor of another length; [`CheckpointError::Unexpected`]
+    /// for a name that safetensors does not allow; [`CheckpointError::Memory`].
     pub fn to_files(&self, float: FloatType) -> Result<(String, Vec<u8>), CheckpointError> {
         Ok((self.config.to_json(), to_safetensors(&self.tensors(float)?)?))
     }
