@@ -391,7 +391,7 @@ fn medians(operations: &mut [Operation<'_>], rounds: usize) -> Vec<f64> {
     operations.iter().zip(times).map(median).collect()
 }
 
-/// Medians as weights/ns (multiply-adds/ns for a batch) and as ratios.
+/// Medians in GMAC/s (conversions: billions of weights per second) and as ratios.
 fn ratios() {
     const ROUNDS: usize = 15;
     for shape in &SHAPES[1..] {
@@ -424,7 +424,7 @@ fn thresholds() {
 fn print_ratios(data: &Data, operations: &[Operation<'_>], medians: &[f64], rounds: usize) {
     println!("\n{}, block {}, medians of {rounds} rounds", data.shape.name, data.block_size.get());
     let columns =
-        ["weights/ns", "GB/s", "share of read", "x f32 GEMV", "x GEMV", "% of GEMV", "x scalar", "x 1 thread"];
+        ["GMAC/s", "GB/s", "share of read", "x f32 GEMV", "x GEMV", "% of GEMV", "x scalar", "x 1 thread"];
     println!("{:31}{}", "", columns.map(|c| format!("{c:>14}")).concat());
     for (o, time) in operations.iter().zip(medians) {
         // How many times as fast as another one.

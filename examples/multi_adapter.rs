@@ -21,7 +21,7 @@ fn main() -> Result<(), Error> {
     layer.set_active(&["german"])?;
     show("german", &layer.forward(&x, Adapters::Active));
     layer.set_active(&["french", "german"])?;
-    layer.set_weight("german", 0.5)?;
+    layer.set_adapter_weight("german", 0.5)?;
     show("french + 0.5 german", &layer.forward(&x, Adapters::Active));
 
     // A server's batch: every request with its own adapter, or with none.

@@ -105,7 +105,7 @@ fn large_matrices() -> Result<(), Box<dyn Error>> {
     let (weights, x) = (normal(N * N, 0.02), normal(N, 1.0));
     println!("{N} x {N} normal weights, 8 matrices in turn, one thread");
     println!();
-    println!("                                  a product   weights/ns   GB/s packed   of a pure read   same bits");
+    println!("                                  a product       GMAC/s   GB/s packed   of a pure read   same bits");
     for (name, double_quant) in [("block 64", false), ("double quant", true)] {
         let matrices = vec![Quantized4Bit::quantize(&weights, N, N, BLOCK, double_quant)?; 8];
         let mut turn = matrices.iter().cycle();

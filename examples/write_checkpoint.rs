@@ -6,7 +6,7 @@
 //! MODEL has dense Linear weights under the names that transformers gives them; OUT must not exist. In OUT:
 //!
 //! * `layer/NAME.safetensors`, one 4-bit layer each, and `layer/NAME.restored.safetensors`, the weight that this library
-//!   restores from it;
+//!   dequantizes from it;
 //! * `adapter/NAME/`, adapters for all attention and MLP layers;
 //! * `NAME.safetensors` and `NAME.gguf`, the quantized model merged with the adapter `standard`, in f32, f16 and bf16.
 

@@ -5,7 +5,7 @@ use core::fmt;
 
 use nf4_kernels::{Float, ShapeError};
 
-/// The error of weights, adapters, layers and optimizers.
+/// What went wrong in a weight, adapter, layer or optimizer, with the numbers that do not fit.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Error {

@@ -7,7 +7,8 @@ use alloc::vec::Vec;
 use crate::buffer;
 use crate::error::{Error, check_len};
 
-/// A flat vector of f32 values, with a gradient of the same length if it is trained.
+/// A flat vector of f32 values, the inputs, outputs and parameters of layers, with a gradient of the same length if it is
+/// trained.
 ///
 /// It does not know its shape, which is up to the layer that uses it. It takes exactly 4 bytes per value, and 4 more once
 /// there is a gradient. Values may be anything, including NaN.

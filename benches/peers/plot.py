@@ -143,7 +143,7 @@ def draw(run, threads, memory, everything):
         y = y_axis(limit)
         out.append(f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y:.1f}' y2='{y:.1f}' class='line-faint' "
                    "stroke-dasharray='5 4'/>")
-        out.append(f"<text x='{LEFT + 6}' y='{y - 5:.1f}' class='faint'>a pure read of 4.5 bits a weight</text>")
+        out.append(f"<text x='{LEFT + 6}' y='{y - 5:.1f}' class='faint'>a pure read of 4.5 bits per weight</text>")
     out.append(
         f"<text x='{(LEFT + WIDTH - RIGHT) / 2}' y='{HEIGHT - 16}' text-anchor='middle' class='ink'>"
         "root mean square error, relative to that of the outputs (left is more exact)</text>"
@@ -151,7 +151,7 @@ def draw(run, threads, memory, everything):
     middle = (TOP + HEIGHT - BOTTOM) / 2
     out.append(
         f"<text x='20' y='{middle}' text-anchor='middle' class='ink' transform='rotate(-90 20 {middle})'>"
-        "weights/ns (up is faster)</text>"
+        "GMAC/s (up is faster)</text>"
     )
     points = [(x_axis(r["error_rms"]), y_axis(r[memory]), f"{r['name']}  {r[memory]:.3g}") for r in records]
     for record, (x, y, text), (box, anchor) in zip(records, points, place(points)):

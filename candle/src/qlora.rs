@@ -264,7 +264,7 @@ fn shared(weight: Quantized4Bit) -> std::result::Result<Quantized4Bit, nf4::Erro
     let floats = |floats: &[f32]| Store::<f32>::shared(Arc::new(Floats(floats.to_vec())), 0..size_of_val(floats));
     let absmax = match weight.absmax().view() {
         Absmax::Nested(nested) => {
-            AbsmaxBuf::nested(bytes(nested.codes())?, floats(nested.absmax())?, nested.map(), nested.offset())?
+            AbsmaxBuf::nested(bytes(nested.codes())?, floats(nested.absmax())?, nested.quant_map(), nested.offset())?
         }
         Absmax::Plain(absmax) => AbsmaxBuf::plain(floats(absmax)?),
         // No other kind has been invented yet.

@@ -38,7 +38,7 @@ fn bias() -> Vec<f32> {
     values(D_OUT, 4)
 }
 
-/// A layer of `nf4` and the one of candle.
+/// A layer of `nf4` and its counterpart in candle.
 fn both(arithmetic: Arithmetic) -> (QLoRALayer, QLoRALinear, VarMap) {
     let vars = VarMap::new();
     let linear = QLoRALinear::new(NAME, weight(true), Some(bias()), &adapter(), &vars).unwrap();

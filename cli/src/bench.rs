@@ -17,10 +17,10 @@ use crate::text::Text;
 
 /// Measure every instruction set of this machine on a matrix.
 ///
-/// One thread. All operations are timed in turn, round by round, so that a disturbance hits all alike, and the medians are
-/// reported. GB/s counts the packed bytes (codes and scales) of the matrix, so that it compares with memory bandwidth;
-/// `of read` is the share of a pure read of the same bytes in the same run. With a batch, weights/ns counts each weight
-/// once per vector.
+/// Everything runs on one thread. All operations are timed in turn, round by round, so that a disturbance hits all alike, and
+/// medians are reported. GMAC/s counts a multiply-add for each weight and vector; for conversions it counts weights. GB/s
+/// counts the packed bytes (codes and scales) of the matrix, so that it compares with memory bandwidth; `of read` is the
+/// share of a pure read of the same bytes in the same run.
 #[derive(Debug, Args)]
 pub(crate) struct Bench {
     /// Rows x columns of the weight matrix
@@ -90,7 +90,7 @@ pub(crate) struct Measurement {
     pub(crate) operation: &'static str,
     pub(crate) isa: &'static str,
     pub(crate) median_ns: f64,
-    pub(crate) weights_per_ns: f64,
+    pub(crate) gmac_per_s: f64,
     pub(crate) gb_per_s: f64,
     pub(crate) share_of_read: f64,
 }
@@ -139,7 +139,7 @@ impl Bench {
             operation: operation.name,
             isa: operation.isa,
             median_ns: time,
-            weights_per_ns: (weights.len() * operation.uses) as f64 / time,
+            gmac_per_s: (weights.len() * operation.uses) as f64 / time,
             gb_per_s: bytes as f64 / time,
             share_of_read: read / time,
         };
@@ -207,10 +207,10 @@ impl Bench {
     }
 
     fn report(&self, measured: &Measured) -> Prepared {
-        let mut rows = vec![["", "", "weights/ns", "GB/s", "of read"].map(str::to_owned).to_vec()];
+        let mut rows = vec![["", "", "GMAC/s", "GB/s", "of read"].map(str::to_owned).to_vec()];
         for m in &measured.operations {
             let cells = [
-                format!("{:.2}", m.weights_per_ns),
+                format!("{:.2}", m.gmac_per_s),
                 format!("{:.2}", m.gb_per_s),
                 format!("{:.0} %", m.share_of_read * 100.0),
             ];

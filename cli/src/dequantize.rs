@@ -17,15 +17,15 @@ use crate::quantize::left;
 use crate::report::Prepared;
 use crate::text::{Text, bytes};
 
-/// Restore the 4-bit weights of a model to plain ones.
+/// Dequantize the 4-bit weights of a model: the result is a plain model.
 ///
-/// Each weight is codebook times scale, rounded once: the values that bitsandbytes restores, in the layout that the model
-/// has without quantization. Other tensors are copied bit for bit, or converted with --dtype, and `config.json` loses its
+/// Each weight is its codebook value times its scale, rounded once: the value that bitsandbytes computes, in the layout that
+/// the model has without quantization. Other tensors are copied bit for bit, or converted with --dtype, and `config.json` loses its
 /// `quantization_config`. It is a merge without an adapter.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
-  nf4 dequantize Llama-3.2-1B-nf4 --out Llama-3.2-1B-restored --dtype bf16")]
+  nf4 dequantize Llama-3.2-1B-nf4 --out Llama-3.2-1B-plain --dtype bf16")]
 pub(crate) struct Dequantize {
     /// A model directory or a safetensors file
     model: PathBuf,
@@ -50,7 +50,7 @@ impl Dequantize {
         let seconds = start.elapsed().as_secs_f64();
         let mut text = Text::default();
         text.line(format_args!(
-            "{}: {} tensors restored, {} -> {}, {seconds:.2} s",
+            "{}: {} tensors dequantized, {} -> {}, {seconds:.2} s",
             self.target.out.display(),
             plan.dequantized(),
             bytes(model.data_len()),

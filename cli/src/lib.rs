@@ -61,7 +61,7 @@ pub use crate::report::{Prepared, Report};
 /// 4-bit NormalFloat (NF4) weights and QLoRA adapters in safetensors files.
 ///
 /// Works on single files and on whole model directories: `config.json`, and `model.safetensors` or shards with
-/// `model.safetensors.index.json`. Tensors are streamed: a model need not fit in memory.
+/// `model.safetensors.index.json`. Tensors are streamed, so a model need not fit in memory.
 #[derive(Debug, Parser)]
 #[command(version, after_long_help = EXIT_CODES, disable_help_subcommand = true)]
 pub struct Cli {
@@ -130,7 +130,7 @@ impl Cli {
     /// Runs the command: [`Self::prepare`] and [`Prepared::commit`].
     ///
     /// # Errors
-    /// As those of the two.
+    /// Those of both.
     pub fn run(&self) -> Result<Report> {
         self.prepare()?.commit()
     }

@@ -19,13 +19,13 @@ use crate::text::{Text, bytes};
 
 /// Merge a PEFT adapter into its base model: the result needs neither PEFT nor bitsandbytes.
 ///
-/// Each merged weight is `dequantize(base) + scale * B A` (with DoRA times magnitude over norm), rounded to f32 and
-/// then to its type; nothing is quantized again. 4-bit weights without an adapter are restored, weights of a base that is
-/// not quantized are merged as well, and what the adapter trained as a whole replaces what the base has, or is added. An
-/// output head that shares the weight of the embedding gets one of its own if the adapter changes only one of them.
-/// Tokenizer, chat template and generation settings of the adapter, if it has them, take the place of the base's. What
-/// was added, untied, renamed or resized is said. A module of the adapter that the base does not have is an error, and so
-/// is what is packed in another format than 4 bits of bitsandbytes, unless the adapter leaves it alone.
+/// Each merged weight is `dequantize(base) + scale * B A` (with DoRA, times magnitude over norm), rounded to f32 and then
+/// to its type. Nothing is quantized again: 4-bit weights without an adapter are dequantized. A base that is not quantized
+/// is merged in the same way. Tensors that the adapter trained as a whole replace those of the base, or are added. An output
+/// head that shares the weight of the embedding gets a weight of its own if the adapter changes only one of them. The
+/// tokenizer, chat template and generation settings of the adapter replace those of the base. The report lists what was
+/// added, untied, renamed or resized. It is an error if the base does not have a module of the adapter, or if the adapter
+/// changes weights that are packed in another format than the 4 bits of bitsandbytes.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:

@@ -1,4 +1,4 @@
-//! Writes the tensors of a merged or restored model as the library plans and computes them.
+//! Writes the tensors of a merged or dequantized model as the library plans and computes them.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -20,11 +20,11 @@ const CHUNK: usize = 1 << 19;
 /// The types of the new model.
 #[derive(Debug, Args)]
 pub(crate) struct Types {
-    /// The type of all floats: f32, f16 or bf16, or `keep`: each tensor has the type that it has in the base, restored
-    /// weights the one that they had before they were quantized. Parameters that are f32 on purpose stay so
+    /// The type of all floats: f32, f16, bf16, or `keep`, with which each tensor has the type that it has in the base, and
+    /// dequantized weights have the type from before they were quantized. Parameters that are f32 on purpose stay f32
     #[arg(long, value_name = "TYPE", default_value = "keep", value_parser = output_type)]
     dtype: OutputType,
-    /// Let values become infinite that are too large for the type; without it they are an error
+    /// Let values that are too large for the type become infinite; without this they are an error
     #[arg(long)]
     allow_overflow: bool,
 }

@@ -26,10 +26,10 @@ use crate::verify::NOT_GATHERED;
 
 /// Quantize the Linear weights of a model to NF4, so that transformers loads it as 4-bit.
 ///
-/// The bytes are those of bitsandbytes. What becomes 4-bit is what transformers makes 4-bit layers of in this architecture;
-/// all other tensors are copied bit for bit: embeddings, norms, the output head, routers and experts. `config.json` gets the
-/// `quantization_config`, with the modules that are skipped beside these. Shards stay as they are; tokenizer and other small
-/// files are copied, subdirectories and weights in other formats are not.
+/// The bytes are those of bitsandbytes. The weights that transformers would quantize in this architecture are quantized; all
+/// other tensors are copied bit for bit: embeddings, norms, the output head, routers and experts. `config.json` gets a
+/// `quantization_config`, with a list of the skipped modules where it is needed. Shards stay shards. The tokenizer and other
+/// small files are copied; subdirectories and weights in other formats are not.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -44,18 +44,17 @@ pub(crate) struct Quantize {
     /// Weights that share a scale: 32, 64, 128, ..., 4096. Loaders read it from the file
     #[arg(long, default_value = "64", value_name = "N", value_parser = block_size)]
     block_size: BlockSize,
-    /// Quantize the scales too: 4.127 bits a weight in place of 4.5 (at block size 64)
+    /// Quantize the scales too: 4.127 bits per weight instead of 4.5, at block size 64
     #[arg(long)]
     double_quant: bool,
-    /// Modules to leave as they are, beside those that transformers leaves by itself: the end of their names, or a regular
-    /// expression for the start up to a dot, as transformers 5 compares `llm_int8_skip_modules` (`--skip down_proj
-    /// model.layers.0 '.*self_attn'`)
+    /// More modules to leave as they are: the end of their names, or a regular expression for the start up to a dot, as
+    /// transformers 5 compares `llm_int8_skip_modules` (`--skip down_proj model.layers.0 '.*self_attn'`)
     #[arg(long, value_name = "MODULE", num_args = 1.., value_delimiter = ',')]
     skip: Vec<String>,
     /// Quantize the output head (`lm_head`) as well, which transformers by itself does not
     #[arg(long)]
     quantize_head: bool,
-    /// The type that transformers is to multiply in [default: the type of the first quantized weight]
+    /// The type in which transformers multiplies [default: the type of the first quantized weight]
     #[arg(long, value_name = "TYPE", value_parser = float_type)]
     compute_dtype: Option<FloatType>,
 }
@@ -264,7 +263,7 @@ fn quantize_chunks(
 fn check_is_dense(model: &Model) -> Result<()> {
     let at = model.path.display();
     if let Some(tensor) = packed_tensors(model).first() {
-        bail!("{at}: {tensor} is a 4-bit layer already; `nf4 dequantize` restores the weights");
+        bail!("{at}: {tensor} is a 4-bit layer already; `nf4 dequantize` makes it plain again");
     }
     let section = model.config_fields()?.and_then(|config| config.get("quantization_config").cloned());
     if section.is_some_and(|section| !section.is_null() && !section.is_object()) {

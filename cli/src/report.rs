@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::output::Sealed;
 use crate::text::Text;
 
-/// The result of a command.
+/// The result of a command, as text for people and as JSON for programs.
 #[derive(Debug)]
 pub struct Report {
     /// For people: lines, without control characters.
@@ -19,7 +19,7 @@ pub struct Report {
     pub good: bool,
 }
 
-/// The work of a command, done; its output, if it makes one, does not have its name yet.
+/// A command that has done its work, and whose output, if it makes one, does not have its name yet.
 ///
 /// Dropped, it leaves nothing behind.
 #[derive(Debug)]

@@ -16,9 +16,9 @@ use crate::vector::{Buffers, Summary, run_all};
 /// Check every instruction set of this machine against portable code, and measure it.
 ///
 /// Each computes the committed test vector, whose hash is the same on every machine in the world, and operations of
-/// random shapes, whose results must be those of portable code bit for bit. Speeds are those of one thread, in weights/ns
-/// and relative to a pure read of the same bytes. If your processor is one that nobody has reported yet, please send in
-/// what `nf4 selftest --json` prints.
+/// random shapes, whose results must be those of portable code bit for bit. Speeds are those of one thread, in GMAC/s and
+/// relative to a pure read of the same bytes. If nobody has reported your processor yet, please send in the output of
+/// `nf4 selftest --json`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
@@ -127,7 +127,7 @@ impl Selftest {
             let exact = of(one, "product f32");
             let cell =
                 |m: &Option<Measurement>, show: fn(&Measurement) -> String| m.as_ref().map_or(String::new(), show);
-            let speed = |m: &Measurement| format!("{:.2}", m.weights_per_ns);
+            let speed = |m: &Measurement| format!("{:.2}", m.gmac_per_s);
             let share = |m: &Measurement| format!("{:.0} %", m.share_of_read * 100.0);
             rows.push(vec![
                 set.isa.to_owned(),
@@ -156,7 +156,7 @@ impl Selftest {
         text.line("").table(&rows);
         if read.is_some() {
             text.line(format_args!(
-                "speeds in weights/ns, one thread, {} x {}, block 64; of {BATCH} vectors at once in multiply-adds/ns",
+                "speeds in GMAC/s, one thread, {} x {}, block 64; `batch` is of {BATCH} vectors at once",
                 SHAPE[0], SHAPE[1]
             ));
         }

@@ -21,10 +21,10 @@ use crate::workers::Workers;
 /// Decode every 4-bit tensor of a model and look for what is wrong: parts that are missing or do not fit, NaN, infinities,
 /// empty weights, and packed bytes in formats that this tool does not understand.
 ///
-/// With a second model every tensor is also compared with the one of the same name. Two 4-bit layers, or two plain
-/// tensors, must have the same values bit for bit. Where one is a 4-bit layer and the other plain, each plain weight
-/// must lie so near to the restored one that the layer can have been quantized from it; if it is that of a Conv1D, which
-/// 4-bit layers have transposed, they are compared so.
+/// With a second model, every tensor is also compared with its namesake there. Two 4-bit layers, or two plain tensors, must
+/// have the same values bit for bit. If one is a 4-bit layer and the other is plain, each plain weight must be so close to
+/// the dequantized one that the layer can have been quantized from it. Weights of a Conv1D, which 4-bit layers hold
+/// transposed, are compared as such.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -237,7 +237,7 @@ fn describe(name: &str, found: &Found, compared: Option<&str>) -> Vec<String> {
     }
     if let Some((index, distance, allowed)) = found.far {
         problems.push(format!(
-            "{name}: weight {index} is {distance:e} from the restored one, and at most {allowed:e} is possible"
+            "{name}: weight {index} is {distance:e} from the dequantized one, and at most {allowed:e} is possible"
         ));
     }
     problems

@@ -91,8 +91,8 @@ fn layer(layer: &Linear4bit) {
     let [rows, cols] = layer.state().matrix_shape().expect("it was loaded");
     assert_eq!([weight.rows(), weight.cols()], [rows, cols]);
     assert!(layer.bias().is_none_or(|bias| bias.len() == rows && bias.iter().all(|b| b.is_finite())));
-    let restored = weight.dequantize::<f32>();
-    assert!(restored.iter().all(|w| w.is_finite()));
+    let dequantized = weight.dequantize::<f32>();
+    assert!(dequantized.iter().all(|w| w.is_finite()));
     if rows <= 1 << 16 {
         let product = |k: nf4::Kernels| {
             let mut y = vec![3.0; rows];
@@ -105,7 +105,7 @@ fn layer(layer: &Linear4bit) {
     let file = to_safetensors(&layer.tensors("x.y")).expect("a layer can be written");
     let file = TensorFile::parse(&file).expect("what was written can be read");
     let again = Linear4bit::load(&file, "x.y").expect("what was written can be loaded");
-    assert_eq!(bits(&again.weight().dequantize::<f32>()), bits(&restored));
+    assert_eq!(bits(&again.weight().dequantize::<f32>()), bits(&dequantized));
     assert_eq!(contents(&again.tensors("x.y")), contents(&file));
     assert_eq!(again.state(), layer.state());
 }

@@ -26,7 +26,7 @@ fuzz_target!(|input: Input<'_>| {
 });
 
 fn check<T: Float>(matrix: &Matrix, start: usize, end: usize) {
-    let absmax = matrix.restored();
+    let absmax = matrix.dequantized();
     let weight = |i: usize| T::from_f32(CODEBOOK[usize::from(matrix.code(i))] * absmax[i / matrix.block_size.get()]);
     let expected: Vec<T> = (0..matrix.rows * matrix.cols).map(weight).collect();
     let expected = bits(&expected);

@@ -70,10 +70,10 @@ fn check<T: Float>(weights: &[T], block_size: BlockSize) {
 
     // The round trip is at most half a gap of the codebook off, the largest of which is the first one.
     let matrix = Nf4Matrix::new(&packed, Absmax::Plain(&absmax), 1, weights.len(), block_size).expect("made to fit");
-    let mut restored = vec![0.0; weights.len()];
-    Kernels::detect().dequantize(&matrix, &mut restored).expect("the lengths fit");
+    let mut dequantized = vec![0.0; weights.len()];
+    Kernels::detect().dequantize(&matrix, &mut dequantized).expect("the lengths fit");
     let half_gap = f64::from(CODEBOOK[1] - CODEBOOK[0]) / 2.0;
-    for (i, (w, r)) in weights.iter().zip(&restored).enumerate() {
+    for (i, (w, r)) in weights.iter().zip(&dequantized).enumerate() {
         let a = f64::from(absmax[i / size]);
         // Smaller ones are divided by the floor 1e-38 (see `nearest`), and then come out smaller than they were.
         if (1e-38..f64::from(f32::INFINITY)).contains(&a) {

@@ -90,7 +90,7 @@ pub fn contents(source: &dyn TensorSource) -> Vec<(String, Dtype, Vec<usize>, Ve
 /// Panics if `run` holds more memory at a time than an input of this length can have a use for, and `fixed` besides.
 ///
 /// The most that a byte of a file may cost: JSON takes 32 bytes for a value of two characters, in a vector that is
-/// copied to one twice as large when it is full; 4-bit codes are restored to 8 times their size, and written.
+/// copied to one twice as large when it is full; 4-bit codes are dequantized to 8 times their size, and written.
 pub fn measured(input: usize, fixed: u64, run: impl FnOnce()) {
     let used = allocation_counter::measure(run);
     let limit = 128 * input as u64 + (1 << 16) + fixed;

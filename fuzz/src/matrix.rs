@@ -88,7 +88,7 @@ impl Matrix {
     }
 
     /// The scale of each block.
-    pub fn restored(&self) -> Vec<f32> {
+    pub fn dequantized(&self) -> Vec<f32> {
         let scales = self.scales();
         (0..scales.len()).map(|block| scales.get(block)).collect()
     }
@@ -108,7 +108,7 @@ impl Matrix {
 
     /// Panics if a 16x4 product lies further from the truth than the specification allows.
     pub fn check_gemv(&self, activations: &Activations<'_>, y: &[f32]) {
-        if is_tame(&self.restored(), activations.inputs(), self.cols) {
+        if is_tame(&self.dequantized(), activations.inputs(), self.cols) {
             for (r, y) in y.iter().enumerate() {
                 let truth = if self.view().is_row_aligned() {
                     self.row(r).sixteen_by_four(activations)
@@ -138,14 +138,14 @@ impl Matrix {
 
     /// The same of the f32 product.
     pub fn check_gemv_f32(&self, x: &[f32], y: &[f32]) {
-        if is_tame(&self.restored(), x, self.cols) {
+        if is_tame(&self.dequantized(), x, self.cols) {
             y.iter().enumerate().for_each(|(r, y)| self.row(r).f32(x).check(*y, || format!("f32, row {r}")));
         }
     }
 
     /// The same of the transposed product.
     pub fn check_transposed(&self, x: &[f32], y: &[f32]) {
-        if is_tame(&self.restored(), x, self.rows) {
+        if is_tame(&self.dequantized(), x, self.rows) {
             let rows: Vec<Row> = (0..self.rows).map(|r| self.row(r)).collect();
             for (c, y) in y.iter().enumerate() {
                 truth::transposed(&rows, c, x).check(*y, || format!("transposed, column {c}"));

@@ -3,37 +3,39 @@
 use crate::error::{ShapeError, check_len};
 use crate::format::{NESTED_BLOCK, canonical, get_or};
 
-/// The absmax of each block: plain f32, or nested (double quantization).
+/// A borrowed view of the scales of a weight matrix, the absmax of its blocks: plain f32, or double-quantized.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub enum Absmax<'a> {
     /// One f32 per block.
     Plain(&'a [f32]),
-    /// One byte per block, which is looked up in a map and scaled.
+    /// One byte per block, which is looked up in the quant map and scaled.
     Nested(NestedAbsmax<'a>),
 }
 
-/// Double-quantized absmax: that of block `b` is `map[codes[b]] * absmax[b / 256] + offset`, with both operations rounded to
-/// f32.
+/// A borrowed view of double-quantized scales, one byte per block.
+///
+/// The absmax of block `b` is `quant_map[codes[b]] * absmax[b / 256] + offset`, with both operations rounded to f32.
+#[doc(alias("state2", "compress_statistics"))]
 #[derive(Debug, Clone, Copy)]
 pub struct NestedAbsmax<'a> {
     codes: &'a [u8],
-    map: &'a [f32; 256],
+    quant_map: &'a [f32; 256],
     absmax: &'a [f32],
     offset: f32,
 }
 
 impl<'a> NestedAbsmax<'a> {
     /// A view of double-quantized absmax: `codes` has one byte per block, `absmax` one f32 per [`NESTED_BLOCK`] codes, and
-    /// `map` is the quant map of the file, with 256 entries ([`crate::DYNAMIC_MAP`] in files that this library writes).
+    /// `quant_map` is that of the file ([`crate::DYNAMIC_MAP`] in files that this library writes).
     ///
     /// Values may be NaN or infinite; results are then what IEEE 754 says.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `absmax` does not have `ceil(codes.len() / 256)` values.
-    pub fn new(codes: &'a [u8], map: &'a [f32; 256], absmax: &'a [f32], offset: f32) -> Result<Self, ShapeError> {
+    pub fn new(codes: &'a [u8], quant_map: &'a [f32; 256], absmax: &'a [f32], offset: f32) -> Result<Self, ShapeError> {
         check_len("nested absmax", codes.len().div_ceil(NESTED_BLOCK), absmax.len())?;
-        Ok(Self { codes, map, absmax, offset })
+        Ok(Self { codes, quant_map, absmax, offset })
     }
 
     /// One code per block.
@@ -43,9 +45,10 @@ impl<'a> NestedAbsmax<'a> {
     }
 
     /// The quant map, with 256 entries.
+    #[doc(alias = "nested_quant_map")]
     #[must_use]
-    pub fn map(&self) -> &'a [f32; 256] {
-        self.map
+    pub fn quant_map(&self) -> &'a [f32; 256] {
+        self.quant_map
     }
 
     /// One scale per [`NESTED_BLOCK`] codes.
@@ -55,6 +58,7 @@ impl<'a> NestedAbsmax<'a> {
     }
 
     /// The mean that was subtracted before quantization.
+    #[doc(alias = "nested_offset")]
     #[must_use]
     pub fn offset(&self) -> f32 {
         self.offset
@@ -65,12 +69,12 @@ impl<'a> NestedAbsmax<'a> {
     #[inline(always)]
     pub(crate) fn values(&self, nested_block: usize) -> [f32; 256] {
         let absmax = get_or(self.absmax, nested_block, f32::NAN);
-        self.map.map(|value| value * absmax + self.offset)
+        self.quant_map.map(|value| value * absmax + self.offset)
     }
 
     #[inline(always)]
     fn get(&self, block: usize) -> f32 {
-        self.map[usize::from(self.codes[block])] * self.absmax[block / NESTED_BLOCK] + self.offset
+        self.quant_map[usize::from(self.codes[block])] * self.absmax[block / NESTED_BLOCK] + self.offset
     }
 }
 
@@ -111,7 +115,7 @@ impl Absmax<'_> {
             Self::Plain(a) => get_or(a, block, f32::NAN),
             Self::Nested(n) => {
                 let code = usize::from(get_or(n.codes, block, 0));
-                n.map[code] * get_or(n.absmax, block / NESTED_BLOCK, f32::NAN) + n.offset
+                n.quant_map[code] * get_or(n.absmax, block / NESTED_BLOCK, f32::NAN) + n.offset
             }
         }
     }
@@ -140,7 +144,7 @@ impl Absmax<'_> {
             Self::Nested(n) if first % NESTED_BLOCK <= NESTED_BLOCK - N => {
                 let scale = n.absmax[first / NESTED_BLOCK];
                 let codes: [u8; N] = n.codes[first..first + N].as_chunks().0[0];
-                codes.map(|code| n.map[usize::from(code)] * scale + n.offset)
+                codes.map(|code| n.quant_map[usize::from(code)] * scale + n.offset)
             }
             Self::Nested(n) => core::array::from_fn(|i| n.get(first + i)),
         }

@@ -14,8 +14,8 @@ pub const ACTIVATION_MAX_8X8: i8 = 127;
 
 const _: () = assert!(8 * 32767 * (ACTIVATION_MAX as i64) <= i32::MAX as i64, "a lane's sum of a span is exact");
 
-/// A batch of vectors, often just one, quantized to `i16` with one f32 scale per group of 64 columns (32 for block size
-/// 32).
+/// The inputs of the 16x4 product: a batch of vectors, often just one, quantized to `i16` with one f32 scale per group of 64
+/// columns (32 for block size 32).
 ///
 /// [`crate::Kernels::quantize_activations`] and [`crate::Kernels::quantize_activations_batch`] make it in buffers that the
 /// caller provides; see [`crate::spec`] for the arithmetic. The values are in the order in which the instruction set of
@@ -36,14 +36,14 @@ impl Activations<'_> {
     /// each vector.
     #[must_use]
     pub const fn values_len(cols: usize, block_size: BlockSize) -> usize {
-        values_len(cols, block_size.group())
+        values_len(cols, block_size.activation_group())
     }
 
     /// The number of f32 scales per vector of `cols` inputs: one per group, or 0 if `cols` is not a multiple of the group. A
     /// batch needs as many for each vector.
     #[must_use]
     pub const fn scales_len(cols: usize, block_size: BlockSize) -> usize {
-        scales_len(cols, block_size.group())
+        scales_len(cols, block_size.activation_group())
     }
 }
 
@@ -57,7 +57,7 @@ impl<'a, T: Float> Activations<'a, T> {
         scales: &'a [f32],
         slots: &'static [u8; SPAN],
     ) -> Result<Self, ShapeError> {
-        let group = block_size.group();
+        let group = block_size.activation_group();
         Ok(Self { vectors: Vectors::new(inputs, cols, group, values, scales, slots)?, group })
     }
 
@@ -120,7 +120,7 @@ impl<'a, T: Float> Activations<'a, T> {
 
     /// `Ok` if these were quantized in the groups that matrices of `block_size` need.
     pub(crate) fn check_group(&self, block_size: BlockSize) -> Result<(), ShapeError> {
-        let (expected, got) = (block_size.group(), self.group);
+        let (expected, got) = (block_size.activation_group(), self.group);
         if got == expected { Ok(()) } else { Err(ShapeError::Group { expected, got }) }
     }
 
@@ -131,8 +131,8 @@ impl<'a, T: Float> Activations<'a, T> {
     }
 }
 
-/// A batch of vectors, often just one, quantized to `i8` with one f32 scale per group of 32 columns, for the 8x8 product
-/// with matrices of any block size.
+/// The inputs of the 8x8 product: a batch of vectors, often just one, quantized to `i8` with one f32 scale per group of 32
+/// columns, for matrices of any block size.
 ///
 /// [`crate::Kernels::quantize_activations_8x8`] and [`crate::Kernels::quantize_activations_8x8_batch`] make it in buffers
 /// that the caller provides; see [`crate::spec`] for the arithmetic. The values are in the order in which the instruction

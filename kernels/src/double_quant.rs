@@ -12,6 +12,7 @@ use crate::format::{NESTED_BLOCK, absmax_from_bits, canonical};
 /// The table is stored, not computed, because `PyTorch` makes the points with fused multiply-adds on some machines and
 /// without them on others, and 42 entries depend on that. These are the entries with fused multiply-adds, as in published
 /// checkpoints. Reading always uses the map in the file.
+#[doc(alias("create_dynamic_map", "nested_quant_map"))]
 pub static DYNAMIC_MAP: [f32; 256] = {
     let mut map = [0.0; 256];
     let mut k = 0;

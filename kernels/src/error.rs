@@ -38,7 +38,7 @@ pub enum ShapeError {
     },
     /// Activations were quantized in groups of another length than the matrix needs.
     Group {
-        /// Group length of the matrix ([`crate::BlockSize::group`]).
+        /// Group length of the matrix ([`crate::BlockSize::activation_group`]).
         expected: usize,
         /// Group length of the activations.
         got: usize,

@@ -11,6 +11,7 @@ use crate::ShapeError;
 ///
 /// The sixteen f32 values are those of `bitsandbytes` 0.50 (`get_4bit_type("nf4")`): quantiles of the normal distribution,
 /// scaled to `[-1, 1]`, with an exact zero at code 7 (Dettmers et al., "`QLoRA`: Efficient Finetuning of Quantized LLMs", 2023, appendix E).
+#[doc(alias("quant_map", "get_4bit_type"))]
 pub const CODEBOOK: [f32; 16] = [
     -1.0,
     f32::from_bits(0xbf32_39b1),
@@ -53,6 +54,7 @@ pub(crate) const ABSMAX_FLOOR: f32 = 1e-38;
 pub const NESTED_BLOCK: usize = 256;
 
 /// The number of weights in a block, which share one absmax.
+#[doc(alias = "blocksize")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[non_exhaustive]
 #[repr(u16)]
@@ -97,7 +99,7 @@ impl BlockSize {
 
     /// The number of columns that share one activation scale in the 16x4 product: 64, or 32 for block size 32.
     #[must_use]
-    pub const fn group(self) -> usize {
+    pub const fn activation_group(self) -> usize {
         match self {
             Self::B32 => 32,
             _ => 64,

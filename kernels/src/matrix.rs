@@ -252,7 +252,7 @@ impl<'a> Nf4Matrix<'a> {
 
     #[inline(always)]
     pub(crate) fn groups_per_block_log2(&self) -> u32 {
-        self.block_size.get().trailing_zeros() - self.block_size.group().trailing_zeros()
+        self.block_size.get().trailing_zeros() - self.block_size.activation_group().trailing_zeros()
     }
 
     /// The code of element `index` of the whole tensor.

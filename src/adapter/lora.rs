@@ -11,13 +11,14 @@ use crate::tensor::Tensor;
 /// The seed of `A` if none is given. Layers of the same shape then start with the same `A`.
 pub const DEFAULT_SEED: u64 = 0;
 
-/// How the scale of an adapter follows from alpha and rank.
+/// How the scale of an adapter follows from its alpha and rank: standard `LoRA` or `rsLoRA`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum LoRAScaling {
     /// `alpha / rank` (Hu et al., "`LoRA`", 2021).
     #[default]
     Standard,
     /// `alpha / sqrt(rank)` (Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with `LoRA`", 2023).
+    #[doc(alias = "use_rslora")]
     RsLoRA,
 }
 
@@ -50,6 +51,7 @@ impl LoRAScaling {
 /// assert_eq!((fresh.scale(), trained.scale()), (2.0, 2.0));
 /// # Ok::<(), nf4::Error>(())
 /// ```
+#[doc(alias = "LoraLayer")]
 #[derive(Debug, Clone)]
 pub struct LoRAAdapter {
     a: Tensor,
@@ -130,6 +132,7 @@ impl LoRAAdapter {
 
     /// Makes this a `DoRA` adapter. When it first joins a base, its magnitude is set to the norms of the rows of the
     /// adapted weight, as in PEFT, so that a fresh adapter changes nothing yet.
+    #[doc(alias = "use_dora")]
     #[must_use]
     pub fn with_dora(self) -> Self {
         Self { magnitude: Magnitude::Norms, ..self }
@@ -139,6 +142,7 @@ impl LoRAAdapter {
     ///
     /// # Errors
     /// [`Error::Shape`] if there are not `d_out` values; [`Error::NotFinite`] if one of them is NaN or infinite.
+    #[doc(alias = "lora_magnitude_vector")]
     pub fn with_magnitude(self, magnitude: Vec<f32>) -> Result<Self, Error> {
         check_len("lora_magnitude_vector", self.d_out, magnitude.len())?;
         check_finite("lora_magnitude_vector", &magnitude)?;
@@ -157,6 +161,7 @@ impl LoRAAdapter {
 /// Tensors.
 impl LoRAAdapter {
     /// `A`, `[rank, d_in]` row-major.
+    #[doc(alias = "lora_A")]
     #[must_use]
     pub fn a(&self) -> &Tensor {
         &self.a
@@ -168,6 +173,7 @@ impl LoRAAdapter {
     }
 
     /// `B`, `[d_out, rank]` row-major.
+    #[doc(alias = "lora_B")]
     #[must_use]
     pub fn b(&self) -> &Tensor {
         &self.b
@@ -249,12 +255,14 @@ impl LoRAAdapter {
     }
 
     /// The rank.
+    #[doc(alias = "r")]
     #[must_use]
     pub fn rank(&self) -> usize {
         self.rank
     }
 
     /// The alpha from which the scale was computed.
+    #[doc(alias = "lora_alpha")]
     #[must_use]
     pub fn alpha(&self) -> f64 {
         self.alpha
@@ -267,6 +275,7 @@ impl LoRAAdapter {
     }
 
     /// The factor of `B A`: `alpha / rank` or `alpha / sqrt(rank)`.
+    #[doc(alias = "scaling")]
     #[must_use]
     pub fn scale(&self) -> f32 {
         self.scale

@@ -6,7 +6,7 @@ use core::fmt;
 
 use safetensors::Dtype;
 
-/// The error of reading or writing a checkpoint, one of its layers, or an adapter.
+/// What went wrong when a checkpoint, one of its layers, or an adapter was read or written.
 ///
 /// It does not name the file, so a program that knows the path should put that before the message.
 #[derive(Debug, Clone, PartialEq)]

@@ -17,7 +17,7 @@ use super::names::join;
 use super::quant_state::described;
 use super::source::TensorSource;
 
-/// A tensor, or a part of one, in a packed format that this library does not decode.
+/// A tensor in a packed format that this library does not decode, such as GPTQ or FP8, or a part of one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ForeignTensor {
     /// Its name.

@@ -29,7 +29,7 @@ const NAME_LIMIT: usize = 64;
 /// `GGML_MAX_DIMS`.
 const DIMENSIONS_LIMIT: usize = 4;
 
-/// A value of the metadata.
+/// A value in the metadata of a GGUF file.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum GgufValue {

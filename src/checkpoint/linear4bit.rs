@@ -21,7 +21,7 @@ use crate::weight::quantized::Quantized4Bit;
 const WEIGHT: &str = "weight";
 const BIAS: &str = "bias";
 
-/// A 4-bit layer of `bitsandbytes`: the packed weight, the bias, and what is needed to write the same bytes again.
+/// A 4-bit layer in a file of `bitsandbytes`: the packed weight, the bias, and what is needed to write the same bytes again.
 #[derive(Debug, Clone)]
 pub struct Linear4bit {
     weight: Quantized4Bit,
@@ -117,6 +117,7 @@ impl Linear4bit {
     /// # Errors
     /// [`CheckpointError::Type`] for a type of less than a byte; [`CheckpointError::Bytes`] if the packed bytes are not
     /// a whole number of elements.
+    #[doc(alias = "bnb_4bit_quant_storage")]
     pub fn with_quant_storage(mut self, dtype: Dtype) -> Result<Self, CheckpointError> {
         check_storage("packed codes", self.weight.packed().len(), dtype)?;
         self.state.quant_storage = dtype;
@@ -142,7 +143,7 @@ impl Linear4bit {
             Absmax::Nested(nested) => {
                 add(ABSMAX, TensorData::u8(nested.codes()));
                 add(NESTED_ABSMAX, TensorData::floats(nested.absmax(), FloatType::F32));
-                add(NESTED_QUANT_MAP, TensorData::floats(nested.map(), FloatType::F32));
+                add(NESTED_QUANT_MAP, TensorData::floats(nested.quant_map(), FloatType::F32));
             }
             Absmax::Plain(absmax) => {
                 add(ABSMAX, TensorData::floats(absmax, FloatType::F32));

@@ -22,11 +22,35 @@ use super::source::TensorSource;
 ///
 /// A weight is `dequantize(base) + scale * B A`, with `DoRA` each row times its magnitude over its norm, rounded once
 /// to f32 and once more to f16 or bf16. Names, shapes and values are those of PEFT's model with the adapter: a tied output
-/// head that only one side of was trained gets a weight of its own, a head that only the adapter has is added, a
-/// vocabulary may grow. [`Self::notes`] says what is otherwise than in the base, [`Self::config`] is the `config.json`
-/// that goes with it.
+/// head of which only one side was trained gets a weight of its own, a head that only the adapter has is added, a vocabulary
+/// may grow. [`Self::notes`] lists the differences from the base, and [`Self::config`] is the `config.json` that goes with
+/// the merged model.
 ///
 /// Reading a merged weight takes its bytes, those of the packed weight, of the adapter, and some rows of f32.
+///
+/// A writer that gets the file piece by piece, so that only one tensor is in memory at a time:
+///
+/// ```
+/// use std::io::Write;
+/// use nf4::checkpoint::{CheckpointError, FloatType, MergeOptions, MergedModel, PeftAdapter, write_safetensors};
+/// # use nf4::checkpoint::{Linear4bit, TensorFile};
+/// # use nf4::{BlockSize, LoRAAdapter, LoRAScaling, Quantized4Bit};
+/// # let weight = Quantized4Bit::quantize(&[0.5_f32; 32 * 64], 32, 64, BlockSize::B64, true)?;
+/// # let layer = Linear4bit::new(weight, FloatType::BF16);
+/// # let (model, mut file) = (layer.tensors("mlp.up_proj"), Vec::new());
+/// # let adapter = LoRAAdapter::new(32, 64, 4, 8.0, LoRAScaling::Standard, 0)?;
+/// # let adapter = PeftAdapter::new([("mlp.up_proj".to_owned(), adapter)])?;
+/// // `model` is any `TensorSource`, `adapter` a `PeftAdapter`, `file` a `std::fs::File`.
+/// let options = MergeOptions::new().with_dtype(FloatType::BF16);
+/// let merged = MergedModel::new(&model, Some(&adapter), &options)?;
+/// write_safetensors(&merged, &mut |bytes| {
+///     file.write_all(bytes).map_err(|error| CheckpointError::Write { reason: error.to_string() })
+/// })?;
+/// assert_eq!(merged.merged(), ["mlp.up_proj"]);
+/// # assert_eq!(TensorFile::parse(&file)?.header().iter().count(), 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[doc(alias = "merge_and_unload")]
 #[derive(Clone)]
 pub struct MergedModel<'a> {
     source: &'a dyn TensorSource,

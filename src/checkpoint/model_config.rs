@@ -22,7 +22,7 @@ const DTYPES: [&str; 2] = ["dtype", "torch_dtype"];
 
 const TIED: &str = "tie_word_embeddings";
 
-/// The fields of a `config.json`.
+/// The configuration of a model: the fields of its `config.json`.
 ///
 /// Infinities and NaN, which Python writes and JSON does not have, are kept: in [`Self::fields`] they are strings, and
 /// [`Self::to_text`] writes them as Python does.
@@ -36,7 +36,7 @@ pub struct ModelConfig {
 pub enum Quantization {
     /// Not quantized.
     None,
-    /// The 4 bits of `bitsandbytes`.
+    /// 4-bit weights of `bitsandbytes`.
     FourBit,
     /// Another format.
     Other {

@@ -52,7 +52,8 @@ pub fn packed_tensors(source: &dyn TensorSource) -> Vec<String> {
     tensors
 }
 
-/// The description of a tensor of 4-bit weights, which is read without the weights.
+/// The description of a 4-bit tensor in a file of `bitsandbytes`: its original shape and type, its block size and its kind of
+/// scales. It is read without the weights.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantState {
     /// The shape of the weight before it was packed.

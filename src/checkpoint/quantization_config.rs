@@ -16,6 +16,7 @@ use super::json::{Object, to_strings};
 use super::model_config::{ModelConfig, SECTION, is_four_bit};
 
 /// The section of a `config.json` by which transformers loads the 4-bit layers of a model.
+#[doc(alias = "BitsAndBytesConfig")]
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct QuantizationConfig {

@@ -21,8 +21,9 @@ use crate::Quantized4Bit;
 /// Rows whose values are held at a time where all of a tensor has to be gone through.
 const ROWS: usize = 64;
 
-/// A tensor of a merged model that is computed in parts: [`Self::units`] units of [`Self::unit_bytes`] bytes, in any order
-/// and by any number of threads.
+/// A tensor of a [`super::MergedModel`] that is computed in parts, so that it is never in memory as a whole.
+///
+/// It has [`Self::units`] units of [`Self::unit_bytes`] bytes, which can be read in any order and by any number of threads.
 pub struct TensorReader<'a> {
     name: &'a str,
     origin: Values<'a>,
@@ -104,7 +105,7 @@ impl<'a> TensorReader<'a> {
         Ok(reader)
     }
 
-    /// The number of units: bytes, values, rows, or 1 for all.
+    /// The number of units: bytes, values, rows, or a single one for the whole tensor.
     #[must_use]
     pub fn units(&self) -> usize {
         let [rows, cols] = self.matrix;

@@ -36,6 +36,7 @@ const WORK_LIMIT: usize = if usize::BITS > 32 { 1 << 31 } else { usize::MAX };
 /// assert!(!skipped.has("model.layers.0.mlp.up_proj")?);
 /// # Ok::<(), nf4::checkpoint::CheckpointError>(())
 /// ```
+#[doc(alias = "llm_int8_skip_modules")]
 #[derive(Debug, Clone, Default)]
 pub struct SkippedModules {
     entries: Vec<String>,

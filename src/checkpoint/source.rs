@@ -18,6 +18,39 @@ use crate::weight::store::SharedBytes;
 /// A source of tensors by name, such as a [`TensorFile`] on a byte slice, or a reader of the shards of a model.
 ///
 /// Threads may share a source, so a reader that has a position in a file must keep it behind a lock.
+///
+/// A model in several files, each of them in memory:
+///
+/// ```
+/// use std::borrow::Cow;
+/// use nf4::checkpoint::{CheckpointError, Linear4bit, TensorFile, TensorInfo, TensorSource};
+/// # use nf4::checkpoint::{FloatType, to_safetensors};
+/// # use nf4::{BlockSize, Quantized4Bit};
+///
+/// struct Shards<'a>(Vec<TensorFile<'a>>);
+///
+/// impl TensorSource for Shards<'_> {
+///     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+///         Box::new(self.0.iter().flat_map(|shard| shard.names()))
+///     }
+///     fn info(&self, name: &str) -> Option<&TensorInfo> {
+///         self.0.iter().find_map(|shard| shard.info(name))
+///     }
+///     fn read(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError> {
+///         let shard = self.0.iter().find(|shard| shard.info(name).is_some());
+///         shard.ok_or_else(|| CheckpointError::Missing { tensor: name.to_owned() })?.read(name)
+///     }
+/// }
+///
+/// # let weight = Quantized4Bit::quantize(&[0.5_f32; 32 * 64], 32, 64, BlockSize::B64, false)?;
+/// # let layer = Linear4bit::new(weight, FloatType::BF16);
+/// # let (first, second) = (to_safetensors(&layer.tensors("mlp.up_proj"))?, to_safetensors(&layer.tensors("mlp.gate_proj"))?);
+/// // `first` and `second` are the bytes of model-00001-of-00002.safetensors and model-00002-of-00002.safetensors.
+/// let model = Shards(vec![TensorFile::parse(&first)?, TensorFile::parse(&second)?]);
+/// let layer = Linear4bit::load(&model, "mlp.gate_proj")?;
+/// # assert_eq!(layer.weight().rows(), 32);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait TensorSource: Sync {
     /// The names of all tensors, in any order.
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_>;

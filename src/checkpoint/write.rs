@@ -14,7 +14,7 @@ use super::header::{LIMIT, METADATA, check_name, tensor_bytes};
 use super::read::{bytes_of, info_of};
 use super::source::TensorSource;
 
-/// A tensor in the [`Layout`] of a file.
+/// The name, type and shape of a tensor in the [`Layout`] of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     /// The name.

@@ -2,8 +2,10 @@
 
 use crate::layer::linear::Linear;
 
-/// The memory that a layer on a [`crate::Quantized4Bit`] takes, in bytes. All numbers are exact; they leave out the struct of
-/// the layer itself and the names of adapters.
+/// The memory that a layer with packed weights takes, in bytes, from [`crate::QLoRALayer::memory_stats`] and
+/// [`crate::MultiAdapterLayer::memory_stats`].
+///
+/// All numbers are exact; they leave out the struct of the layer itself and the names of adapters.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MemoryStats {
     /// What the base weight would take in f32, `d_out * d_in * 4`; it is not in memory.

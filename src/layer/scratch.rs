@@ -17,6 +17,26 @@ use crate::weight::inputs::InputsBuf;
 /// * `d_out` f32 for the outputs before they are rounded.
 ///
 /// [`Self::bytes`] adds these up. A forward reads nothing that an earlier one left behind.
+///
+/// One scratch for all layers of a model, large enough for each of them:
+///
+/// ```
+/// use nf4::{QLoRALayer, Scratch, Tensor};
+/// let layer = |d_out, d_in| QLoRALayer::new(Tensor::zeros(d_out * d_in, false), d_out, d_in, 8, 16.0);
+/// let (up, down) = (layer(256, 64), layer(64, 256));
+///
+/// let (batch, mut scratch) = (4, Scratch::new());
+/// for layer in [&up, &down] {
+///     let block_size = layer.base_weight_quantized().block_size();
+///     scratch.reserve(layer.d_out(), layer.d_in(), block_size, layer.rank(), batch)?;
+/// }
+///
+/// // From here on, nothing is allocated.
+/// let (x, mut hidden, mut y) = ([1.0; 4 * 64], [0.0; 4 * 256], [0.0; 4 * 64]);
+/// up.forward_into(&x, &mut scratch, &mut hidden)?;
+/// down.forward_into(&hidden, &mut scratch, &mut y)?;
+/// # Ok::<(), nf4::Error>(())
+/// ```
 #[derive(Debug, Clone, Default)]
 pub struct Scratch {
     pub(crate) inputs: InputsBuf,

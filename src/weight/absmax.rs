@@ -8,7 +8,9 @@ use crate::buffer::zeros;
 use crate::error::Error;
 use crate::weight::store::Store;
 
-/// The scales of the blocks of a weight, plain or double-quantized. [`Self::view`] borrows them as an [`Absmax`].
+/// The scales of a quantized weight, one per block, plain or double-quantized: part of a [`crate::Quantized4Bit`].
+///
+/// The bytes are owned, static or shared ([`Store`]). [`Self::view`] borrows them as an [`Absmax`].
 #[derive(Debug, Clone)]
 pub struct AbsmaxBuf(Storage);
 
@@ -40,13 +42,13 @@ impl AbsmaxBuf {
     pub fn nested(
         codes: impl Into<Store<u8>>,
         absmax: impl Into<Store<f32>>,
-        map: &[f32; 256],
+        quant_map: &[f32; 256],
         offset: f32,
     ) -> Result<Self, Error> {
         let (codes, absmax) = (codes.into(), absmax.into());
-        NestedAbsmax::new(codes.as_slice(), map, absmax.as_slice(), offset)?;
-        let same = map.iter().zip(&DYNAMIC_MAP).all(|(a, b)| a.to_bits() == b.to_bits());
-        Ok(Self(Storage::Nested { codes, absmax, map: (!same).then(|| Box::new(*map)), offset }))
+        NestedAbsmax::new(codes.as_slice(), quant_map, absmax.as_slice(), offset)?;
+        let same = quant_map.iter().zip(&DYNAMIC_MAP).all(|(a, b)| a.to_bits() == b.to_bits());
+        Ok(Self(Storage::Nested { codes, absmax, map: (!same).then(|| Box::new(*quant_map)), offset }))
     }
 
     /// Double-quantizes plain scales, bit for bit as `bitsandbytes` does on a CPU.
@@ -55,6 +57,7 @@ impl AbsmaxBuf {
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
+    #[doc(alias("compress_statistics", "quantize_blockwise"))]
     pub fn double_quantize(absmax: &[f32]) -> Result<Self, Error> {
         let mut codes = zeros(1, absmax.len())?;
         let mut nested = zeros(1, absmax.len().div_ceil(NESTED_BLOCK))?;

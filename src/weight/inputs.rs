@@ -8,7 +8,10 @@ use nf4_kernels::{Activations, Activations8x8, BlockSize, Float, Kernels};
 use crate::buffer::{grow, take};
 use crate::error::Error;
 
-/// The arithmetic of products with the base weight. Adapters and bias are always f32.
+/// The arithmetic in which a layer multiplies by its packed weight: how precise and how fast it is.
+///
+/// Adapters and bias are always f32.
+#[doc(alias = "bnb_4bit_compute_dtype")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Arithmetic {
     /// The 16x4 product: a 16-bit codebook times 14-bit activations with one f32 scale per 64. It is about as precise as
@@ -173,7 +176,7 @@ fn convert<'a, X: Float>(x: &'a [X], floats: &'a mut [f32]) -> Result<&'a [f32],
 }
 
 /// A batch of vectors of type `X`, quantized in an [`InputsBuf`], ready for every layer with the same arithmetic, group
-/// ([`BlockSize::group`]) and kernels. Layers with [`Arithmetic::F32`] take any.
+/// ([`BlockSize::activation_group`]) and kernels. Layers with [`Arithmetic::F32`] take any.
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a, X = f32> {
     /// Empty if neither an adapter nor the product reads them.

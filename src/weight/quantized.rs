@@ -40,6 +40,7 @@ use crate::weight::store::Store;
 /// let weight = Quantized4Bit::from_parts(packed, absmax, 16, 64, BlockSize::B64)?;
 /// # Ok::<(), nf4::Error>(())
 /// ```
+#[doc(alias = "Params4bit")]
 #[derive(Debug, Clone)]
 pub struct Quantized4Bit {
     packed: Store<u8>,
@@ -58,6 +59,7 @@ impl Quantized4Bit {
     /// [`Error::MatrixLength`] if there are not `rows * cols` weights; [`Error::NotFinite`] if one of them is NaN or
     /// infinite, or if they are so large (above `1e30`, say) that their double-quantized scales are not finite;
     /// [`Error::Shape`] if `rows * cols` does not fit in `usize`; [`Error::OutOfMemory`].
+    #[doc(alias("quantize_4bit", "compress_statistics", "bnb_4bit_use_double_quant"))]
     pub fn quantize<T: Float>(
         weights: &[T],
         rows: usize,
@@ -121,6 +123,7 @@ impl Quantized4Bit {
     ///
     /// # Panics
     /// If the result does not fit in memory. [`Self::dequantize_rows`] dequantizes in parts.
+    #[doc(alias = "dequantize_4bit")]
     #[must_use]
     pub fn dequantize<T: Float>(&self) -> Vec<T> {
         let mut out = vec![T::from_f32(0.0); self.rows * self.cols];

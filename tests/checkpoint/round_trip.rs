@@ -84,7 +84,7 @@ fn the_nested_map_of_the_file_counts() {
     let other = Quantized4Bit::from_parts(weight.packed().to_vec(), absmax, 16, 64, BlockSize::B32).unwrap();
     let again = round_trip(&Linear4bit::new(other, FloatType::F32));
     let Absmax::Nested(nested) = again.weight().absmax().view() else { panic!("nested") };
-    assert_eq!(nested.map(), &map);
+    assert_eq!(nested.quant_map(), &map);
 }
 
 /// Shapes of other than two dimensions, which `Params4bit` may have.

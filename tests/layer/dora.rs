@@ -256,7 +256,7 @@ fn dora_among_other_adapters() {
     assert_eq!(row(&each, 2), row(&of_plain, 2));
     // Together each adds what it adds alone, times its weight.
     many.set_active(&["dora", "plain"]).unwrap();
-    many.set_weight("dora", 0.25).unwrap();
+    many.set_adapter_weight("dora", 0.25).unwrap();
     let both = many.forward(&x, Adapters::Active);
     let expected: Vec<f64> = none
         .data()

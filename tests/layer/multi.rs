@@ -84,9 +84,12 @@ fn active_adapters_are_summed_with_their_weights() {
     for (d_out, d_in) in [(40, 256), (3, 33)] {
         let mut layer = multi(d_out, d_in);
         layer.set_active(&["zz", "code", "support"]).unwrap();
-        layer.set_weight("code", -0.5).unwrap();
-        layer.set_weight("zz", 0.0).unwrap();
-        assert_eq!((layer.weight("code"), layer.weight("support"), layer.weight("no")), (Some(-0.5), Some(1.0), None));
+        layer.set_adapter_weight("code", -0.5).unwrap();
+        layer.set_adapter_weight("zz", 0.0).unwrap();
+        assert_eq!(
+            (layer.adapter_weight("code"), layer.adapter_weight("support"), layer.adapter_weight("no")),
+            (Some(-0.5), Some(1.0), None)
+        );
         let x = Tensor::from_vec(normal(d_in, 1.0, 6), false);
         // A weight that is a power of two, like an alpha of so much more, rounds nothing.
         let mut expected = truth::forward(&base_only(d_out, d_in), x.data());
@@ -104,8 +107,8 @@ fn active_adapters_are_summed_with_their_weights() {
         for (name, rank) in ADAPTERS.iter().rev() {
             other.add(name, adapter(d_out, d_in, *rank, 16.0)).unwrap();
         }
-        other.set_weight("code", -0.5).unwrap();
-        other.set_weight("zz", 0.0).unwrap();
+        other.set_adapter_weight("code", -0.5).unwrap();
+        other.set_adapter_weight("zz", 0.0).unwrap();
         other.set_active(&["support", "zz", "code", "zz"]).unwrap();
         for k in all_kernels() {
             other = other.with_kernels(k);
@@ -122,12 +125,12 @@ fn adapters_come_and_go() {
     assert_eq!(layer.active().count(), 0);
     layer.set_active(&["zz", "code"]).unwrap();
     assert_eq!(layer.active().collect::<Vec<_>>(), ["code", "zz"]);
-    layer.set_weight("zz", 0.25).unwrap();
+    layer.set_adapter_weight("zz", 0.25).unwrap();
     layer.rename("zz", "aa").unwrap();
     assert_eq!(names(&layer), ["aa", "code", "code-2", "support"]);
     layer.rename("code", "code").unwrap();
     assert_eq!(layer.active().collect::<Vec<_>>(), ["aa", "code"]);
-    assert_eq!((layer.weight("aa"), layer.adapter("aa").map(LoRAAdapter::rank)), (Some(0.25), Some(1)));
+    assert_eq!((layer.adapter_weight("aa"), layer.adapter("aa").map(LoRAAdapter::rank)), (Some(0.25), Some(1)));
     assert_eq!(layer.remove("code").unwrap().rank(), 20);
     assert_eq!(layer.active().collect::<Vec<_>>(), ["aa"]);
     assert!(layer.adapter("code").is_none());
@@ -150,7 +153,7 @@ fn errors_name_the_adapter() {
     let unknown = "there is no adapter named `French`";
     assert_eq!(message(layer.remove("French")), unknown);
     assert_eq!(message(layer.rename("French", "x")), unknown);
-    assert_eq!(message(layer.set_weight("French", 1.0)), unknown);
+    assert_eq!(message(layer.set_adapter_weight("French", 1.0)), unknown);
     assert_eq!(message(layer.set_active(&["code", "French"])), unknown);
     assert_eq!(layer.active().collect::<Vec<_>>(), ["zz"]);
     assert_eq!(layer.id("French"), None);
@@ -167,11 +170,11 @@ fn errors_name_the_adapter() {
     let mut replaced = adapter(4, 64, 2, 1.0);
     *replaced.a_mut() = Tensor::zeros(7, true);
     assert_eq!(message(layer.add("odd", replaced)), "adapter `odd`: lora_a: expected 2 x 64 values, got 7");
-    let got = layer.set_weight("zz", f32::NAN);
+    let got = layer.set_adapter_weight("zz", f32::NAN);
     assert_eq!(message(got), "adapter `zz`: weight: value 0 is NaN, which is not finite");
-    let got = layer.set_weight("zz", f32::MAX);
+    let got = layer.set_adapter_weight("zz", f32::MAX);
     assert_eq!(message(got), "adapter `zz`: weight times scale: value 0 is inf, which is not finite");
-    assert_eq!(layer.weight("zz"), Some(1.0));
+    assert_eq!(layer.adapter_weight("zz"), Some(1.0));
     assert_eq!(layer.names().count(), 4);
 
     let (x, mut y) = ([0.0; 64], [0.0; 4]);

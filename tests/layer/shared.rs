@@ -25,7 +25,7 @@ struct File {
 impl File {
     fn new(weight: &Quantized4Bit, offset: usize) -> Self {
         let (codes, floats, nested) = match weight.absmax().view() {
-            Absmax::Nested(n) => (n.codes().to_vec(), n.absmax().to_vec(), Some((*n.map(), n.offset()))),
+            Absmax::Nested(n) => (n.codes().to_vec(), n.absmax().to_vec(), Some((*n.quant_map(), n.offset()))),
             Absmax::Plain(floats) => (Vec::new(), floats.to_vec(), None),
             _ => panic!("another kind of scales"),
         };

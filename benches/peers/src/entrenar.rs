@@ -14,7 +14,7 @@ struct Layers {
     input: Tensor,
     output: Option<Tensor>,
     converted: Option<Quantized4Bit>,
-    restored: Vec<f32>,
+    dequantized: Vec<f32>,
 }
 
 impl Peer for Layers {
@@ -32,7 +32,7 @@ impl Peer for Layers {
     }
 
     fn dequantize(&mut self) {
-        self.restored = dequantize_4bit(self.converted.as_ref().expect("something was quantized"));
+        self.dequantized = dequantize_4bit(self.converted.as_ref().expect("something was quantized"));
     }
 }
 
@@ -43,7 +43,7 @@ pub fn entries(problem: &Problem) -> Vec<Result<Entry>> {
     let (bytes, weights) = (first.base_weight_quantized().memory_bytes(), first.merge_to_f32());
     // It writes the whole f32 matrix in each product, so one copy more or less in memory does not matter.
     let (copies, input) = (2, Tensor::from_vec(problem.inputs(1).to_vec(), false));
-    let peer = Layers { layers: vec![first, layer()], input, output: None, converted: None, restored: Vec::new() };
+    let peer = Layers { layers: vec![first, layer()], input, output: None, converted: None, dequantized: Vec::new() };
     let name = "entrenar QLoRALayer (int4)";
     let version = locked_version("entrenar");
     let mut entry = Entry::new("entrenar", &version, name, bytes, problem, Box::new(peer));

@@ -73,7 +73,7 @@ mod ggml {
             }
         }
 
-        /// Bytes for so many weights, in whole rows.
+        /// Bytes for this many weights, in whole rows.
         pub fn buffer(self, len: usize) -> Vec<u8> {
             // SAFETY: it takes any type and length.
             vec![0; unsafe { sys::ggml_row_size(self.id(), len as i64) }]
@@ -223,7 +223,7 @@ mod ggml {
     /// Nodes that a graph has room for.
     const GRAPH: usize = 8;
 
-    /// A context with room for so many tensors and graphs, without their data.
+    /// A context with room for this many tensors and graphs, without their data.
     fn context(tensors: usize, graphs: usize) -> *mut sys::ggml_context {
         // SAFETY: these only tell sizes.
         let sizes = unsafe { [sys::ggml_tensor_overhead(), sys::ggml_graph_overhead_custom(GRAPH, false)] };

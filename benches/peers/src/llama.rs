@@ -13,7 +13,7 @@ struct Llama {
     /// Whether this one also times conversions: to and from what files hold.
     converts: bool,
     converted: Vec<u8>,
-    restored: Vec<f32>,
+    dequantized: Vec<f32>,
 }
 
 impl Peer for Llama {
@@ -33,7 +33,7 @@ impl Peer for Llama {
     }
 
     fn dequantize(&mut self) {
-        self.format.dequantize(&self.converted, &mut self.restored);
+        self.format.dequantize(&self.converted, &mut self.dequantized);
     }
 
     fn rest(&mut self) {
@@ -53,8 +53,8 @@ pub fn entries(problem: &Problem) -> Vec<Result<Entry>> {
             let name = format!("llama.cpp {name}{suffix}");
             let (bytes, len) = (quantized.len(), problem.converted().len());
             let entry = Ggml::new(problem, format, &quantized, problem.copies(bytes), repack).and_then(|ggml| {
-                let (converted, restored) = (format.buffer(len), vec![0.0; len]);
-                let peer = Llama { ggml, format, cols: problem.cols, converts: !repack, converted, restored };
+                let (converted, dequantized) = (format.buffer(len), vec![0.0; len]);
+                let peer = Llama { ggml, format, cols: problem.cols, converts: !repack, converted, dequantized };
                 Entry::new("llama.cpp", &version, &name, bytes, problem, Box::new(peer)).check(problem, &weights)
             });
             entries.push(entry.map_err(|e| e.context(name)));

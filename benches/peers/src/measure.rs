@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// Vectors multiplied at once.
 pub const BATCHES: [usize; 3] = [1, 8, 128];
 
-/// Matrices that are multiplied in turn to read from memory: at most so many, and no more bytes than needed.
+/// Matrices that are multiplied in turn to read from memory: at most this many, and no more bytes than needed.
 const COPIES: usize = 16;
 const COLD_BYTES: usize = 150_000_000;
 
@@ -19,7 +19,7 @@ const SAMPLE: Duration = Duration::from_millis(4);
 const SLOW: Duration = Duration::from_millis(400);
 const SLOW_ROUNDS: usize = 3;
 
-/// Rows that are quantized and restored to time these: 4 MB of f32, which a cache holds.
+/// Rows that are quantized and dequantized for timing: 4 MB of f32, which a cache holds.
 const CONVERTED_ROWS: usize = 256;
 
 /// More than any 4-bit product loses by rounding its inputs to 8 bits.
@@ -53,12 +53,12 @@ impl Problem {
         &self.inputs[..batch * self.cols]
     }
 
-    /// The weights that are quantized and restored to time these.
+    /// The weights that are quantized and dequantized for timing.
     pub fn converted(&self) -> &[f32] {
         &self.weights[..self.rows.min(CONVERTED_ROWS) * self.cols]
     }
 
-    /// How many matrices of so many bytes do not fit in a cache.
+    /// How many matrices of this many bytes do not fit in a cache.
     pub fn copies(&self, bytes: usize) -> usize {
         COLD_BYTES.div_ceil(bytes).clamp(2, COPIES)
     }
@@ -94,7 +94,7 @@ pub trait Peer {
     /// The last product, `[batch, rows]`.
     fn output(&self, batch: usize) -> Vec<f32>;
 
-    /// Quantizes [`Problem::converted`], given here, and keeps it to be restored. False if there is no such operation.
+    /// Quantizes [`Problem::converted`], given here, and keeps the result for dequantizing. False if there is no such operation.
     fn quantize(&mut self, _weights: &[f32]) -> bool {
         false
     }
@@ -114,7 +114,7 @@ pub struct Entry {
     pub peer: Box<dyn Peer>,
 }
 
-/// A line of the table. Speeds are multiply-adds/ns, for one vector that is weights/ns, and weights/ns of conversions.
+/// A line of the table. Speeds of products are in GMAC/s, those of conversions in billions of weights per second.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Record {

@@ -16,7 +16,7 @@ struct Layers {
     /// Whether this one also times conversions, which do not depend on the arithmetic.
     converts: bool,
     converted: Option<Quantized4Bit>,
-    restored: Vec<f32>,
+    dequantized: Vec<f32>,
     inputs: Vec<f32>,
     cols: usize,
     scratch: Scratch,
@@ -46,7 +46,7 @@ impl Peer for Layers {
 
     fn dequantize(&mut self) {
         let quantized = self.converted.as_ref().expect("something was quantized");
-        quantized.dequantize_rows(0..quantized.rows(), black_box(&mut self.restored)).expect("the shapes fit");
+        quantized.dequantize_rows(0..quantized.rows(), black_box(&mut self.dequantized)).expect("the shapes fit");
     }
 }
 
@@ -75,7 +75,7 @@ pub fn entries(problem: &Problem) -> Vec<Result<Entry>> {
             double_quant: nested,
             converts: arithmetic == Arithmetic::SixteenByFour,
             converted: None,
-            restored: vec![0.0; problem.converted().len()],
+            dequantized: vec![0.0; problem.converted().len()],
             inputs: problem.inputs(largest).to_vec(),
             cols,
             scratch: layer.scratch(largest),
@@ -102,12 +102,12 @@ impl Peer for Read {
     }
 }
 
-/// The limit: a pure read of 4.5 bits a weight.
+/// The limit: a pure read of 4.5 bits per weight.
 pub fn read(problem: &Problem) -> Vec<Result<Entry>> {
     let bytes = problem.rows * problem.cols / 16 * 9;
     let matrices = (0..problem.copies(bytes)).map(|i| vec![i as u8 + 1; bytes]).collect();
     let peer = Read { matrices, threads: problem.threads };
-    let mut entry = Entry::new("read", "", "a pure read of 4.5 bits a weight", bytes, problem, Box::new(peer));
+    let mut entry = Entry::new("read", "", "a pure read of 4.5 bits per weight", bytes, problem, Box::new(peer));
     entry.batches = &BATCHES[..1];
     vec![Ok(entry)]
 }

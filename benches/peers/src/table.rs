@@ -4,9 +4,9 @@ use crate::measure::Record;
 use crate::run::{Missing, Run};
 
 const EXPLANATION: &str = "\
-One vector in weights/ns, batches in multiply-adds/ns. The error is that of one vector, relative to the root mean
-square of the exact product with the peer's own quantized weights. Of a read: the bytes that it reads from DRAM in a
-time, as a share of those of a pure read in the same process.";
+Products in GMAC/s, which for one vector is weights per nanosecond. The error is that of one vector, relative to the root mean
+square of the exact product with the peer's own quantized weights. Of a read: the bandwidth that it reaches from DRAM, as a
+share of that of a pure read in the same process.";
 
 pub fn print(run: &Run) {
     let threads = run.records.iter().map(|r| r.threads).max().unwrap_or(0);
@@ -65,7 +65,7 @@ fn print_conversions(run: &Run) {
         return;
     }
     records.sort_by(|a, b| b.dequantize.partial_cmp(&a.dequantize).unwrap_or(core::cmp::Ordering::Equal));
-    println!("\n| conversions in cache, one thread, weights/ns | from f32 | to f32 |");
+    println!("\n| conversions in cache, one thread, billions of weights per second | from f32 | to f32 |");
     println!("|---|--:|--:|");
     for r in records {
         println!("| {} | {} | {} |", r.name, speed(r.quantize), speed(r.dequantize));

@@ -97,7 +97,7 @@ pub struct Arguments {
     /// Keep the order of the data
     #[arg(long)]
     pub no_shuffle: bool,
-    /// Stop after so many steps of this call, with a checkpoint, as if the machine were needed for something else
+    /// Stop this run after N steps, with a checkpoint, as if the machine were needed for something else
     #[arg(long, value_name = "N")]
     pub stop_after: Option<usize>,
     /// Write the sequences of all steps to a file, a JSON object a line, and end

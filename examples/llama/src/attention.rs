@@ -58,7 +58,7 @@ impl Query<'_> {
     }
 }
 
-/// Values of the scratch that a query needs in a cache with so many positions.
+/// Values of the scratch that a query needs in a cache with this many positions.
 pub(crate) fn scratch_len(positions: usize) -> usize {
     positions.saturating_add(SPAN)
 }

@@ -202,7 +202,7 @@ pub(crate) fn forward_all<const N: usize>(
     let LinearScratch { inputs, scratch, low_rank, tile, chosen } = buffers;
     // The first packed layer quantizes for all with its group of inputs.
     let packed = |linear: &Linear| match &linear.base {
-        Base::Packed(layer) => Some(layer.base_weight_quantized().block_size().group()),
+        Base::Packed(layer) => Some(layer.base_weight_quantized().block_size().activation_group()),
         Base::Dense { .. } => None,
     };
     let first = layers.iter().find_map(|(linear, _)| packed(linear).map(|group| (*linear, group)));

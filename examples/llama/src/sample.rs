@@ -9,7 +9,7 @@ use crate::math::exp;
 pub struct Sampling {
     /// What logits are divided by; 0 takes the largest.
     pub temperature: f32,
-    /// Only so many of the largest logits; 0 takes all.
+    /// The number of largest logits to sample from; 0 takes all.
     pub top_k: usize,
     /// Only the likeliest tokens that together have this probability.
     pub top_p: f32,

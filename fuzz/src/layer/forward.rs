@@ -85,7 +85,7 @@ impl State<'_> {
         multi.set_active(&["a", "b"]).expect("both are there");
         assert!(multi.set_active(&["b", "c"]).is_err());
         let both = multi.forward(&x, Adapters::Active);
-        multi.set_weight("a", argument as f32 - 8.0).expect("finite");
+        multi.set_adapter_weight("a", argument as f32 - 8.0).expect("finite");
         assert_eq!(multi.names().collect::<Vec<_>>(), multi.active().collect::<Vec<_>>());
         if self.layer.d_in() > 0 {
             let batch = Tensor::from_vec(x.data().repeat(3), false);
@@ -93,7 +93,7 @@ impl State<'_> {
             let expected = [alone.data(), without.data(), alone.data()].concat();
             assert_eq!(bits(y.data()), bits(&expected), "an adapter for each vector");
         }
-        multi.set_weight("a", 1.0).expect("finite");
+        multi.set_adapter_weight("a", 1.0).expect("finite");
         multi.rename("a", "z").expect("it is there");
         multi.rename("b", "a").expect("it is there");
         multi.remove("z").expect("it is there");

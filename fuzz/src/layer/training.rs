@@ -54,7 +54,7 @@ impl State<'_> {
         self.changed();
     }
 
-    /// After a change of the adapter: with `DoRA` a forward is refused until the norms are taken again.
+    /// After a change of the adapter: with `DoRA` a forward is an error until the norms are recomputed.
     pub(super) fn changed(&mut self) {
         let zeros = Tensor::zeros(self.layer.d_in(), false);
         match self.layer.try_forward(&zeros) {

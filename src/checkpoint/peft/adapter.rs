@@ -27,7 +27,7 @@ pub enum PeftModuleKind {
     Convolution(Vec<usize>),
 }
 
-/// The adapter of one module.
+/// The adapter of one module of a model: a [`LoRAAdapter`], the bias of its `B`, and the kind of module.
 #[derive(Debug, Clone)]
 pub struct PeftModule {
     pub(super) adapter: LoRAAdapter,
@@ -65,7 +65,8 @@ pub(in super::super) struct Factors {
     pub(in super::super) b_shape: [usize; 2],
 }
 
-/// Trained rows of an embedding.
+/// The rows of an embedding that were trained for some tokens, which PEFT calls `trainable_token_indices`.
+#[doc(alias = "trainable_token_indices")]
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdaptedTokens {
     pub(in super::super) indices: Vec<usize>,
@@ -88,7 +89,28 @@ impl AdaptedTokens {
     }
 }
 
-/// A PEFT adapter for a model.
+/// A PEFT adapter for a whole model, as `adapter_config.json` and `adapter_model.safetensors` hold it: a [`LoRAAdapter`] for
+/// each adapted module, and whatever else was trained.
+///
+/// ```
+/// use nf4::checkpoint::{FloatType, PeftAdapter, TensorFile};
+/// use nf4::{LoRAAdapter, LoRAScaling};
+///
+/// // Adapters for two modules, and the two files that PEFT loads.
+/// let lora = |seed| LoRAAdapter::new(32, 64, 8, 16.0, LoRAScaling::Standard, seed);
+/// let modules = ["q_proj", "v_proj"].map(|name| format!("model.layers.0.self_attn.{name}"));
+/// let adapter = PeftAdapter::new(modules.iter().cloned().zip([lora(0)?, lora(1)?]))?;
+/// let (config, tensors) = adapter.to_files(FloatType::F32)?;
+///
+/// // And back.
+/// let adapter = PeftAdapter::load(config.as_ref(), &TensorFile::parse(&tensors)?)?;
+/// let q = adapter.module("model.layers.0.self_attn.q_proj").ok_or("not adapted")?;
+/// assert_eq!((adapter.modules().count(), q.adapter().rank()), (2, 8));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// [`Self::layer`] joins the adapter of a module with a 4-bit base, and [`super::super::MergedModel`] merges all of it.
+#[doc(alias = "PeftModel")]
 #[derive(Debug, Clone)]
 pub struct PeftAdapter {
     pub(super) config: PeftConfig,

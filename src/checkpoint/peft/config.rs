@@ -15,7 +15,10 @@ use crate::LoRAScaling;
 
 pub(super) const CONFIG: &str = "adapter_config.json";
 
-/// The `target_modules` of a configuration. The tensors tell which modules an adapter really has.
+/// The modules that an adapter is meant for: the field `target_modules` of a configuration.
+///
+/// The tensors tell which modules an adapter really has.
+#[doc(alias = "target_modules")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TargetModules {
     /// Names, or ends of names.
@@ -24,7 +27,7 @@ pub enum TargetModules {
     Expression(String),
 }
 
-/// The biases of the base that were trained: the field `bias`.
+/// Which biases of the base were trained with an adapter: the field `bias` of a configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum BiasTraining {
     /// None.
@@ -48,8 +51,12 @@ impl BiasTraining {
     }
 }
 
-/// The contents of an `adapter_config.json`. Fields that change no result (`lora_dropout`, `task_type`,
-/// `base_model_name_or_path` and unknown ones) are kept, and written again.
+/// The configuration of a PEFT adapter, the contents of its `adapter_config.json`: rank, alpha, scaling, target modules and
+/// what else PEFT keeps there.
+///
+/// Fields that change no result (`lora_dropout`, `task_type`, `base_model_name_or_path` and unknown ones) are kept, and
+/// written again.
+#[doc(alias = "LoraConfig")]
 #[derive(Debug, Clone)]
 pub struct PeftConfig {
     rank: usize,
@@ -231,24 +238,28 @@ impl PeftConfig {
 /// Accessors.
 impl PeftConfig {
     /// The rank of a module, by its name without `base_model.model.`.
+    #[doc(alias = "rank_pattern")]
     #[must_use]
     pub fn rank(&self, module: &str) -> usize {
         self.ranks.get(module).unwrap_or(self.rank)
     }
 
     /// The alpha of a module.
+    #[doc(alias("lora_alpha", "alpha_pattern"))]
     #[must_use]
     pub fn alpha(&self, module: &str) -> f64 {
         self.alphas.get(module).unwrap_or(self.alpha)
     }
 
     /// How the scale follows from alpha and rank: the field `use_rslora`.
+    #[doc(alias = "use_rslora")]
     #[must_use]
     pub fn scaling(&self) -> LoRAScaling {
         self.scaling
     }
 
     /// Whether adapters have a magnitude: the field `use_dora`.
+    #[doc(alias = "use_dora")]
     #[must_use]
     pub fn is_dora(&self) -> bool {
         self.dora
@@ -292,6 +303,7 @@ impl PeftConfig {
 
     /// The tokens whose rows were trained, by the name or end of name of their embedding; an empty name is the input
     /// embedding.
+    #[doc(alias = "trainable_token_indices")]
     #[must_use]
     pub fn trainable_tokens(&self) -> &[(String, Vec<usize>)] {
         &self.trainable_tokens

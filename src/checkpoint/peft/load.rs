@@ -44,6 +44,7 @@ impl PeftAdapter {
     ///   for empty ones, and if there are none;
     /// * [`CheckpointError::Layer`] for NaN and infinity;
     /// * [`CheckpointError::Memory`].
+    #[doc(alias = "from_pretrained")]
     pub fn load(config: &[u8], source: &dyn TensorSource) -> Result<Self, CheckpointError> {
         let config = PeftConfig::parse(config)?;
         let sorted = Sorted::new(source, &config)?;

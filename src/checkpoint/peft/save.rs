@@ -182,6 +182,7 @@ impl PeftAdapter {
     /// [`CheckpointError::Missing`] for a `DoRA` adapter that never met a base and so has no magnitude yet;
     /// [`CheckpointError::Layer`] if `A` or `B` was replaced by a tensor of another length; [`CheckpointError::Unexpected`]
     /// for a name that safetensors does not allow; [`CheckpointError::Memory`].
+    #[doc(alias = "save_pretrained")]
     pub fn to_files(&self, float: FloatType) -> Result<(String, Vec<u8>), CheckpointError> {
         Ok((self.config.to_json(), to_safetensors(&self.tensors(float)?)?))
     }

@@ -89,7 +89,7 @@ pub(super) struct Planned {
     pub(super) changes: Vec<Change>,
 }
 
-/// How a model is merged.
+/// Options of a [`super::MergedModel`]: the type of its floats, the `config.json` of its base, and whether values may overflow.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MergeOptions<'a> {
     dtype: Option<FloatType>,

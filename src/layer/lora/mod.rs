@@ -164,6 +164,7 @@ impl LoRALayer {
     /// # Panics
     /// If the adapter, or one of its tensors, was replaced by one that does not fit, or if there is no memory for the
     /// merged weight.
+    #[doc(alias("merge_adapter", "merge_and_unload"))]
     #[track_caller]
     pub fn merge(&mut self) {
         if self.merged.is_none() {
@@ -180,6 +181,7 @@ impl LoRALayer {
     }
 
     /// Undoes [`Self::merge`]: the weight is again what it was before, bit for bit.
+    #[doc(alias = "unmerge_adapter")]
     pub fn unmerge(&mut self) {
         self.merged = None;
     }

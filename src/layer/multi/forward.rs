@@ -16,6 +16,7 @@ pub enum Adapters<'a> {
     /// The active adapters ([`MultiAdapterLayer::set_active`]), for every vector.
     Active,
     /// One adapter, or none, for each vector of the batch, whether active or not.
+    #[doc(alias = "adapter_names")]
     PerVector(&'a [Option<AdapterId>]),
 }
 
@@ -92,7 +93,7 @@ impl MultiAdapterLayer {
     }
 
     /// Converts and quantizes inputs `[batch, d_in]` for [`Self::forward_shared`] of this layer, and of every layer with
-    /// the same `d_in`, group ([`nf4_kernels::BlockSize::group`]), arithmetic and kernels.
+    /// the same `d_in`, group ([`nf4_kernels::BlockSize::activation_group`]), arithmetic and kernels.
     ///
     /// # Errors
     /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `buffers` are too small

@@ -26,7 +26,7 @@ use set::AdapterSet;
 /// vector of a batch.
 ///
 /// It computes `y = W x + sum of weight * scale * B (A x) + bias`, where `W` is `[d_out, d_in]`, over the active adapters or
-/// over the one that was chosen for a vector. Every adapter has a weight; without adapters, this is a plain quantized
+/// over the one that was chosen for a vector. Every adapter has an adapter weight; without adapters, this is a plain quantized
 /// linear layer. The base is in memory once, and no adapter is ever merged into it, so adding, switching, weighting and
 /// removing adapters is cheap. All forwards take `&self`, so threads can share one layer, each with its own
 /// [`crate::Scratch`].
@@ -46,7 +46,7 @@ use set::AdapterSet;
 ///
 /// // The same adapters for every vector:
 /// layer.set_active(&["french", "german"])?;
-/// layer.set_weight("german", 0.5)?;
+/// layer.set_adapter_weight("german", 0.5)?;
 /// let x = Tensor::from_vec(vec![1.0; 3 * d_in], false);
 /// let both = layer.forward(&x, Adapters::Active);
 /// # assert!((both.data()[0] - 64.0 * 2.0).abs() < 0.1, "{:?}", both.data());
@@ -57,6 +57,7 @@ use set::AdapterSet;
 /// # assert!((each.data()[16] - 64.0).abs() < 0.1, "{:?}", each.data());
 /// # Ok::<(), nf4::Error>(())
 /// ```
+#[doc(alias = "Linear4bit")]
 #[derive(Debug, Clone)]
 pub struct MultiAdapterLayer {
     linear: Linear,
@@ -104,12 +105,13 @@ impl MultiAdapterLayer {
 
 /// Adapters.
 impl MultiAdapterLayer {
-    /// Adds an adapter, which has weight 1 and is not active, and returns its id.
+    /// Adds an adapter, which has adapter weight 1 and is not active, and returns its id.
     ///
     /// # Errors
     /// [`Error::DuplicateAdapter`] if the layer has an adapter of this name; [`Error::Adapter`], which contains
     /// [`Error::Mismatch`] if the adapter was made for another `[d_out, d_in]`, or [`Error::MatrixLength`] or
     /// [`Error::Shape`] if one of its tensors was replaced by one of another length; [`Error::OutOfMemory`].
+    #[doc(alias("add_adapter", "load_adapter"))]
     pub fn add(&mut self, name: &str, adapter: LoRAAdapter) -> Result<AdapterId, Error> {
         self.adapters.add(name, adapter, &self.linear.base()?)
     }
@@ -118,11 +120,12 @@ impl MultiAdapterLayer {
     ///
     /// # Errors
     /// [`Error::UnknownAdapter`] if the layer has no adapter of this name.
+    #[doc(alias = "delete_adapter")]
     pub fn remove(&mut self, name: &str) -> Result<LoRAAdapter, Error> {
         self.adapters.remove(name)
     }
 
-    /// Renames an adapter. It keeps its id and its weight, and stays active if it was.
+    /// Renames an adapter. It keeps its id and its adapter weight, and stays active if it was.
     ///
     /// # Errors
     /// [`Error::UnknownAdapter`] if the layer has no adapter of this name; [`Error::DuplicateAdapter`] if it has another
@@ -135,16 +138,18 @@ impl MultiAdapterLayer {
     ///
     /// # Errors
     /// [`Error::UnknownAdapter`] with the first name that no adapter has; nothing has then changed.
+    #[doc(alias = "set_adapter")]
     pub fn set_active(&mut self, names: &[&str]) -> Result<(), Error> {
         self.adapters.set_active(names)
     }
 
-    /// Sets the weight of an adapter, by which every forward multiplies its scale, in f32. It may be zero or negative.
+    /// Sets the adapter weight, by which every forward multiplies its scale, in f32. It may be zero or negative.
     ///
     /// # Errors
     /// [`Error::UnknownAdapter`] if the layer has no adapter of this name; [`Error::Adapter`], which contains
-    /// [`Error::NotFinite`], if the weight or its product with the scale is NaN or infinite.
-    pub fn set_weight(&mut self, name: &str, weight: f32) -> Result<(), Error> {
+    /// [`Error::NotFinite`], if the adapter weight or its product with the scale is NaN or infinite.
+    #[doc(alias = "add_weighted_adapter")]
+    pub fn set_adapter_weight(&mut self, name: &str, weight: f32) -> Result<(), Error> {
         self.adapters.set_weight(name, weight)
     }
 
@@ -170,9 +175,9 @@ impl MultiAdapterLayer {
         Some(self.adapters.find(name)?.adapter.adapter())
     }
 
-    /// The weight of the adapter with this name.
+    /// The adapter weight of the adapter with this name, 1 unless [`Self::set_adapter_weight`] changed it.
     #[must_use]
-    pub fn weight(&self, name: &str) -> Option<f32> {
+    pub fn adapter_weight(&self, name: &str) -> Option<f32> {
         Some(self.adapters.find(name)?.weight)
     }
 }

@@ -68,7 +68,7 @@ impl QLoRALayer {
     }
 
     /// Converts and quantizes inputs `[batch, d_in]` for [`Self::forward_shared`] of this layer, and of every layer with
-    /// the same `d_in`, group ([`nf4_kernels::BlockSize::group`]), arithmetic and kernels.
+    /// the same `d_in`, group ([`nf4_kernels::BlockSize::activation_group`]), arithmetic and kernels.
     ///
     /// # Errors
     /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `buffers` are too small

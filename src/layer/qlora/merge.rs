@@ -24,6 +24,7 @@ impl QLoRALayer {
     /// # Panics
     /// If the result does not fit in memory ([`Self::merge_rows_into`] merges in parts), or if the adapter, or one of its
     /// tensors, was replaced by one that does not fit.
+    #[doc(alias = "merge_and_unload")]
     #[must_use]
     pub fn merge_to_f32(&self) -> Vec<f32> {
         let mut merged = vec![0.0; self.base_weight_quantized().len()];

@@ -50,6 +50,7 @@ pub use requantize::RequantizationStats;
 /// # assert!((y[0] - 128.0).abs() < 1.0, "{y:?}");
 /// # Ok::<(), nf4::Error>(())
 /// ```
+#[doc(alias = "Linear4bit")]
 #[derive(Debug, Clone)]
 pub struct QLoRALayer {
     linear: Linear,

@@ -9,7 +9,9 @@ use crate::error::{Error, check_finite};
 use crate::weight::absmax::AbsmaxBuf;
 use crate::weight::quantized::Quantized4Bit;
 
-/// How far quantization moved a merged weight: errors over the whole matrix, in f64, and 0 if it has no weights.
+/// How far quantization moved a merged weight, as measured by [`QLoRALayer::merge_requantized`].
+///
+/// The errors are over the whole matrix, in f64, and 0 if it has no weights.
 ///
 /// An adapter survives if [`Self::rms_error`] is well below [`Self::rms_change`]. If it is about as large, the adapter is
 /// lost in rounding, and the merged weight is better kept in f16 or bf16 ([`QLoRALayer::merge_rows_into`]).

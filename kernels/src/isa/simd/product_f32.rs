@@ -41,7 +41,7 @@ pub(in crate::isa) fn gemv_f32<S: StepsF32 + Widen<T>, T: Float>(
 /// Whether each span of a row lies in one block. In other rows of whole groups each half does.
 #[inline(always)]
 fn has_whole_spans(matrix: &Nf4Matrix<'_>) -> bool {
-    matrix.is_row_aligned() && matrix.block_size().group() == SPAN
+    matrix.is_row_aligned() && matrix.block_size().activation_group() == SPAN
 }
 
 /// Puts inputs into order as f32, span by span, with zeros after the last.
