@@ -47,7 +47,7 @@ CPUS = [
     ("Ice Lake", "icelake-server", "avx512-vnni", "parts in Bochs"),
     ("Alder Lake", "alderlake", "avx-vnni", "parts in Bochs"),
     ("Sapphire Rapids", "sapphirerapids", "avx512-vnni", "hardware; parts in Bochs"),
-    ("Zen 4", "znver4", "avx512-vnni", "parts in Bochs"),
+    ("Zen 4", "znver4", "avx512-vnni", "hardware; parts in Bochs"),
     ("Zen 5", "znver5", "avx512-vnni", "parts in Bochs"),
 ]
 SAID = {"one vector": "one vector", "batch": "a batch"}

@@ -100,7 +100,7 @@ pub struct Arguments {
     /// Stop this run after N steps, with a checkpoint, as if the machine were needed for something else
     #[arg(long, value_name = "N")]
     pub stop_after: Option<usize>,
-    /// Write the sequences of all steps to a file, a JSON object a line, and end
+    /// Write the sequences of all steps to a file, a JSON object per line, and end
     #[arg(long, value_name = "FILE")]
     pub write_batches: Option<PathBuf>,
 }

@@ -352,7 +352,7 @@ fn read_data(arguments: &Arguments, text: &Text, context: usize) -> Result<(Vec<
                 "{}: one document cannot be trained on and evaluated; --evaluation names another file",
                 arguments.data.display()
             );
-            // Those at the end of a text; of chats, whose order may mean something, every so many.
+            // The last ones of a text. Of chats, whose order may mean something, some at equal distances.
             let is_text = training[0].line() == training[all - 1].line();
             if is_text {
                 training.split_off(all - kept)
