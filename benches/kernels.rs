@@ -423,8 +423,7 @@ fn thresholds() {
 
 fn print_ratios(data: &Data, operations: &[Operation<'_>], medians: &[f64], rounds: usize) {
     println!("\n{}, block {}, medians of {rounds} rounds", data.shape.name, data.block_size.get());
-    let columns =
-        ["GMAC/s", "GB/s", "share of read", "x f32 GEMV", "x GEMV", "% of GEMV", "x scalar", "x 1 thread"];
+    let columns = ["GMAC/s", "GB/s", "share of read", "x f32 GEMV", "x GEMV", "% of GEMV", "x scalar", "x 1 thread"];
     println!("{:31}{}", "", columns.map(|c| format!("{c:>14}")).concat());
     for (o, time) in operations.iter().zip(medians) {
         // How many times as fast as another one.

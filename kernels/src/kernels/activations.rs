@@ -12,9 +12,8 @@ impl Kernels {
     ///
     /// `values` and `scales` must have the lengths [`Activations::values_len`] and [`Activations::scales_len`]. The result
     /// can be multiplied by matrices of every block size with the same group ([`BlockSize::activation_group`]). The scale of
-    /// a group
-    /// that contains NaN or infinity is NaN, which makes every output NaN. Inputs in f16 and bf16 give what the same numbers
-    /// in f32 give.
+    /// a group that contains NaN or infinity is NaN, which makes every output NaN. Inputs in f16 and bf16 give what the same
+    /// numbers in f32 give.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if a buffer has the wrong length.
@@ -51,7 +50,9 @@ impl Kernels {
             let vectors = inputs.chunks(cols).zip(values.chunks_mut(values_len)).zip(scales.chunks_mut(scales_len));
             for ((inputs, values), scales) in vectors {
                 // SAFETY: `self` exists, so the CPU has the instruction set of its table.
-                unsafe { (T::pick(self.table).quantize_activations)(inputs, block_size.activation_group(), values, scales) };
+                unsafe {
+                    (T::pick(self.table).quantize_activations)(inputs, block_size.activation_group(), values, scales)
+                };
             }
         }
         Activations::new(inputs, cols, block_size, values, scales, slots)

@@ -19,6 +19,7 @@ impl Kernels {
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `packed` or `absmax` has the wrong length.
+    #[doc(alias("quantize_4bit", "quantize_blockwise"))]
     pub fn quantize<T: Float>(
         &self,
         weights: &[T],
@@ -40,6 +41,7 @@ impl Kernels {
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `out` does not have `rows * cols` elements.
+    #[doc(alias = "dequantize_4bit")]
     pub fn dequantize<T: Float>(&self, matrix: &Nf4Matrix<'_>, out: &mut [T]) -> Result<(), ShapeError> {
         check_len("dequantized weights", matrix.rows() * matrix.cols(), out.len())?;
         let dequantize = T::pick(self.table).dequantize;
@@ -59,6 +61,7 @@ impl Kernels {
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `codes` or `nested_absmax` has the wrong length.
+    #[doc(alias("compress_statistics", "double_quant"))]
     pub fn quantize_absmax(
         &self,
         absmax: &[f32],

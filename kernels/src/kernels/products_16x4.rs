@@ -16,6 +16,7 @@ impl Kernels {
     /// [`ShapeError::Length`] if `activations` is not one vector of `cols` inputs or `out` does not have `rows` elements;
     /// [`ShapeError::Group`] if the activations were quantized for another group; [`ShapeError::Order`] if they were
     /// quantized by the kernels of another instruction set.
+    #[doc(alias("matmul_4bit", "gemv_4bit"))]
     pub fn gemv<T: Float>(
         &self,
         matrix: &Nf4Matrix<'_>,
@@ -64,6 +65,7 @@ impl Kernels {
     /// [`ShapeError::Length`] if the activations do not have `cols` inputs or `out` does not have `rows * batch` elements;
     /// [`ShapeError::Group`] if the activations were quantized for another group; [`ShapeError::Order`] if they were
     /// quantized by the kernels of another instruction set.
+    #[doc(alias = "matmul_4bit")]
     pub fn gemm<T: Float>(
         &self,
         matrix: &Nf4Matrix<'_>,
