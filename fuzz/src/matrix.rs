@@ -123,7 +123,7 @@ impl Matrix {
     /// The same of the 8x8 product.
     pub fn check_gemv_8x8(&self, activations: &Activations8x8<'_>, y: &[f32]) {
         let x = activations.inputs();
-        if is_tame(&self.restored(), x, self.cols) {
+        if is_tame(&self.dequantized(), x, self.cols) {
             for (r, y) in y.iter().enumerate() {
                 let row = self.row(r);
                 let truth = if self.cols.is_multiple_of(spec::GROUP_8X8) {
