@@ -80,7 +80,7 @@ impl Matrix {
         Nf4Matrix::new(&self.packed, self.scales(), self.rows, self.cols, self.block_size).expect("made to fit")
     }
 
-    /// Makes the scale of an element this value, or what it is restored from.
+    /// Makes the scale of an element this value, or the parts that it is dequantized from.
     pub fn poison(&mut self, row: usize, column: usize, value: f32) {
         let block = (row * self.cols + column) / self.block_size.get();
         let scale = if self.nested.is_some() { block / NESTED_BLOCK } else { block };
