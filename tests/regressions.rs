@@ -21,14 +21,9 @@ fn f32_products_of_rows_that_end_half_a_span_before_a_stride() {
             let absmax: Vec<f32> = (0..blocks).map(|b| 0.5 + (b % 7) as f32).collect();
             let matrix = Nf4Matrix::new(&packed, Absmax::Plain(&absmax), rows, cols, BlockSize::B32).unwrap();
             let x: Vec<f32> = (0..cols).map(|c| (c as f32 * 0.37).sin()).collect();
-            let product = |k: Kernels| {
-                let mut y = vec![3.0; rows];
-                k.gemv_f32(&matrix, &x, &mut y).unwrap();
-                y
-            };
-            let (y, expected) = (product(k), product(Kernels::scalar()));
+            let mut y = vec![3.0; rows];
+            k.gemv_f32(&matrix, &x, &mut y).unwrap();
             for (r, y) in y.iter().enumerate() {
-                assert_eq!(y.to_bits(), expected[r].to_bits(), "row {r} of {cols} columns, {}", k.isa());
                 Row::of(&matrix, &packed, r).f32(&x).check(*y, || format!("row {r} of {cols} columns, {}", k.isa()));
             }
         }

@@ -108,7 +108,7 @@ impl InputsBuf {
         (self.floats.capacity() + self.scales.capacity()) * size_of::<f32>() + self.values.capacity() * size_of::<i16>()
     }
 
-    /// Quantizes inputs `[batch, d_in]` for an arithmetic, and converts them to f32 if `floats` asks for it.
+    /// Quantizes inputs `[batch, d_in]` for an arithmetic, and converts them to f32 too if `floats` is set.
     pub(crate) fn prepare<'a, X: Float>(
         &'a mut self,
         x: &'a [X],

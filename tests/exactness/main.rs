@@ -405,7 +405,9 @@ fn transposed_products_are_the_same_bits_everywhere_and_within_their_bound() {
                 };
                 let y = run(k, &matrix, &x);
                 let what = format!("{rows} x {cols}, {block_size:?}, {kind}, {}", k.isa());
-                assert_eq!(bits(&y), bits(&run(Kernels::scalar(), &matrix, &x)), "{what}");
+                if k != Kernels::scalar() {
+                    assert_eq!(bits(&y), bits(&run(Kernels::scalar(), &matrix, &x)), "{what}");
+                }
                 // The sum of the chunks, each a view of its own.
                 let chunk = |start: usize| {
                     let end = rows.min(start + spec::ROW_CHUNK);

@@ -51,7 +51,7 @@ fn check_outputs(
     let tolerance = f32_tolerance(layer.cols) * largest(expected);
     let [plain, quantized] = [Arithmetic::F32, Arithmetic::SixteenByFour].map(|a| outputs(c.kernels, a));
     c.within(name, "f32 layer", &to_f64(&plain), expected, |_| tolerance);
-    c.identical(&format!("{name}, f32 layer, against scalar"), &plain, &outputs(Kernels::scalar(), Arithmetic::F32));
+    c.same_as_scalar(&format!("{name}, f32 layer"), &plain, |k| outputs(k, Arithmetic::F32));
     let bounds: Vec<f64> = if layer.matrix().is_row_aligned() {
         x.chunks(layer.cols).flat_map(|x| sixteen_by_four_bounds(layer, x)).collect()
     } else {
@@ -59,8 +59,7 @@ fn check_outputs(
     };
     let allowed = |i: usize| bounds[i] * gains[i % layer.rows] + tolerance;
     c.within(name, "16x4 layer", &to_f64(&quantized), expected, allowed);
-    let scalar = outputs(Kernels::scalar(), Arithmetic::SixteenByFour);
-    c.identical(&format!("{name}, 16x4 layer, against scalar"), &quantized, &scalar);
+    c.same_as_scalar(&format!("{name}, 16x4 layer"), &quantized, |k| outputs(k, Arithmetic::SixteenByFour));
 }
 
 /// An adapter as PEFT saved it.
@@ -113,13 +112,12 @@ pub(crate) fn with_adapter(
     let of_scalar = gradients(Kernels::scalar());
     for ((suffix, got), (_, scalar)) in gradients(c.kernels).into_iter().zip(of_scalar) {
         close(c, &part(suffix), "gradient", &got, &io.values(&part(suffix)), GRADIENT_TOLERANCE);
-        c.identical(&format!("{}, against scalar", part(suffix)), &got, &scalar);
+        c.same_as_scalar(&part(suffix), &got, |_| scalar);
     }
 
     let got = make(c.kernels, Arithmetic::F32).merge_to_f32();
     close(c, &part("merged_f32"), "merged weight", &got, &to_f64(&merged), MERGED_TOLERANCE);
-    let scalar = make(Kernels::scalar(), Arithmetic::F32).merge_to_f32();
-    c.identical(&part("merged_f32, against scalar"), &got, &scalar);
+    c.same_as_scalar(&part("merged_f32"), &got, |k| make(k, Arithmetic::F32).merge_to_f32());
 }
 
 /// What `DoRA` multiplies the base product of each row by; 1 without it.

@@ -27,6 +27,13 @@ impl Checker {
         self.compare(tensor, got, expected, |g, e| g.bits() == e.bits() || (g.is_nan() && e.is_nan()));
     }
 
+    /// Equal bits to those that the portable kernels give, unless those are the ones that run.
+    pub(crate) fn same_as_scalar<T: Element>(&mut self, tensor: &str, got: &[T], run: impl FnOnce(Kernels) -> Vec<T>) {
+        if self.kernels != Kernels::scalar() {
+            self.identical(&format!("{tensor}, against scalar"), got, &run(Kernels::scalar()));
+        }
+    }
+
     /// Equal bits, those of NaNs too: what two ISAs must give.
     pub(crate) fn identical<T: Element>(&mut self, tensor: &str, got: &[T], expected: &[T]) {
         self.compare(tensor, got, expected, |g, e| g.bits() == e.bits());

@@ -178,7 +178,7 @@ impl<T: Copy> Patterns<T> {
         Ok(Self { entries, size })
     }
 
-    /// What it takes to look for so many modules, whose names have so many letters together, in units of [`WORK_LIMIT`].
+    /// The cost of looking for `modules` modules whose names have `letters` letters together, in units of [`WORK_LIMIT`].
     pub(super) fn work(&self, modules: usize, letters: usize) -> usize {
         let names = self.entries.len().saturating_mul(modules).saturating_mul(NAME_WORK);
         self.size.saturating_mul(letters).saturating_add(names)

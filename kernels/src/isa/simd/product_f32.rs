@@ -115,7 +115,7 @@ fn gemv_panel<S: StepsF32, const GROUPS: usize, const SCALES: usize>(
     }
 }
 
-/// Adds spans to the lanes, and asks for the bytes that are so far ahead.
+/// Adds spans to the lanes, and prefetches the bytes that are `ahead` bytes further.
 #[inline(always)]
 fn add_spans<S: StepsF32, const GROUPS: usize>(
     steps: &Steps<S>,

@@ -62,7 +62,7 @@ impl<S: Decode<f32>> Rows<S> for Nf4Matrix<'_> {
     }
 }
 
-/// A row-major dense matrix of so many columns.
+/// A row-major dense matrix with this number of columns.
 struct Dense<'a> {
     weights: &'a [f32],
     cols: usize,
