@@ -9,11 +9,11 @@
 //! | `quantize` | `simd/quantize.rs` | `conversions.rs`: `widen`, `encode` |
 //! | `dequantize` | `simd/dequantize.rs` | `conversions.rs`: `book`, `decode` |
 //! | `quantize_activations`, `quantize_activations_8x8` | `simd/activations.rs` | `conversions.rs`: `widen`, `arrange_i16`; `steps_8x8.rs`: `narrow` |
-//! | `gemv`, `gemm` (16x4) | `simd/product_16x4.rs` | `steps_16x4.rs`: `add_span` |
+//! | `gemv`, `gemm` (16x4) | `simd/product_16x4.rs`, `batch_16x4.rs`, `panel_16x4.rs` | `steps_16x4.rs` |
 //! | `gemv_8x8`, `gemm_8x8` | `simd/product_8x8.rs`, `batch_8x8.rs` | `steps_8x8.rs`: `add_quads`, `decode_rows`, `add_panel` |
 //! | `gemv_f32`, `gemm_f32`, `gemv_transposed_f32` | `simd/product_f32.rs` | `steps_f32.rs`; `conversions.rs`: `widen` |
-//! | `gemm_transposed_f32`, `gemm_transposed_dense_add` | `simd/product_transposed.rs` | `steps.rs`: `add`, `mul`, `decode` |
-//! | `gemv_dense` | `simd/product_dense.rs` | `conversions.rs`: `widen`; `add`, `mul` |
+//! | `gemm_transposed_f32`, `gemm_transposed_dense_add` | `simd/product_transposed.rs` | `conversions.rs`: `decode`, `add`, `mul`; in `avx512/` `columns.rs` |
+//! | `gemv_dense`, `gemm_dense` | `simd/product_dense.rs` | `conversions.rs`: `widen` |
 //! | `mean`, `quantize_absmax` | `double_quant.rs`, one for all | |
 //!
 //! `avx512/` multiplies 16x4 by loops of its own, which put rows into the lanes of a register, has wider steps for 8x8 and
