@@ -74,7 +74,7 @@ flash_and_ram() {
 sizes() {
     nm -C -S -t d "$1" | awk -v target="$2" -v profile="$3" -v image="$(flash_and_ram "$1")" '
         { size = $2 + 0; type = $3; name = $4 }
-        name ~ /^nf4_kernels::|^<nf4_kernels::/ && type ~ /^[tT]$/ { code += size }
+        name ~ /^nf4_kernels::|^<nf4_kernels::|^gemv::product$/ && type ~ /^[tT]$/ { code += size }
         name ~ /^nf4_kernels::/ && type ~ /^[rR]$/ { tables += size }
         name ~ /^gemv::(PACKED|ABSMAX)$/ { matrix += size }
         name ~ /^gemv::.*::(X|Y)$/ { vectors += size }

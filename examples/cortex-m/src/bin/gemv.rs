@@ -32,6 +32,8 @@ fn main() -> ! {
     }
 }
 
+/// A function of its own, so that its size can be read: the kernels are compiled for the shapes, and may be inlined here.
+#[inline(never)]
 fn product(x: &[f32], values: &mut [i16], scales: &mut [f32], y: &mut [f32]) -> Result<(), ShapeError> {
     let kernels = Kernels::detect();
     let weight = Nf4Matrix::new(black_box(&PACKED), Absmax::Plain(black_box(&ABSMAX)), ROWS, COLS, BLOCK)?;
