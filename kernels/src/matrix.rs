@@ -158,6 +158,11 @@ impl<'a> Nf4Matrix<'a> {
     #[inline(always)]
     pub(crate) fn group_absmax_rest(&self, first_block: usize, first_group: usize, out: &mut [f32]) {
         let shift = self.groups_per_block_log2();
+        if let (Absmax::Plain(absmax), 0) = (self.absmax, shift) {
+            let first = first_block + first_group;
+            let absmax = get_range(absmax, first..first + out.len());
+            return out.iter_mut().zip(absmax).for_each(|(o, absmax)| *o = *absmax);
+        }
         for (group, o) in (first_group..).zip(out) {
             *o = self.absmax.get_inside(first_block + (group >> shift));
         }

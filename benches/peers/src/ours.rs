@@ -58,11 +58,13 @@ fn version() -> String {
     format!("{} ({})", locked_version("nf4"), commit.as_deref().map_or("commit unknown", str::trim))
 }
 
-/// The 16x4 product, with plain and nested absmax, and the f32 product.
+/// The 16x4 and the 8x8 product, with plain and nested absmax, and the f32 product.
 pub fn entries(problem: &Problem) -> Vec<Result<Entry>> {
     let arithmetics = [
         ("nf4 16x4", Arithmetic::SixteenByFour, false),
         ("nf4 16x4, nested absmax", Arithmetic::SixteenByFour, true),
+        ("nf4 8x8", Arithmetic::EightByEight, false),
+        ("nf4 8x8, nested absmax", Arithmetic::EightByEight, true),
         ("nf4 f32", Arithmetic::F32, false),
     ];
     let entry = |(name, arithmetic, nested)| {

@@ -18,7 +18,6 @@ use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
 impl<const VNNI: bool> Steps16x4 for Avx2<VNNI> {
-    const ROWS: usize = 4;
     const VECTORS: usize = 8;
 
     type Span = [__m256i; 4];

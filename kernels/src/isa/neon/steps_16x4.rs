@@ -18,7 +18,6 @@ use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
 impl Steps16x4 for Neon {
-    const ROWS: usize = 2;
     // With eight vectors the compiler makes a loop over them, whose lanes are then in memory.
     const VECTORS: usize = 4;
 

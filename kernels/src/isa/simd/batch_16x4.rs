@@ -84,7 +84,7 @@ pub(in crate::isa) fn few_vectors<S: Steps16x4, const GROUPS: usize, const N: us
     let mut panel = Panel { values: [[0; SPAN]; SPANS], scales: [[0.0; GROUPS]; SPANS] };
     let mut lanes = [[0.0; 8]; ROWS];
     let (lanes, _) = lanes.as_chunks_mut::<N>();
-    let mut absmax = [[0.0; GROUPS]; SPANS];
+    let (mut absmax, mut factors) = ([[0.0; GROUPS]; SPANS], [[0.0; GROUPS]; SPANS]);
     let width = SPANS / N * SPAN;
     let piece = |row, column| {
         let (packed, first_block) = matrix.aligned_row(row);
@@ -109,7 +109,7 @@ pub(in crate::isa) fn few_vectors<S: Steps16x4, const GROUPS: usize, const N: us
                 matrix.group_absmax_rest(first_block, first_group, absmax_of_groups);
                 // What an earlier tile left there may be infinite, and infinity times a scale of 0 is NaN.
                 missing.iter_mut().take(GROUPS - 1).for_each(|absmax| *absmax = 0.0);
-                add_tile(steps, lanes, packed, &panel, &absmax);
+                add_tile(steps, lanes, packed, &panel, &absmax, &mut factors);
             }
         }
         for (out, lanes) in out.chunks_mut(activations.batch()).zip(lanes) {
@@ -140,7 +140,7 @@ fn fill_panel<const GROUPS: usize, const N: usize>(
     }
 }
 
-/// Adds the products of the columns of a row in a tile and `N` vectors to their lanes.
+/// Adds the products of the columns of a row in a tile and `N` vectors to their lanes. Overwrites `factors`.
 #[inline(always)]
 fn add_tile<S: Steps16x4, const GROUPS: usize, const N: usize>(
     steps: &Steps<S>,
@@ -148,8 +148,8 @@ fn add_tile<S: Steps16x4, const GROUPS: usize, const N: usize>(
     packed: &[u8],
     panel: &Panel<GROUPS>,
     absmax: &[[f32; GROUPS]; SPANS],
+    factors: &mut [[f32; GROUPS]; SPANS],
 ) {
-    let mut factors = [[0.0; GROUPS]; SPANS];
     let (packed, half) = packed.as_chunks();
     let spans = packed.len() + usize::from(!half.is_empty());
     let scales = panel.scales.as_chunks::<N>().0[..spans].iter();

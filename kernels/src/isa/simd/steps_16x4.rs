@@ -13,8 +13,6 @@ use crate::spec::SPAN;
 /// # Safety
 /// Every method needs a CPU with the instruction set.
 pub(in crate::isa) trait Steps16x4: Lanes + Sized {
-    /// Rows of a GEMV that share the loads of the activations: four, or two where there are no registers for more.
-    const ROWS: usize;
     /// Vectors of a batch that share the weights of a decoded span: eight, or four where there are no registers for
     /// more.
     const VECTORS: usize;

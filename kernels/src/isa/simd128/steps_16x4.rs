@@ -18,7 +18,6 @@ use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
 impl Steps16x4 for Simd128 {
-    const ROWS: usize = 2;
     // The lanes of eight vectors are in memory on an engine with 16 registers; four were slower all the same.
     const VECTORS: usize = 8;
 
