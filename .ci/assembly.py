@@ -151,8 +151,9 @@ def choose(loops):
         own = [loop for loop in loops if loop.isa == isa and loop.products and not loop.bytes]
         decoding = [loop for loop in own if loop.look_ups]
         # One vector multiplies least for each look-up; a batch has most products. The simpler of equals has one
-        # group in a span.
-        one = min(decoding, key=lambda l: (l.products / l.look_ups, len(l.body)))
+        # group in a span. Batches have loops for one vector that is left over, which are not those of the GEMV.
+        gemv = [loop for loop in decoding if "gemv" in loop.function] or decoding
+        one = min(gemv, key=lambda l: (l.products / l.look_ups, -l.products, len(l.body)))
         batch = min(own, key=lambda l: (-l.products, len(l.body)))
         chosen[isa] = {"one vector": one, "batch": batch}
     return chosen
