@@ -27,7 +27,7 @@ pub struct NestedAbsmax<'a> {
 
 impl<'a> NestedAbsmax<'a> {
     /// A view of double-quantized absmax: `codes` has one byte per block, `absmax` one f32 per [`NESTED_BLOCK`] codes, and
-    /// `quant_map` is that of the file ([`crate::DYNAMIC_MAP`] in files that this library writes).
+    /// `quant_map` is that of the file ([`DYNAMIC_MAP`](crate::DYNAMIC_MAP) in files that this library writes).
     ///
     /// Values may be NaN or infinite; results are then what IEEE 754 says.
     ///

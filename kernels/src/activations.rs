@@ -17,7 +17,7 @@ const _: () = assert!(8 * 32767 * (ACTIVATION_MAX as i64) <= i32::MAX as i64, "a
 /// The inputs of the 16x4 product: a batch of vectors, often just one, quantized to `i16` with one f32 scale per group of 64
 /// columns (32 for block size 32).
 ///
-/// [`crate::Kernels::quantize_activations`] and [`crate::Kernels::quantize_activations_batch`] make it in buffers that the
+/// [`Kernels::quantize_activations`](crate::Kernels::quantize_activations) and [`Kernels::quantize_activations_batch`](crate::Kernels::quantize_activations_batch) make it in buffers that the
 /// caller provides; see [`crate::spec`] for the arithmetic. The values are in the order in which the instruction set of
 /// these kernels decodes weights, so only the same kernels can multiply by them. The inputs, of type `T`, are kept too,
 /// because matrices whose blocks straddle rows are multiplied in f32.
@@ -134,7 +134,7 @@ impl<'a, T: Float> Activations<'a, T> {
 /// The inputs of the 8x8 product: a batch of vectors, often just one, quantized to `i8` with one f32 scale per group of 32
 /// columns, for matrices of any block size.
 ///
-/// [`crate::Kernels::quantize_activations_8x8`] and [`crate::Kernels::quantize_activations_8x8_batch`] make it in buffers
+/// [`Kernels::quantize_activations_8x8`](crate::Kernels::quantize_activations_8x8) and [`Kernels::quantize_activations_8x8_batch`](crate::Kernels::quantize_activations_8x8_batch) make it in buffers
 /// that the caller provides; see [`crate::spec`] for the arithmetic. The values are in the order in which the instruction
 /// set of these kernels decodes weights, so only the same kernels can multiply by them.
 ///

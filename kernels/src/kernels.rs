@@ -18,7 +18,7 @@ use crate::matrix::Nf4Matrix;
 /// The operations, implemented for one instruction set: to quantize, to dequantize, and to multiply by packed weights.
 ///
 /// A value proves that this CPU has the instruction set. Results have the same bits on every instruction set; see
-/// [`crate::spec`] for the products and for what NaN and infinity do. Operations work in buffers that the caller provides.
+/// [`spec`](crate::spec) for the products and for what NaN and infinity do. Operations work in buffers that the caller provides.
 /// A value is one pointer, so copies are cheap.
 ///
 /// ```

@@ -24,7 +24,7 @@ use crate::error::{Error, check_batch, check_len};
 use crate::tensor::Tensor;
 use crate::weight::base::Base;
 
-/// Working memory for [`crate::QLoRALayer::backward_into`]; any number of steps and layers can use it in turn.
+/// Working memory for [`QLoRALayer::backward_into`](crate::QLoRALayer::backward_into); any number of steps and layers can use it in turn.
 ///
 /// A batch of `n` vectors on a layer `[d_out, d_in]` of rank `r` needs `3 * n * r + max(d_out * max(r, min(n, 64) + 1),
 /// d_in)` f32. A backward reads nothing that an earlier one left behind.
@@ -34,7 +34,7 @@ pub struct BackwardScratch {
 }
 
 impl BackwardScratch {
-    /// An empty scratch, to be grown by [`Self::reserve`]. [`crate::QLoRALayer::backward_scratch`] makes one for a layer.
+    /// An empty scratch, to be grown by [`Self::reserve`]. [`QLoRALayer::backward_scratch`](crate::QLoRALayer::backward_scratch) makes one for a layer.
     #[must_use]
     pub const fn new() -> Self {
         Self { values: Vec::new() }
@@ -98,7 +98,7 @@ impl Joined {
         Ok(batch)
     }
 
-    /// [`crate::QLoRALayer::try_backward`], on any base.
+    /// [`QLoRALayer::try_backward`](crate::QLoRALayer::try_backward), on any base.
     pub(crate) fn try_backward(&mut self, base: &Base<'_>, x: &[f32], dy: &[f32]) -> Result<Tensor, Error> {
         let batch = self.check_gradients(base, x, dy)?;
         let (mut scratch, mut dx) = (BackwardScratch::new(), Tensor::try_zeros(1, x.len())?);
@@ -107,7 +107,7 @@ impl Joined {
         Ok(dx)
     }
 
-    /// [`crate::QLoRALayer::backward_into`], on any base.
+    /// [`QLoRALayer::backward_into`](crate::QLoRALayer::backward_into), on any base.
     pub(crate) fn backward(
         &mut self,
         base: &Base<'_>,

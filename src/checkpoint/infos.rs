@@ -18,7 +18,7 @@ const LONGEST_OFFSET: usize = 24;
 
 impl QuantState {
     /// Names, types and shapes of the tensors that a packed tensor of this name and state consists of in a file, as
-    /// [`super::Linear4bit::tensors`] has them; `data_offsets` are 0 and the number of bytes.
+    /// [`Linear4bit::tensors`](super::Linear4bit::tensors) has them; `data_offsets` are 0 and the number of bytes.
     ///
     /// The first is the packed one, the last the JSON. Only the length of that depends on the weights, through the offset
     /// of double-quantized scales (whose value does not matter here): the length is the largest one.

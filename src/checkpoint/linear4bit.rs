@@ -56,7 +56,7 @@ impl Linear4bit {
         layer.with_bias(values, float).map_err(|error| CheckpointError::Layer { layer: bias, error })
     }
 
-    /// Reads the packed tensor with this name, which need not end in `.weight` ([`super::packed_tensors`] lists them), without
+    /// Reads the packed tensor with this name, which need not end in `.weight` ([`packed_tensors`](super::packed_tensors) lists them), without
     /// a bias.
     ///
     /// # Errors
@@ -126,7 +126,7 @@ impl Linear4bit {
 
     /// The tensors of the layer, with the names and bytes that `bitsandbytes` would write. The packed codes are borrowed.
     ///
-    /// The quant map of double quantization is that of the layer: [`nf4_kernels::DYNAMIC_MAP`], unless the layer came from a
+    /// The quant map of double quantization is that of the layer: [`DYNAMIC_MAP`](nf4_kernels::DYNAMIC_MAP), unless the layer came from a
     /// file with another one.
     #[must_use]
     pub fn tensors(&self, prefix: &str) -> TensorMap<'_> {

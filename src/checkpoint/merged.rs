@@ -18,7 +18,7 @@ use super::source::TensorSource;
 /// A model whose 4-bit weights are dequantized and into which an adapter, if there is one, is merged.
 ///
 /// It is a [`TensorSource`]: types and shapes are known at once, and each tensor is computed when it is read.
-/// [`super::write_safetensors`] and [`super::write_gguf`] write it to a file; [`Self::open`] computes a tensor in parts.
+/// [`write_safetensors`](super::write_safetensors) and [`write_gguf`](super::write_gguf) write it to a file; [`Self::open`] computes a tensor in parts.
 ///
 /// A weight is `dequantize(base) + scale * B A`, with `DoRA` each row times its magnitude over its norm, rounded once
 /// to f32 and once more to f16 or bf16. Names, shapes and values are those of PEFT's model with the adapter: a tied output
@@ -32,7 +32,8 @@ use super::source::TensorSource;
 ///
 /// ```
 /// use std::io::Write;
-/// use nf4::checkpoint::{CheckpointError, FloatType, MergeOptions, MergedModel, PeftAdapter, write_safetensors};
+/// use nf4::checkpoint::{CheckpointError, FloatType, MergeOptions, MergedModel};
+/// use nf4::checkpoint::{PeftAdapter, write_safetensors};
 /// # use nf4::checkpoint::{Linear4bit, TensorFile};
 /// # use nf4::{BlockSize, LoRAAdapter, LoRAScaling, Quantized4Bit};
 /// # let weight = Quantized4Bit::quantize(&[0.5_f32; 32 * 64], 32, 64, BlockSize::B64, true)?;
@@ -40,11 +41,12 @@ use super::source::TensorSource;
 /// # let (model, mut file) = (layer.tensors("mlp.up_proj"), Vec::new());
 /// # let adapter = LoRAAdapter::new(32, 64, 4, 8.0, LoRAScaling::Standard, 0)?;
 /// # let adapter = PeftAdapter::new([("mlp.up_proj".to_owned(), adapter)])?;
-/// // `model` is any `TensorSource`, `adapter` a `PeftAdapter`, `file` a `std::fs::File`.
+/// // `model`: any `TensorSource`; `adapter`: a `PeftAdapter`; `file`: a `std::fs::File`
 /// let options = MergeOptions::new().with_dtype(FloatType::BF16);
 /// let merged = MergedModel::new(&model, Some(&adapter), &options)?;
 /// write_safetensors(&merged, &mut |bytes| {
-///     file.write_all(bytes).map_err(|error| CheckpointError::Write { reason: error.to_string() })
+///     let failed = |error: std::io::Error| CheckpointError::Write { reason: error.to_string() };
+///     file.write_all(bytes).map_err(failed)
 /// })?;
 /// assert_eq!(merged.merged(), ["mlp.up_proj"]);
 /// # assert_eq!(TensorFile::parse(&file)?.header().iter().count(), 1);
@@ -77,7 +79,7 @@ impl<'a> MergedModel<'a> {
     /// * [`CheckpointError::Missing`] for a base bias that a `lora_bias` needs, as in PEFT;
     /// * [`CheckpointError::Type`] for one that is not made of floats;
     /// * [`CheckpointError::Unexpected`] for what can mean more than one thing;
-    /// * what [`super::QuantState::load`] returns for a 4-bit tensor.
+    /// * what [`QuantState::load`](super::QuantState::load) returns for a 4-bit tensor.
     pub fn new(
         source: &'a dyn TensorSource,
         adapter: Option<&'a PeftAdapter>,

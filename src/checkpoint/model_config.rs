@@ -42,7 +42,7 @@ pub enum Quantization {
     Other {
         /// The name of the quantization method.
         method: String,
-        /// Modules that are not packed, as [`super::SkippedModules`] compares them.
+        /// Modules that are not packed, as [`SkippedModules`](super::SkippedModules) compares them.
         skipped: Vec<String>,
     },
 }

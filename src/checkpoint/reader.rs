@@ -21,7 +21,7 @@ use crate::Quantized4Bit;
 /// Rows whose values are held at a time where all of a tensor has to be gone through.
 const ROWS: usize = 64;
 
-/// A tensor of a [`super::MergedModel`] that is computed in parts, so that it is never in memory as a whole.
+/// A tensor of a [`MergedModel`](super::MergedModel) that is computed in parts, so that it is never in memory as a whole.
 ///
 /// It has [`Self::units`] units of [`Self::unit_bytes`] bytes, which can be read in any order and by any number of threads.
 pub struct TensorReader<'a> {
@@ -135,7 +135,7 @@ impl<'a> TensorReader<'a> {
     ///
     /// # Errors
     /// What the source returns; [`CheckpointError::Bytes`] if there are no such units; [`CheckpointError::TooLarge`] for a
-    /// finite value that is infinite in the type of the tensor, unless [`super::MergeOptions::with_overflow`] allows it;
+    /// finite value that is infinite in the type of the tensor, unless [`MergeOptions::with_overflow`](super::MergeOptions::with_overflow) allows it;
     /// [`CheckpointError::Memory`].
     pub fn read(&self, units: Range<usize>, out: &mut Vec<u8>) -> Result<(), CheckpointError> {
         if units.start > units.end || units.end > self.units() {

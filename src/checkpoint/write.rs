@@ -54,7 +54,7 @@ impl Layout {
     ///
     /// # Errors
     /// [`CheckpointError::Unexpected`] for a name that stands twice, for one that the format reserves, for one that
-    /// [`super::Header::parse`] refuses, and for a type of less than a byte; [`CheckpointError::Overflow`] for tensors too
+    /// [`Header::parse`](super::Header::parse) refuses, and for a type of less than a byte; [`CheckpointError::Overflow`] for tensors too
     /// large for the address space; [`CheckpointError::HeaderTooLong`] above the limit of the format.
     pub fn new(mut entries: Vec<Entry>, metadata: BTreeMap<String, String>) -> Result<Self, CheckpointError> {
         entries.sort_by(|a, b| {

@@ -44,7 +44,7 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// An empty scratch, to be grown by [`Self::reserve`]. [`crate::QLoRALayer::scratch`] makes one for a layer.
+    /// An empty scratch, to be grown by [`Self::reserve`]. [`QLoRALayer::scratch`](crate::QLoRALayer::scratch) makes one for a layer.
     #[must_use]
     pub const fn new() -> Self {
         Self { inputs: InputsBuf::new(), work: Work { low_rank: Vec::new(), product: Vec::new() } }

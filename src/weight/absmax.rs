@@ -8,7 +8,7 @@ use crate::buffer::zeros;
 use crate::error::Error;
 use crate::weight::store::Store;
 
-/// The scales of a quantized weight, one per block, plain or double-quantized: part of a [`crate::Quantized4Bit`].
+/// The scales of a quantized weight, one per block, plain or double-quantized: part of a [`Quantized4Bit`](crate::Quantized4Bit).
 ///
 /// The bytes are owned, static or shared ([`Store`]). [`Self::view`] borrows them as an [`Absmax`].
 #[derive(Debug, Clone)]
@@ -53,7 +53,7 @@ impl AbsmaxBuf {
 
     /// Double-quantizes plain scales, bit for bit as `bitsandbytes` does on a CPU.
     ///
-    /// A NaN or infinity makes every scale NaN; [`crate::Quantized4Bit`] accepts neither.
+    /// A NaN or infinity makes every scale NaN; [`Quantized4Bit`](crate::Quantized4Bit) accepts neither.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].

@@ -16,14 +16,14 @@ use crate::error::Error;
 pub enum Arithmetic {
     /// The 16x4 product: a 16-bit codebook times 14-bit activations with one f32 scale per 64. It is about as precise as
     /// f16 activations, and faster than f32. Weights whose blocks straddle rows are multiplied in f32 nevertheless. See
-    /// [`nf4_kernels::spec`].
+    /// [`spec`](nf4_kernels::spec).
     #[default]
     SixteenByFour,
     /// The 8x8 product: an 8-bit codebook times 8-bit activations with one f32 scale per 32. It is about as precise as the
     /// 8-bit activations of other libraries, and faster than 16x4, especially on CPUs with dot products of 8-bit integers.
-    /// If the number of inputs is not a multiple of 32, the product is computed in f32. See [`nf4_kernels::spec`].
+    /// If the number of inputs is not a multiple of 32, the product is computed in f32. See [`spec`](nf4_kernels::spec).
     EightByEight,
-    /// The f32 product: f32 codebook and f32 activations. See [`nf4_kernels::spec`].
+    /// The f32 product: f32 codebook and f32 activations. See [`spec`](nf4_kernels::spec).
     F32,
 }
 

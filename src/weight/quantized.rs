@@ -13,10 +13,10 @@ use crate::weight::absmax::AbsmaxBuf;
 use crate::weight::store::Store;
 
 /// A matrix of NF4 weights `[rows, cols]`: packed codes and the scales of their blocks. It is the base weight of a
-/// [`crate::QLoRALayer`].
+/// [`QLoRALayer`](crate::QLoRALayer).
 ///
 /// The bytes are owned, static or shared ([`Store`]). Every scale is finite, and so is every weight. [`Self::view`]
-/// borrows the matrix for [`nf4_kernels::Kernels`].
+/// borrows the matrix for [`Kernels`](nf4_kernels::Kernels).
 ///
 /// ```
 /// use nf4::{BlockSize, Quantized4Bit};
@@ -105,7 +105,7 @@ impl Quantized4Bit {
 
 /// Weights.
 impl Quantized4Bit {
-    /// A borrowed view of the matrix, for [`nf4_kernels::Kernels`].
+    /// A borrowed view of the matrix, for [`Kernels`](nf4_kernels::Kernels).
     ///
     /// # Panics
     /// If the owner of shared bytes no longer returns the bytes that it did.

@@ -54,7 +54,7 @@ impl Kernels {
     /// returns the offset, which is their mean.
     ///
     /// `codes` receives one byte per value, `nested_absmax` one f32 per [`NESTED_BLOCK`] codes; the quant map is
-    /// [`crate::DYNAMIC_MAP`]. The mean is summed in the order of `PyTorch` on one thread.
+    /// [`DYNAMIC_MAP`](crate::DYNAMIC_MAP). The mean is summed in the order of `PyTorch` on one thread.
     ///
     /// NaN or infinity makes the offset NaN or infinite; then every code is 0 and every nested absmax is NaN. The mean of no
     /// values is NaN.

@@ -8,7 +8,7 @@ use crate::matrix::Nf4Matrix;
 
 /// The 16x4 products, the precise ones.
 impl Kernels {
-    /// Computes the 16x4 product `out = W x`, which [`crate::spec`] defines to the bit, with an error bound.
+    /// Computes the 16x4 product `out = W x`, which [`spec`](crate::spec) defines to the bit, with an error bound.
     ///
     /// Matrices whose blocks straddle rows ([`Nf4Matrix::is_row_aligned`]) are multiplied like in [`Self::gemv_f32`].
     ///

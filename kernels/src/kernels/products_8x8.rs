@@ -30,7 +30,7 @@ use crate::matrix::Nf4Matrix;
 /// # Ok::<(), nf4_kernels::ShapeError>(())
 /// ```
 impl Kernels {
-    /// Computes the 8x8 product `out = W x`, which [`crate::spec`] defines to the bit, with an error bound.
+    /// Computes the 8x8 product `out = W x`, which [`spec`](crate::spec) defines to the bit, with an error bound.
     ///
     /// Matrices whose number of columns is not a multiple of 32 are multiplied like in [`Self::gemv_f32`]. All others are
     /// multiplied at full speed, even if blocks straddle rows.

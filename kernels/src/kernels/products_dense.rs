@@ -6,7 +6,7 @@ use crate::float::Float;
 
 /// The products of dense matrices, such as adapters.
 impl Kernels {
-    /// Computes `out = A x` with a dense matrix `[out.len(), x.len()]`, row-major, of any element type; [`crate::spec`]
+    /// Computes `out = A x` with a dense matrix `[out.len(), x.len()]`, row-major, of any element type; [`spec`](crate::spec)
     /// defines it. The elements are converted to f32 as they are read.
     ///
     /// # Errors
@@ -54,7 +54,7 @@ impl Kernels {
     }
 
     /// Computes `out += A^T x` with a dense f32 matrix `[rows, cols]`, row-major, and a batch of vectors, `x`
-    /// `[batch, rows]`; `out` is `[batch, cols]`. Gradients of adapters consist of such products; [`crate::spec`] defines
+    /// `[batch, rows]`; `out` is `[batch, cols]`. Gradients of adapters consist of such products; [`spec`](crate::spec) defines
     /// them.
     ///
     /// `rows` is the length of `x` divided by `batch`, and `cols` is the length of `out` divided by `batch`.

@@ -7,7 +7,7 @@ use crate::matrix::Nf4Matrix;
 
 /// The f32 products, with a matrix and with its transpose.
 impl Kernels {
-    /// Computes the f32 product `out = W x`, which [`crate::spec`] defines. It does not depend on how the rows are split.
+    /// Computes the f32 product `out = W x`, which [`spec`](crate::spec) defines. It does not depend on how the rows are split.
     /// Inputs in f16 and bf16 are converted to f32 as they are read, which is exact.
     ///
     /// # Errors
@@ -40,10 +40,10 @@ impl Kernels {
         Ok(())
     }
 
-    /// Computes the f32 product with the transposed matrix, `out = W^T x`, for gradients; [`crate::spec`] defines it.
+    /// Computes the f32 product with the transposed matrix, `out = W^T x`, for gradients; [`spec`](crate::spec) defines it.
     /// `inputs` has one element per row of the matrix, `out` one per column.
     ///
-    /// Rows are summed in chunks of [`crate::spec::ROW_CHUNK`]. So if a matrix is split at multiples of it, the results of
+    /// Rows are summed in chunks of [`spec::ROW_CHUNK`](crate::spec::ROW_CHUNK). So if a matrix is split at multiples of it, the results of
     /// the parts, summed in order, have the same bits.
     ///
     /// # Errors

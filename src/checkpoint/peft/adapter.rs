@@ -109,7 +109,7 @@ impl AdaptedTokens {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// [`Self::layer`] joins the adapter of a module with a 4-bit base, and [`super::super::MergedModel`] merges all of it.
+/// [`Self::layer`] joins the adapter of a module with a 4-bit base, and [`MergedModel`](super::super::MergedModel) merges all of it.
 #[doc(alias = "PeftModel")]
 #[derive(Debug, Clone)]
 pub struct PeftAdapter {

@@ -1,5 +1,5 @@
 //! What a merged model consists of: for every tensor where its values come from, what is added to them, its shape and
-//! its type. All of it is known before a weight is read, and both [`super::MergedModel`] and the tool only do what it says.
+//! its type. All of it is known before a weight is read, and both [`MergedModel`](super::MergedModel) and the tool only do what it says.
 
 mod adapt;
 mod embeddings;
@@ -89,7 +89,7 @@ pub(super) struct Planned {
     pub(super) changes: Vec<Change>,
 }
 
-/// Options of a [`super::MergedModel`]: the type of its floats, the `config.json` of its base, and whether values may overflow.
+/// Options of a [`MergedModel`](super::MergedModel): the type of its floats, the `config.json` of its base, and whether values may overflow.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MergeOptions<'a> {
     dtype: Option<FloatType>,

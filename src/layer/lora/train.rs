@@ -8,7 +8,7 @@ use crate::tensor::Tensor;
 impl LoRALayer {
     /// Adds the gradients of `A`, `B` and, with `DoRA`, the magnitude to those of the tensors ([`Tensor::grad`]), and
     /// returns the gradient of the input, `[batch, d_in]`. `x` is one vector or a batch `[batch, d_in]`, and `dy` is
-    /// `[batch, d_out]`. [`crate::QLoRALayer`] has the formulas.
+    /// `[batch, d_out]`. [`QLoRALayer`](crate::QLoRALayer) has the formulas.
     ///
     /// # Panics
     /// Where [`Self::try_backward`] returns an error.

@@ -26,7 +26,7 @@ impl MultiAdapterLayer {
     /// `[batch, d_in]`, over the adapters of the vector. The result is `[batch, d_out]`.
     ///
     /// A vector has the same outputs, bit for bit, in every batch, whatever adapters the other vectors use. If one of its
-    /// values is NaN or infinite, all its outputs are [`f32::NAN`] (with [`crate::Arithmetic::F32`], they are what IEEE 754
+    /// values is NaN or infinite, all its outputs are [`f32::NAN`] (with [`Arithmetic::F32`](crate::Arithmetic::F32), they are what IEEE 754
     /// says). If the layer has no inputs, an empty `x` counts as one vector.
     ///
     /// # Panics
@@ -93,7 +93,7 @@ impl MultiAdapterLayer {
     }
 
     /// Converts and quantizes inputs `[batch, d_in]` for [`Self::forward_shared`] of this layer, and of every layer with
-    /// the same `d_in`, group ([`nf4_kernels::BlockSize::activation_group`]), arithmetic and kernels.
+    /// the same `d_in`, group ([`BlockSize::activation_group`](nf4_kernels::BlockSize::activation_group)), arithmetic and kernels.
     ///
     /// # Errors
     /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `buffers` are too small

@@ -29,9 +29,9 @@ use set::AdapterSet;
 /// over the one that was chosen for a vector. Every adapter has an adapter weight; without adapters, this is a plain quantized
 /// linear layer. The base is in memory once, and no adapter is ever merged into it, so adding, switching, weighting and
 /// removing adapters is cheap. All forwards take `&self`, so threads can share one layer, each with its own
-/// [`crate::Scratch`].
+/// [`Scratch`](crate::Scratch).
 ///
-/// The arithmetic is that of [`crate::QLoRALayer`], and with one adapter of weight 1 the bits are the same too. Adapters
+/// The arithmetic is that of [`QLoRALayer`](crate::QLoRALayer), and with one adapter of weight 1 the bits are the same too. Adapters
 /// are summed in the order of their names, whatever the order in which they were added.
 ///
 /// ```

@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::layer::forward::Term;
 use crate::weight::base::Base;
 
-/// The id of an adapter of a [`crate::MultiAdapterLayer`], for forwards that choose one for each vector.
+/// The id of an adapter of a [`MultiAdapterLayer`](crate::MultiAdapterLayer), for forwards that choose one for each vector.
 ///
 /// It stays valid while other adapters are added and removed, and when the adapter is renamed; once the adapter is removed,
 /// no other one gets its id. It belongs to the layer that returned it and to the clones of that layer. Layers whose adapters

@@ -34,7 +34,7 @@ impl QLoRALayer {
 
     /// Writes some rows of the merged weight, `[rows.len(), d_in]`, to `out`, for merging in little memory.
     ///
-    /// For f32 these are rows of [`Self::merge_to_f32`]; for [`nf4_kernels::f16`] and [`nf4_kernels::bf16`] they are the
+    /// For f32 these are rows of [`Self::merge_to_f32`]; for [`f16`](nf4_kernels::f16) and [`bf16`](nf4_kernels::bf16) they are the
     /// same values, rounded to nearest even. It allocates one row of f32 per thread.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ use crate::tensor::Tensor;
 ///
 /// Everything is computed in f32, with every operation rounded on its own in a fixed order, so that the bits are the same
 /// on every machine and with all kernels and threads. `dy W` is computed from the packed bytes
-/// ([`nf4_kernels::Kernels::gemm_transposed_f32`]); no weight is dequantized in memory. These are the gradients of the f32
+/// ([`Kernels::gemm_transposed_f32`](nf4_kernels::Kernels::gemm_transposed_f32)); no weight is dequantized in memory. These are the gradients of the f32
 /// forward, from which the 16x4 forward differs only by rounding.
 ///
 /// The base weight and the bias are frozen, as in `QLoRA`, and have no gradient. There is no dropout; a training loop can
