@@ -35,7 +35,7 @@ check_llama_model() {
     bash examples/llama/get-model.sh
     reference=$(mktemp -d)
     NF4_REQUIRE_UPSTREAM=1 bash tests/upstream/run.sh --script examples/llama/reference.py "$models" "$reference" \
-        --text examples/llama/tests/data/smollm2/gpl3.txt --tokens 256 --steps 16 --cases nf4 lora dora
+        --text examples/llama/tests/data/smollm2/gpl3.txt --tokens 512 --steps 16 --cases nf4 lora dora
     cargo run -q --release --locked --manifest-path $llama --bin compare -- "$models-nf4" "$reference" \
         --adapter "lora=$reference/adapters/lora" --adapter "dora=$reference/adapters/dora"
     rm -r "$reference"

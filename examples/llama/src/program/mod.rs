@@ -78,6 +78,9 @@ pub struct Arguments {
     /// Time a prompt of 512 tokens and decoding
     #[arg(long, conflicts_with_all = ["prompt", "batch"])]
     bench: bool,
+    /// How often it is timed
+    #[arg(long, default_value = "5", value_name = "N", requires = "bench")]
+    repeats: usize,
     /// The most tokens of an answer
     #[arg(long, default_value = "512", value_name = "N")]
     max_tokens: usize,
@@ -152,7 +155,7 @@ pub fn run() -> Result<()> {
     pool.install(|| {
         let mut loaded = loaded::Loaded::new(&arguments)?;
         if arguments.bench {
-            bench::run(&mut loaded, threads)
+            bench::run(&mut loaded, threads, arguments.repeats)
         } else if let Some(file) = &arguments.batch {
             batch::run(&mut loaded, &arguments, file)
         } else if let Some(prompt) = &arguments.prompt {
