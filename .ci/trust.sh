@@ -38,7 +38,9 @@ check_valgrind() {
 
 # That packages are missing is a failure here.
 check_upstream() {
-    NF4_REQUIRE_UPSTREAM=1 bash tests/upstream/run.sh | tee >(cat >&2) | { ! grep -E 'NOT RUN|SKIPPED' >/dev/null; }
+    export NF4_REQUIRE_UPSTREAM=1
+    bash tests/upstream/run.sh | tee >(cat >&2) | { ! grep -E 'NOT RUN|SKIPPED' >/dev/null; }
+    bash tests/upstream/run.sh --script benches/training/training.py --check
 }
 
 # Licences that go with that of this project. One expression a line, as the packages write them.

@@ -1,7 +1,8 @@
 //! Steps of training for `training.py`: reads what to do from standard input, and prints milliseconds.
 //!
 //! `layer SIZE RANK BATCH ARITHMETIC` makes a layer `[SIZE, SIZE]`, answered by `ready`; `step DX`, with 1 or 0 for whether
-//! the input gets a gradient, runs a forward, a backward and a step of `AdamW`, answered by the milliseconds of each.
+//! the input gets a gradient, runs a forward, a backward and a step of `AdamW`, answered by the milliseconds of each. `values
+//! NAME` is answered by the values of `y`, `dx`, or the gradients `da` and `db` that the last step left.
 
 #![allow(clippy::cast_precision_loss, reason = "inputs are small integers")]
 
@@ -29,7 +30,9 @@ impl Task {
         let values =
             |n: usize, scale: f32| (0..n).map(|i| (i % 1009) as f32 * scale - 504.0 * scale).collect::<Vec<_>>();
         let base = Quantized4Bit::quantize(&values(size * size, 1e-4), size, size, BlockSize::B64, true)?;
-        let adapter = LoRAAdapter::new(size, size, rank, 2.0 * rank as f64, LoRAScaling::Standard, 1)?;
+        // Not zero, as a new `B` is, so that no gradient is.
+        let (a, b) = (values(rank * size, 1e-4), values(size * rank, 2e-5));
+        let adapter = LoRAAdapter::from_parts(a, b, size, size, rank, 2.0 * rank as f64, LoRAScaling::Standard)?;
         let layer = QLoRALayer::from_parts(base, adapter)?.with_arithmetic(arithmetic);
         Ok(Self {
             optimizer: AdamW::new(1e-4),
@@ -56,6 +59,17 @@ impl Task {
         let optimizer = start.elapsed() - forward - backward;
         Ok([forward, backward, optimizer].map(|time| time.as_secs_f64() * 1e3))
     }
+
+    /// What the last step left, by its name.
+    fn values(&self, name: &str) -> Option<&[f32]> {
+        match name {
+            "y" => Some(&self.y),
+            "dx" => Some(&self.dx),
+            "da" => self.layer.lora_a().grad(),
+            "db" => self.layer.lora_b().grad(),
+            _ => None,
+        }
+    }
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -75,6 +89,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             (["step", dx], Some(task)) => {
                 let [forward, backward, optimizer] = task.step(*dx == "1")?;
                 format!("{forward} {backward} {optimizer}")
+            }
+            (["values", name], Some(task)) => {
+                let values = task.values(name).ok_or_else(|| format!("no values {name}"))?;
+                values.iter().map(f32::to_string).collect::<Vec<_>>().join(" ")
             }
             _ => return Err(format!("cannot do `{line}`").into()),
         };
