@@ -14,10 +14,10 @@ mod vector;
 
 use cortex_m_rt::entry;
 use cortex_m_semihosting::{debug, hprintln};
-use nf4::{Kernels, ShapeError};
+use nf4::{Activations8x8, Kernels, ShapeError};
 use panic_semihosting as _;
 
-use layer::{BLOCK, X};
+use layer::{BLOCK, COLS, ROWS, X};
 use measure::Instructions;
 
 #[entry]
@@ -81,8 +81,28 @@ fn run_layer(
             hundredths % 100,
             adapter,
         );
+        count_8x8(kernels, instructions)?;
     }
     Ok(wrong)
+}
+
+/// A line with what the weight of the layer costs by the 8x8 product, whose bits the test vectors have.
+fn count_8x8(kernels: Kernels, instructions: &Instructions) -> Result<(), ShapeError> {
+    let (mut values, mut scales) = ([0; Activations8x8::values_len(COLS)], [0.0; Activations8x8::scales_len(COLS)]);
+    let (weight, mut y) = (layer::weight()?, [0.0; ROWS]);
+    let (quantize, activations) = instructions.count(|| kernels.quantize_activations_8x8(&X, &mut values, &mut scales));
+    let (gemv, result) = instructions.count(|| kernels.gemv_8x8(&weight, &activations?, &mut y));
+    result?;
+    let hundredths = gemv * 100 / (ROWS * COLS) as u32;
+    hprintln!(
+        "layer   {:<13} instructions of 8x8: activations {}, gemv {} ({}.{:02} a weight)",
+        kernels.isa(),
+        quantize,
+        gemv,
+        hundredths / 100,
+        hundredths % 100,
+    );
+    Ok(())
 }
 
 fn forward(kernels: Kernels, buffers: &mut layer::Buffers) -> Result<(), ShapeError> {

@@ -1,7 +1,7 @@
 //! The portable 8x8 product.
 
 use super::scalar;
-use super::scalar::{activation_scale, add_scaled, largest_input, round_to_bits};
+use super::scalar::{Pairs, activation_scale, add_scaled, largest_input, round_to_bits};
 use crate::activations::{ACTIVATION_MAX_8X8, Activations8x8};
 use crate::float::Float;
 use crate::format::canonical;
@@ -71,10 +71,21 @@ pub(super) fn result([even, odd]: [f32; 2]) -> f32 {
 #[inline(always)]
 fn group_sum(bytes: &[u8; GROUP_8X8 / 2], values: &[i8; GROUP_8X8]) -> i32 {
     let (values, _) = values.as_chunks::<2>();
-    let weight = |code: u8| i32::from(CODEBOOK_I8[usize::from(code)]);
-    let products = bytes
-        .iter()
-        .zip(values)
-        .map(|(byte, [even, odd])| weight(byte >> 4) * i32::from(*even) + weight(byte & 15) * i32::from(*odd));
+    let products = bytes.iter().zip(values).map(|(byte, [even, odd])| {
+        let [high, low] = PAIRS.0[usize::from(*byte)];
+        i32::from(high) * i32::from(*even) + i32::from(low) * i32::from(*odd)
+    });
     products.sum()
 }
+
+/// As [`scalar::PAIRS`]: the weights of the two columns of each packed byte; 1 KB.
+pub(super) static PAIRS: Pairs = Pairs({
+    let mut pairs = [[0; 2]; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        // Not `i16::from`, which is no `const fn`.
+        pairs[byte] = [CODEBOOK_I8[byte >> 4] as i16, CODEBOOK_I8[byte & 15] as i16];
+        byte += 1;
+    }
+    pairs
+});

@@ -134,7 +134,7 @@ where
 
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn gemv_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
-    product_8x8::gemv(&steps(), matrix, activations, out);
+    product_8x8::multiply(&steps(), matrix, activations, out);
 }
 
 #[target_feature(enable = "avx2,f16c")]
@@ -144,7 +144,7 @@ pub(super) fn gemm_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>,
 
 #[target_feature(enable = "avx2,f16c,avxvnni")]
 pub(super) fn gemv_8x8_vnni(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
-    product_8x8::gemv(&steps_vnni(), matrix, activations, out);
+    product_8x8::multiply(&steps_vnni(), matrix, activations, out);
 }
 
 #[target_feature(enable = "avx2,f16c,avxvnni")]

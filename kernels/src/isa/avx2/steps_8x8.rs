@@ -10,7 +10,7 @@ use super::Avx2;
 use super::codes::split_codes;
 use super::registers::{add_byte_products, load_f32, prefetch, store_f32};
 use crate::isa::simd::steps_8x8::{
-    PanelSpan, Quad, QuadAbsmax, QuadSums, ROWS, Steps8x8, Sums, VECTORS, VectorSpan, trimmed,
+    PanelSpan, Quad, QuadAbsmax, QuadSums, ROWS, Steps8x8, Sums, VECTORS, VectorSpan, trimmed, trimmed_vectors,
 };
 use crate::spec::SPAN;
 
@@ -27,6 +27,7 @@ pub(in crate::isa) struct EightRows {
 
 impl<const VNNI: bool> Steps8x8 for Avx2<VNNI> {
     const QUADS: usize = 1;
+    const FEW: usize = 8;
     const EMPTY: [EightRows; ROWS / 8] = [EightRows { weights: [[0; 64]; 16], starts: [[0; 8]; 2] }; ROWS / 8];
 
     type Weights = [EightRows; ROWS / 8];
@@ -98,34 +99,45 @@ impl<const VNNI: bool> Steps8x8 for Avx2<VNNI> {
 
     #[target_feature(enable = "avx2")]
     #[inline]
-    unsafe fn add_quads<const GROUPS: usize, const Q: usize>(
+    unsafe fn add_quads<const GROUPS: usize, const Q: usize, const N: usize>(
         &self,
         packed: [Quad<'_>; Q],
-        values: &[[i8; SPAN]],
+        values: [&[[i8; SPAN]]; N],
         absmax: [QuadAbsmax<'_, GROUPS>; Q],
-        scales: &[[f32; 2]],
+        scales: [&[[f32; 2]]; N],
         ahead: usize,
-        sums: &mut [QuadSums; Q],
+        sums: &mut [[QuadSums; Q]; N],
     ) {
-        let spans = values.len();
-        let scales = &scales[..spans];
-        for ((packed, absmax), sums) in packed.into_iter().zip(absmax).zip(sums) {
+        let (values, scales) = trimmed_vectors(values, scales);
+        let spans = values[0].len();
+        for (q, (packed, absmax)) in packed.into_iter().zip(absmax).enumerate() {
             let ([a, b, c, d], [e, f, g, h]) = (trimmed(packed, spans), trimmed(absmax, spans));
-            let mut total = load_f32(sums);
+            let mut totals = [_mm256_setzero_ps(); N];
+            for n in 0..N {
+                totals[n] = load_f32(&sums[n][q]);
+            }
             for s in 0..spans {
-                let start = self.start(&values[s]);
-                let x: [__m256i; 2] = must_cast(values[s]);
                 for row in [a, b, c, d] {
                     prefetch(&row[s], ahead);
                 }
-                let ab = [self.products(&a[s], x, start), self.products(&b[s], x, start)];
-                let cd = [self.products(&c[s], x, start), self.products(&d[s], x, start)];
-                let products = add_lanes_of_four(ab[0], ab[1], cd[0], cd[1]);
-                let scales = _mm256_blend_ps::<0xf0>(_mm256_set1_ps(scales[s][0]), _mm256_set1_ps(scales[s][1]));
-                let factors = _mm256_mul_ps(quad(&e[s], &f[s], &g[s], &h[s]), scales);
-                total = _mm256_add_ps(total, _mm256_mul_ps(_mm256_cvtepi32_ps(products), factors));
+                let mut starts = [_mm256_setzero_si256(); N];
+                for n in 0..N {
+                    starts[n] = self.start(&values[n][s]);
+                }
+                // Two rows at a time, so that what waits for the others stays in registers.
+                let ab = self.products_of_two([&a[s], &b[s]], &values, s, starts);
+                let cd = self.products_of_two([&c[s], &d[s]], &values, s, starts);
+                let absmax = quad(&e[s], &f[s], &g[s], &h[s]);
+                for n in 0..N {
+                    let products = _mm256_cvtepi32_ps(join_pairs(ab[n], cd[n]));
+                    let scales = scales[n][s];
+                    let scales = _mm256_blend_ps::<0xf0>(_mm256_set1_ps(scales[0]), _mm256_set1_ps(scales[1]));
+                    totals[n] = _mm256_add_ps(totals[n], _mm256_mul_ps(products, _mm256_mul_ps(absmax, scales)));
+                }
             }
-            store_f32(sums, total);
+            for n in 0..N {
+                store_f32(&mut sums[n][q], totals[n]);
+            }
         }
     }
 }
@@ -146,12 +158,41 @@ impl<const VNNI: bool> Avx2<VNNI> {
         _mm256_sub_epi32(zero, unsafe { add_byte_products(sums, bias, odd) })
     }
 
+    /// Adds the products of a span of two rows and some vectors to `starts`: as [`add_pairs`] leaves them.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn products_of_two<const N: usize>(
+        &self,
+        [a, b]: [&[u8; 32]; 2],
+        values: &[&[[i8; SPAN]]; N],
+        span: usize,
+        starts: [__m256i; N],
+    ) -> [__m256i; N] {
+        let mut sums = starts;
+        let weights = self.look_up(a);
+        for n in 0..N {
+            sums[n] = self.add_span(starts[n], weights, &values[n][span]);
+        }
+        let weights = self.look_up(b);
+        for n in 0..N {
+            sums[n] = add_pairs(sums[n], self.add_span(starts[n], weights, &values[n][span]));
+        }
+        sums
+    }
+
+    /// The weights of even and of odd columns.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn look_up(&self, packed: &[u8; 32]) -> [__m256i; 2] {
+        let [even, odd] = split_codes(packed);
+        [_mm256_shuffle_epi8(self.i8_book, even), _mm256_shuffle_epi8(self.i8_book, odd)]
+    }
+
     /// Adds the products of a span to `start`: of four columns in each lane.
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn products(&self, packed: &[u8; 32], x: [__m256i; 2], start: __m256i) -> __m256i {
-        let [even, odd] = split_codes(packed);
-        let (even, odd) = (_mm256_shuffle_epi8(self.i8_book, even), _mm256_shuffle_epi8(self.i8_book, odd));
+    fn add_span(&self, start: __m256i, [even, odd]: [__m256i; 2], values: &[i8; SPAN]) -> __m256i {
+        let x: [__m256i; 2] = must_cast(*values);
         if VNNI {
             // SAFETY: `self` is only made where the CPU has AVX-VNNI.
             let sums = unsafe { add_byte_products(start, even, x[0]) };
@@ -222,7 +263,22 @@ impl<const VNNI: bool> Avx2<VNNI> {
 #[target_feature(enable = "avx2")]
 #[inline]
 pub(in crate::isa) fn add_lanes_of_four(a: __m256i, b: __m256i, c: __m256i, d: __m256i) -> __m256i {
-    _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d))
+    join_pairs(add_pairs(a, b), add_pairs(c, d))
+}
+
+/// In each half two sums of two lanes of `a` and of `b`, in turn. Not `vphaddd`, which is three instructions on some CPUs and
+/// four on others.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn add_pairs(a: __m256i, b: __m256i) -> __m256i {
+    _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b))
+}
+
+/// In each half what `add_pairs` of `a` and `b`, and of `c` and `d`, leaves to be added.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn join_pairs(ab: __m256i, cd: __m256i) -> __m256i {
+    _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd))
 }
 
 /// The absmax of a span of four rows: of their first groups in the low half, of their second ones in the high half.

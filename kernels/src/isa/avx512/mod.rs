@@ -92,7 +92,7 @@ fn steps() -> Steps<Avx512> {
 /// The 8x8 product of a vector.
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 fn gemv_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
-    product_8x8::gemv(&steps(), matrix, activations, out);
+    product_8x8::multiply(&steps(), matrix, activations, out);
 }
 
 /// The 8x8 product of a batch.

@@ -11,12 +11,13 @@ use super::codes::transpose;
 use super::registers::*;
 use crate::isa::avx2::{add_lanes_of_four as add_lanes_of_four_256, prefetch, quad};
 use crate::isa::simd::steps_8x8::{
-    PanelSpan, Quad, QuadAbsmax, QuadSums, ROWS, Steps8x8, Sums, VECTORS, VectorSpan, Weights, trimmed,
+    PanelSpan, Quad, QuadAbsmax, QuadSums, ROWS, Steps8x8, Sums, VECTORS, VectorSpan, Weights, trimmed, trimmed_vectors,
 };
 use crate::spec::SPAN;
 
 impl Steps8x8 for Avx512 {
     const QUADS: usize = 2;
+    const FEW: usize = 8;
     const EMPTY: Weights = [[0; 4 * ROWS]; 16];
 
     type Weights = Weights;
@@ -80,47 +81,61 @@ impl Steps8x8 for Avx512 {
 
     #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
     #[inline]
-    unsafe fn add_quads<const GROUPS: usize, const Q: usize>(
+    unsafe fn add_quads<const GROUPS: usize, const Q: usize, const N: usize>(
         &self,
         packed: [Quad<'_>; Q],
-        values: &[[i8; SPAN]],
+        values: [&[[i8; SPAN]]; N],
         absmax: [QuadAbsmax<'_, GROUPS>; Q],
-        scales: &[[f32; 2]],
+        scales: [&[[f32; 2]]; N],
         ahead: usize,
-        sums: &mut [QuadSums; Q],
+        sums: &mut [[QuadSums; Q]; N],
     ) {
         // This is called with two quads only.
-        let ([above, below], [first, second], [absmax_above, absmax_below]) = (&packed[..], &mut sums[..], &absmax[..])
-        else {
+        let ([above, below], [absmax_above, absmax_below]) = (&packed[..], &absmax[..]) else {
             return;
         };
-        let spans = values.len();
+        let (values, scales) = trimmed_vectors(values, scales);
+        let spans = values[0].len();
         let ([a, b, c, d], [e, f, g, h]) = (trimmed(*above, spans), trimmed(*below, spans));
         let ([i, j, k, l], [m, n, o, p]) = (trimmed(*absmax_above, spans), trimmed(*absmax_below, spans));
-        let scales = &scales[..spans];
-        let mut total = join(first, second);
+        let mut totals = [_mm512_setzero_ps(); N];
+        for v in 0..N {
+            totals[v] = join(&sums[v][0], &sums[v][Q - 1]);
+        }
         for s in 0..spans {
-            let [even, odd]: [__m256i; 2] = must_cast(values[s]);
-            let x = [_mm512_broadcast_i64x4(even), _mm512_broadcast_i64x4(odd)];
-            let start = self.start(x);
             for row in [a, b, c, d, e, f, g, h] {
                 prefetch(&row[s], ahead);
             }
-            let ab = [self.products(&a[s], &e[s], x, start), self.products(&b[s], &f[s], x, start)];
-            let cd = [self.products(&c[s], &g[s], x, start), self.products(&d[s], &h[s], x, start)];
-            let products = add_lanes_of_four(ab[0], ab[1], cd[0], cd[1]);
+            let pairs =
+                [two_spans(&a[s], &e[s]), two_spans(&b[s], &f[s]), two_spans(&c[s], &g[s]), two_spans(&d[s], &h[s])];
+            let mut weights = [[_mm512_setzero_si512(); 2]; 4];
+            for r in 0..4 {
+                weights[r] = self.decode(pairs[r]);
+            }
             let absmax = [quad(&i[s], &j[s], &k[s], &l[s]), quad(&m[s], &n[s], &o[s], &p[s])];
             let absmax = _mm512_castpd_ps(_mm512_insertf64x4::<1>(
                 _mm512_castpd256_pd512(_mm256_castps_pd(absmax[0])),
                 _mm256_castps_pd(absmax[1]),
             ));
-            let scales = _mm512_mask_blend_ps(0xf0f0, _mm512_set1_ps(scales[s][0]), _mm512_set1_ps(scales[s][1]));
-            let factors = _mm512_mul_ps(absmax, scales);
-            total = _mm512_add_ps(total, _mm512_mul_ps(_mm512_cvtepi32_ps(products), factors));
+            for v in 0..N {
+                let [even, odd]: [__m256i; 2] = must_cast(values[v][s]);
+                let x = [_mm512_broadcast_i64x4(even), _mm512_broadcast_i64x4(odd)];
+                let mut products = [self.start(x); 4];
+                for r in 0..4 {
+                    let even = _mm512_dpbusd_epi32(products[r], weights[r][0], x[0]);
+                    products[r] = _mm512_dpbusd_epi32(even, weights[r][1], x[1]);
+                }
+                let products = _mm512_cvtepi32_ps(add_lanes_of_four(products));
+                let scales = scales[v][s];
+                let scales = _mm512_mask_blend_ps(0xf0f0, _mm512_set1_ps(scales[0]), _mm512_set1_ps(scales[1]));
+                totals[v] = _mm512_add_ps(totals[v], _mm512_mul_ps(products, _mm512_mul_ps(absmax, scales)));
+            }
         }
-        let below = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(total));
-        *first = must_cast(_mm512_castps512_ps256(total));
-        *second = must_cast(_mm256_castpd_ps(below));
+        for v in 0..N {
+            let below = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(totals[v]));
+            sums[v][0] = must_cast(_mm512_castps512_ps256(totals[v]));
+            sums[v][Q - 1] = must_cast(_mm256_castpd_ps(below));
+        }
     }
 }
 
@@ -183,14 +198,6 @@ impl Avx512 {
         _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, bias, x[0]), bias, x[1]))
     }
 
-    /// Adds the products of a span of two rows, each in a half, to `start`: of four columns in each lane.
-    #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-    #[inline]
-    fn products(&self, above: &[u8; 32], below: &[u8; 32], x: [__m512i; 2], start: __m512i) -> __m512i {
-        let [even, odd] = self.decode(two_spans(above, below));
-        _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, even, x[0]), odd, x[1])
-    }
-
     /// The weights of packed bytes, larger by 128: of even columns and of odd ones.
     #[target_feature(enable = "avx512bw")]
     #[inline]
@@ -201,10 +208,10 @@ impl Avx512 {
     }
 }
 
-/// In each 128 bits the sums of the four lanes of `a`, `b`, `c` and `d`.
+/// In each 128 bits the sums of the four lanes of each.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn add_lanes_of_four(a: __m512i, b: __m512i, c: __m512i, d: __m512i) -> __m512i {
+fn add_lanes_of_four([a, b, c, d]: [__m512i; 4]) -> __m512i {
     let pair = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     let (ab, cd) = (pair(a, b), pair(c, d));
     _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd))

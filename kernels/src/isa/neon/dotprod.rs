@@ -41,6 +41,7 @@ impl AddGroup for Dotprod {
 
 impl Steps8x8 for Dotprod {
     const QUADS: usize = 1;
+    const FEW: usize = 1;
 
     type Weights = [[EightRows; ROWS / 8]; 2];
     const EMPTY: Self::Weights = [[[[[0; 32]; 4]; 2]; ROWS / 8]; 2];
@@ -98,14 +99,14 @@ impl Steps8x8 for Dotprod {
 
     #[target_feature(enable = "neon,dotprod")]
     #[inline]
-    unsafe fn add_quads<const GROUPS: usize, const Q: usize>(
+    unsafe fn add_quads<const GROUPS: usize, const Q: usize, const N: usize>(
         &self,
         packed: [Quad<'_>; Q],
-        values: &[[i8; SPAN]],
+        values: [&[[i8; SPAN]]; N],
         absmax: [QuadAbsmax<'_, GROUPS>; Q],
-        scales: &[[f32; 2]],
+        scales: [&[[f32; 2]]; N],
         ahead: usize,
-        sums: &mut [QuadSums; Q],
+        sums: &mut [[QuadSums; Q]; N],
     ) {
         // SAFETY: as for this function.
         unsafe { add_quads(self, packed, values, absmax, scales, ahead, sums) };

@@ -112,7 +112,7 @@ where
 
 #[target_feature(enable = "neon")]
 pub(super) fn gemv_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
-    product_8x8::gemv(&steps_8x8(), matrix, activations, out);
+    product_8x8::multiply(&steps_8x8(), matrix, activations, out);
 }
 
 #[target_feature(enable = "neon")]
@@ -122,7 +122,7 @@ pub(super) fn gemm_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>,
 
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn gemv_8x8_dotprod(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
-    product_8x8::gemv(&steps_dotprod(), matrix, activations, out);
+    product_8x8::multiply(&steps_dotprod(), matrix, activations, out);
 }
 
 #[target_feature(enable = "neon,dotprod")]

@@ -23,6 +23,7 @@ pub(super) struct I8mm {
 
 impl Steps8x8 for I8mm {
     const QUADS: usize = 1;
+    const FEW: usize = 1;
 
     type Weights = [[EightRows; ROWS / 8]; 2];
     const EMPTY: Self::Weights = [[[[[0; 64]; 2]; 2]; ROWS / 8]; 2];
@@ -80,14 +81,14 @@ impl Steps8x8 for I8mm {
 
     #[target_feature(enable = "neon,dotprod")]
     #[inline]
-    unsafe fn add_quads<const GROUPS: usize, const Q: usize>(
+    unsafe fn add_quads<const GROUPS: usize, const Q: usize, const N: usize>(
         &self,
         packed: [Quad<'_>; Q],
-        values: &[[i8; SPAN]],
+        values: [&[[i8; SPAN]]; N],
         absmax: [QuadAbsmax<'_, GROUPS>; Q],
-        scales: &[[f32; 2]],
+        scales: [&[[f32; 2]]; N],
         ahead: usize,
-        sums: &mut [QuadSums; Q],
+        sums: &mut [[QuadSums; Q]; N],
     ) {
         // SAFETY: as for this function.
         unsafe { add_quads(&Dotprod { book: self.book }, packed, values, absmax, scales, ahead, sums) };

@@ -61,6 +61,7 @@ impl AddGroup for Plain {
 
 impl Steps8x8 for Plain {
     const QUADS: usize = 1;
+    const FEW: usize = 1;
 
     /// For each of the two groups, row by row.
     type Weights = [[[u8; GROUP_8X8]; ROWS]; 2];
@@ -111,14 +112,14 @@ impl Steps8x8 for Plain {
 
     #[target_feature(enable = "neon")]
     #[inline]
-    unsafe fn add_quads<const GROUPS: usize, const Q: usize>(
+    unsafe fn add_quads<const GROUPS: usize, const Q: usize, const N: usize>(
         &self,
         packed: [Quad<'_>; Q],
-        values: &[[i8; SPAN]],
+        values: [&[[i8; SPAN]]; N],
         absmax: [QuadAbsmax<'_, GROUPS>; Q],
-        scales: &[[f32; 2]],
+        scales: [&[[f32; 2]]; N],
         ahead: usize,
-        sums: &mut [QuadSums; Q],
+        sums: &mut [[QuadSums; Q]; N],
     ) {
         // SAFETY: as for this function.
         unsafe { add_quads(self, packed, values, absmax, scales, ahead, sums) };
@@ -156,33 +157,35 @@ fn add_four_rows<const FIRST: usize>(
 /// # Safety
 /// The CPU must have the instruction set of `steps`.
 #[inline(always)]
-pub(super) unsafe fn add_quads<S: AddGroup, const GROUPS: usize, const Q: usize>(
+pub(super) unsafe fn add_quads<S: AddGroup, const GROUPS: usize, const Q: usize, const N: usize>(
     steps: &S,
     packed: [Quad<'_>; Q],
-    values: &[[i8; SPAN]],
+    values: [&[[i8; SPAN]]; N],
     absmax: [QuadAbsmax<'_, GROUPS>; Q],
-    scales: &[[f32; 2]],
+    scales: [&[[f32; 2]]; N],
     ahead: usize,
-    sums: &mut [QuadSums; Q],
+    sums: &mut [[QuadSums; Q]; N],
 ) {
-    let spans = values.len();
-    let scales = &scales[..spans];
-    for ((packed, absmax), sums) in packed.into_iter().zip(absmax).zip(sums) {
-        let ([a, b, c, d], [e, f, g, h]) = (trimmed(packed, spans), trimmed(absmax, spans));
-        let mut totals: [float32x4_t; 2] = must_cast(*sums);
-        for s in 0..spans {
-            let rows = [&a[s], &b[s], &c[s], &d[s]];
-            rows.iter().for_each(|row| prefetch(&row[..], ahead));
-            for (group, total) in totals.iter_mut().enumerate() {
-                let block = group * GROUPS / 2;
-                let absmax = must_cast([e[s][block], f[s][block], g[s][block], h[s][block]]);
-                let x = must_cast(values[s].as_chunks::<GROUP_8X8>().0[group]);
-                let rows = rows.map(|row| &row.as_chunks().0[group]);
-                // SAFETY: as for this function.
-                *total = unsafe { steps.add_group(*total, rows, x, absmax, scales[s][group]) };
+    for ((values, scales), sums) in values.into_iter().zip(scales).zip(sums) {
+        let spans = values.len();
+        let scales = &scales[..spans];
+        for ((packed, absmax), sums) in packed.into_iter().zip(absmax).zip(sums) {
+            let ([a, b, c, d], [e, f, g, h]) = (trimmed(packed, spans), trimmed(absmax, spans));
+            let mut totals: [float32x4_t; 2] = must_cast(*sums);
+            for s in 0..spans {
+                let rows = [&a[s], &b[s], &c[s], &d[s]];
+                rows.iter().for_each(|row| prefetch(&row[..], ahead));
+                for (group, total) in totals.iter_mut().enumerate() {
+                    let block = group * GROUPS / 2;
+                    let absmax = must_cast([e[s][block], f[s][block], g[s][block], h[s][block]]);
+                    let x = must_cast(values[s].as_chunks::<GROUP_8X8>().0[group]);
+                    let rows = rows.map(|row| &row.as_chunks().0[group]);
+                    // SAFETY: as for this function.
+                    *total = unsafe { steps.add_group(*total, rows, x, absmax, scales[s][group]) };
+                }
             }
+            *sums = must_cast(totals);
         }
-        *sums = must_cast(totals);
     }
 }
 

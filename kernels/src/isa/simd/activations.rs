@@ -23,7 +23,6 @@ pub(in crate::isa) fn quantize_activations<S: Widen<T>, T: Float>(
 }
 
 /// Quantizes inputs of the 8x8 product, into the order of the table's slots. `floats` are steps for the arithmetic.
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "other instruction sets take the portable form"))]
 #[inline(always)]
 pub(in crate::isa) fn quantize_activations_8x8<F: Widen<T>, S: Steps8x8, T: Float>(
     floats: &Steps<F>,

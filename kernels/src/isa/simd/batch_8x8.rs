@@ -16,6 +16,7 @@
 
 use core::ops::Range;
 
+use super::product_8x8;
 use super::product_16x4::padded;
 use super::steps::Steps;
 use super::steps_8x8::{PanelSpan, ROWS, SPANS, Steps8x8, Sums, VECTORS, VectorSpan};
@@ -35,6 +36,19 @@ const PANELS: usize = 2;
 /// The 8x8 product of a matrix of whole groups and a batch.
 #[inline(always)]
 pub(in crate::isa) fn gemm<S: Steps8x8>(
+    steps: &Steps<S>,
+    matrix: &Nf4Matrix<'_>,
+    activations: &Activations8x8<'_>,
+    out: &mut [f32],
+) {
+    if activations.batch() <= S::FEW {
+        return product_8x8::multiply(steps, matrix, activations, out);
+    }
+    multiply_panels(steps, matrix, activations, out);
+}
+
+#[inline(always)]
+fn multiply_panels<S: Steps8x8>(
     steps: &Steps<S>,
     matrix: &Nf4Matrix<'_>,
     activations: &Activations8x8<'_>,

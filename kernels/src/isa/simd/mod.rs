@@ -6,14 +6,12 @@
 
 pub(super) mod activations;
 pub(super) mod batch_16x4;
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "other instruction sets take the portable form"))]
 pub(super) mod batch_8x8;
 pub(super) mod bits;
 pub(super) mod dequantize;
 pub(super) mod panel_16x4;
 pub(super) mod planes;
 pub(super) mod product_16x4;
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "other instruction sets take the portable form"))]
 pub(super) mod product_8x8;
 pub(super) mod product_dense;
 pub(super) mod product_f32;
@@ -21,7 +19,6 @@ pub(super) mod product_transposed;
 pub(super) mod quantize;
 pub(super) mod steps;
 pub(super) mod steps_16x4;
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "other instruction sets take the portable form"))]
 pub(super) mod steps_8x8;
 pub(super) mod steps_f32;
 pub(super) mod steps_transposed;

@@ -15,7 +15,7 @@ pub(in crate::isa) const SPANS: usize = 8;
 pub(in crate::isa) const VECTORS: usize = 8;
 
 /// The decoded weights of a span of a panel, where four columns of each row stand together, sixteen times.
-#[allow(dead_code, reason = "not every instruction set wants this order")]
+#[cfg_attr(target_arch = "aarch64", allow(dead_code, reason = "its instruction sets want other orders"))]
 pub(in crate::isa) type Weights = [[u8; 4 * ROWS]; 16];
 
 /// A span of a panel: the decoded weights of some rows, and the absmax of their two groups.
@@ -55,13 +55,27 @@ pub(in crate::isa) fn trimmed<T>([a, b, c, d]: [&[T]; 4], len: usize) -> [&[T]; 
     [&a[..len], &b[..len], &c[..len], &d[..len]]
 }
 
+/// Values and scales of some vectors, which the compiler then knows to be as many.
+#[allow(dead_code, reason = "for instruction sets that multiply several vectors at once")]
+#[inline(always)]
+pub(in crate::isa) fn trimmed_vectors<'a, const N: usize>(
+    values: [&'a [[i8; SPAN]]; N],
+    scales: [&'a [[f32; 2]]; N],
+) -> ([&'a [[i8; SPAN]]; N], [&'a [[f32; 2]]; N]) {
+    let spans = values[0].len();
+    (values.map(|values| &values[..spans]), scales.map(|scales| &scales[..spans]))
+}
+
 /// The steps of the 8x8 product.
 ///
 /// # Safety
 /// Every method needs a CPU with the instruction set.
 pub(in crate::isa) trait Steps8x8: Sized {
-    /// How many times four rows one vector is multiplied with at once: once or twice.
+    /// How many times four rows a vector is multiplied with at once outside of panels: once or twice.
     const QUADS: usize;
+
+    /// The largest batch for which rows are decoded into registers; larger ones have panels.
+    const FEW: usize;
 
     /// The decoded weights of a span of a panel, in the order of the instruction set: [`Weights`], or what else it likes.
     type Weights: Copy;
@@ -87,16 +101,16 @@ pub(in crate::isa) trait Steps8x8: Sized {
         sums: &mut [Sums; VECTORS],
     );
 
-    /// Adds the products of some rows with a vector to their sums: as many spans as `values` has. Prefetches the packed
-    /// bytes that are `ahead` bytes further.
-    unsafe fn add_quads<const GROUPS: usize, const Q: usize>(
+    /// Adds the products of some rows with `N` vectors, up to four, to their sums: as many spans as `values` has. Prefetches
+    /// the packed bytes that are `ahead` bytes further.
+    unsafe fn add_quads<const GROUPS: usize, const Q: usize, const N: usize>(
         &self,
         packed: [Quad<'_>; Q],
-        values: &[[i8; SPAN]],
+        values: [&[[i8; SPAN]]; N],
         absmax: [QuadAbsmax<'_, GROUPS>; Q],
-        scales: &[[f32; 2]],
+        scales: [&[[f32; 2]]; N],
         ahead: usize,
-        sums: &mut [QuadSums; Q],
+        sums: &mut [[QuadSums; Q]; N],
     );
 }
 
@@ -131,14 +145,14 @@ impl<S: Steps8x8> Steps<S> {
     }
 
     #[inline(always)]
-    pub(super) fn add_quads<const GROUPS: usize, const Q: usize>(
+    pub(super) fn add_quads<const GROUPS: usize, const Q: usize, const N: usize>(
         &self,
         packed: [Quad<'_>; Q],
-        values: &[[i8; SPAN]],
+        values: [&[[i8; SPAN]]; N],
         absmax: [QuadAbsmax<'_, GROUPS>; Q],
-        scales: &[[f32; 2]],
+        scales: [&[[f32; 2]]; N],
         ahead: usize,
-        sums: &mut [QuadSums; Q],
+        sums: &mut [[QuadSums; Q]; N],
     ) {
         // SAFETY: `self` proves that the CPU has the instruction set.
         unsafe { self.get().add_quads(packed, values, absmax, scales, ahead, sums) }

@@ -5,22 +5,23 @@
 use bytemuck::must_cast;
 
 use super::Simd128;
-use crate::activations::Activations;
+use crate::activations::{Activations, Activations8x8};
 use crate::float::Float;
-use crate::isa::scalar_8x8;
 use crate::isa::simd::planes::{PLANES_F32, PLANES_I16};
 use crate::isa::simd::steps::{Decode, Steps, Widen};
 use crate::isa::simd::{
-    activations, batch_16x4, dequantize, product_16x4, product_dense, product_f32, product_transposed, quantize,
+    activations, batch_8x8, batch_16x4, dequantize, product_8x8, product_16x4, product_dense, product_f32,
+    product_transposed, quantize,
 };
 use crate::isa::table::FloatTable;
 use crate::matrix::Nf4Matrix;
+use crate::spec::CODEBOOK_I8;
 
 #[inline]
 fn steps() -> Steps<Simd128> {
-    let (i16_planes, f32_planes) = (must_cast(PLANES_I16), must_cast(PLANES_F32));
+    let (i16_planes, i8_book, f32_planes) = (must_cast(PLANES_I16), must_cast(CODEBOOK_I8), must_cast(PLANES_F32));
     // SAFETY: this is compiled only for targets that have the features of all steps.
-    unsafe { Steps::new(Simd128 { i16_planes, f32_planes }) }
+    unsafe { Steps::new(Simd128 { i16_planes, i8_book, f32_planes }) }
 }
 
 /// What exists for each type of elements.
@@ -32,7 +33,7 @@ where
         quantize,
         dequantize,
         quantize_activations,
-        quantize_activations_8x8: scalar_8x8::quantize_activations,
+        quantize_activations_8x8,
         gemv_f32,
         gemm_f32,
         gemv_dense,
@@ -67,6 +68,21 @@ pub(super) fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &
 
 pub(super) fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
     batch_16x4::gemm(&steps(), matrix, activations, out);
+}
+
+fn quantize_activations_8x8<T: Float>(inputs: &[T], values: &mut [i8], scales: &mut [f32])
+where
+    Simd128: Widen<T>,
+{
+    activations::quantize_activations_8x8(&steps(), &steps(), inputs, values, scales);
+}
+
+pub(super) fn gemv_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    product_8x8::multiply(&steps(), matrix, activations, out);
+}
+
+pub(super) fn gemm_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    batch_8x8::gemm(&steps(), matrix, activations, out);
 }
 
 fn gemv_f32<T: Float>(matrix: &Nf4Matrix<'_>, inputs: &[T], out: &mut [f32])

@@ -21,6 +21,19 @@
 //! lane         0      1      2      3         4      5      6      7
 //! ```
 //!
+//! The step of the 8x8 product, for a group of 32 columns in four rows, 16 packed bytes each (`steps_8x8.rs`):
+//!
+//! ```text
+//! for each row:
+//!     for codes in [bytes >> 4, bytes & 15]:
+//!         w = BOOK[codes]                       i8x16.swizzle
+//!         sums[row] += dot(w << 8, q0) + dot(w & 0xff00, q1)
+//! lanes = sums across, one for each row, >> 8
+//! total += f32(lanes) * (absmax * scale)
+//! ```
+//!
+//! A batch has rows in lanes from the start, and needs no sums across.
+//!
 //! The f32 paths look up the four bytes of each f32 and zip them twice. A sum of products is two operations everywhere:
 //! the relaxed instructions, which may fuse them, give bits that depend on the machine.
 
@@ -29,11 +42,11 @@ mod conversions;
 mod entries;
 mod registers;
 mod steps_16x4;
+mod steps_8x8;
 mod steps_f32;
 
 use core::arch::wasm32::v128;
 
-use super::scalar;
 use super::table::{Isa, Table};
 use crate::double_quant;
 use crate::spec::SPAN;
@@ -48,15 +61,15 @@ pub(super) static TABLE: Table = Table {
     quantize_absmax: double_quant::quantize_absmax,
     gemv: entries::gemv,
     gemm: entries::gemm,
-    slots_8x8: scalar::TABLE.slots_8x8,
-    gemv_8x8: scalar::TABLE.gemv_8x8,
-    gemm_8x8: scalar::TABLE.gemm_8x8,
+    slots_8x8: &SLOTS,
+    gemv_8x8: entries::gemv_8x8,
+    gemm_8x8: entries::gemm_8x8,
     gemv_transposed_f32: entries::gemv_transposed_f32,
     gemm_transposed_f32: entries::gemm_transposed_f32,
     gemm_transposed_dense_add: entries::gemm_transposed_dense_add,
 };
 
-/// First the even columns (high nibbles), then the odd ones, as the two bytes of the weights are brought together.
+/// First the even columns (high nibbles), then the odd ones, in both products.
 static SLOTS: [u8; SPAN] = {
     let mut slots = [0; SPAN];
     let mut column = 0;
@@ -74,6 +87,8 @@ static SLOTS: [u8; SPAN] = {
 struct Simd128 {
     /// The two bytes of each entry of the 16x4 codebook.
     i16_planes: [v128; 2],
+    /// The 8x8 codebook.
+    i8_book: v128,
     /// The four bytes of each entry of the f32 codebook.
     f32_planes: [v128; 4],
 }

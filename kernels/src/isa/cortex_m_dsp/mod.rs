@@ -19,21 +19,33 @@
 //! one lane only. Two rows share the loads of activations; more would not leave enough registers. The last step
 //! is a `vmla`, which rounds the product and then the sum, as the definition wants (`vfma` would be the fused one).
 //!
-//! Only the 16x4 products are faster than portable code this way. The other operations are f32 arithmetic, one number
-//! at a time on these cores, and are those of `scalar.rs`.
+//! `product_8x8.rs` has the 8x8 product. Only the products of integers are faster than portable code this way: all else is
+//! f32 arithmetic, one number at a time on these cores, and is that of `scalar.rs`.
 
-#![expect(unsafe_code, reason = "the instructions of the DSP extension have no stable intrinsics")]
+mod instructions;
+mod product_8x8;
 
-use core::arch::asm;
+use instructions::{join, smlad, smuad};
 
 use super::scalar::{self, PAIRS, add_half_span, add_scaled, pair};
-use super::table::{Isa, Table};
+use super::table::{FloatTable, Isa, Table};
 use crate::activations::Activations;
 use crate::format::{canonical, get_or};
 use crate::matrix::Nf4Matrix;
 use crate::spec::{self, SPAN};
 
-pub(super) static TABLE: Table = Table { isa: Isa::CortexMDsp, gemv, gemm, ..scalar::TABLE };
+pub(super) static TABLE: Table = Table {
+    isa: Isa::CortexMDsp,
+    gemv,
+    gemm,
+    slots_8x8: &product_8x8::SLOTS,
+    f32: FloatTable { quantize_activations_8x8: product_8x8::quantize_activations, ..scalar::TABLE.f32 },
+    f16: FloatTable { quantize_activations_8x8: product_8x8::quantize_activations, ..scalar::TABLE.f16 },
+    bf16: FloatTable { quantize_activations_8x8: product_8x8::quantize_activations, ..scalar::TABLE.bf16 },
+    gemv_8x8: product_8x8::gemm,
+    gemm_8x8: product_8x8::gemm,
+    ..scalar::TABLE
+};
 
 /// Rows that share the loads of activations.
 const ROWS: usize = 2;
@@ -170,46 +182,4 @@ fn lane_sums<const R: usize>(lane: usize, bytes: [&[u8; SPAN / 2]; R], values: &
 #[inline(always)]
 fn weights(bytes: &[u8; SPAN / 2], i: usize) -> u32 {
     join(PAIRS.0[usize::from(bytes[i % bytes.len()])])
-}
-
-/// Two 16-bit numbers in a register; from memory that is one load.
-#[inline(always)]
-fn join([low, high]: [i16; 2]) -> u32 {
-    u32::from(low.cast_unsigned()) | u32::from(high.cast_unsigned()) << 16
-}
-
-/// The sum of the products of the two low and of the two high halves, as signed numbers.
-#[inline(always)]
-fn smuad(a: u32, b: u32) -> i32 {
-    let sum;
-    // SAFETY: the core has the DSP extension, or this file is not compiled; the instruction only computes a register
-    // from registers. (The flag Q, which it sets if the sum overflows, stays as it is: a lane has no such sum.)
-    unsafe {
-        asm!(
-            "smuad {}, {}, {}",
-            lateout(reg) sum,
-            in(reg) a,
-            in(reg) b,
-            options(pure, nomem, nostack, preserves_flags),
-        );
-    }
-    sum
-}
-
-/// As [`smuad`], plus `sum`. In assembly, for the intrinsics of Arm's DSP extension are not stable.
-#[inline(always)]
-fn smlad(a: u32, b: u32, sum: i32) -> i32 {
-    let total;
-    // SAFETY: as in `smuad`.
-    unsafe {
-        asm!(
-            "smlad {}, {}, {}, {}",
-            lateout(reg) total,
-            in(reg) a,
-            in(reg) b,
-            in(reg) sum,
-            options(pure, nomem, nostack, preserves_flags),
-        );
-    }
-    total
 }
