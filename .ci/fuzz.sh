@@ -16,13 +16,17 @@ fuzz_run() {
 
 # fuzz_target NAME SECONDS: what was found before, the seeds, and then what is new.
 fuzz_target() {
-    local known=("corpus/$1") options=(-timeout=120 -rss_limit_mb=3000 -malloc_limit_mb=512)
+    local start known=("corpus/$1") options=(-timeout=120 -rss_limit_mb=3000 -malloc_limit_mb=512)
     if [[ -d regressions/$1 ]]; then known+=("regressions/$1"); fi
     mkdir -p "artifacts/$1"
     options+=("-artifact_prefix=$PWD/artifacts/$1/") # a target may fail in another folder
     set -e
     fuzz_run "$1" "target/x86_64-unknown-linux-gnu/release/$1" "${options[@]}" -runs=0 "${known[@]}"
-    fuzz_run "$1" "target/x86_64-unknown-linux-gnu/release/$1" "${options[@]}" "-max_total_time=$2" "corpus/$1"
+    # Of inputs with very many names each takes seconds: they are run once, and nothing is made from them.
+    start=$(mktemp -d)
+    find "corpus/$1" -type f ! -name '*many*' -exec cp -t "$start" {} +
+    fuzz_run "$1" "target/x86_64-unknown-linux-gnu/release/$1" "${options[@]}" "-max_total_time=$2" "$start"
+    rm -r "$start"
 }
 
 check_fuzz() {
