@@ -61,7 +61,7 @@ fn the_8_bit_codebook_has_the_least_error_on_normal_weights() {
 #[test]
 fn groups_of_the_8x8_product_have_exact_sums() {
     let largest = spec::CODEBOOK_I8.iter().map(|c| i32::from(c.unsigned_abs())).max().expect("there are codes");
-    let sum = largest * 32 * i32::from(nf4::ACTIVATION_MAX_8X8);
+    let sum = largest * 32 * i32::from(spec::ACTIVATION_MAX_8X8);
     assert!(sum < 1 << 19, "{sum}");
     let off =
         |k: usize| (f64::from(spec::CODEBOOK_I8[k]) * f64::from(spec::WEIGHT_STEP_8X8) - f64::from(CODEBOOK[k])).abs();

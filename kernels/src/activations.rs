@@ -5,15 +5,6 @@ use crate::float::Float;
 use crate::format::BlockSize;
 use crate::spec::{GROUP_8X8, SPAN};
 
-/// The largest quantized activation of the 16x4 product: 14 bits with sign, so that eight products with a 16-bit weight
-/// fit in an `i32`.
-pub const ACTIVATION_MAX: i16 = 8191;
-
-/// The largest quantized activation of the 8x8 product. `-128` is never used, so the negative of a value is one too.
-pub const ACTIVATION_MAX_8X8: i8 = 127;
-
-const _: () = assert!(8 * 32767 * (ACTIVATION_MAX as i64) <= i32::MAX as i64, "a lane's sum of a span is exact");
-
 /// The inputs of the 16x4 product: a batch of vectors, often just one, quantized to `i16` with one f32 scale per group of 64
 /// columns (32 for block size 32).
 ///

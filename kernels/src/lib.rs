@@ -19,7 +19,7 @@ mod matrix;
 pub mod spec;
 
 pub use absmax::{Absmax, NestedAbsmax};
-pub use activations::{ACTIVATION_MAX, ACTIVATION_MAX_8X8, Activations, Activations8x8};
+pub use activations::{Activations, Activations8x8};
 pub use double_quant::DYNAMIC_MAP;
 pub use error::ShapeError;
 pub use float::Float;

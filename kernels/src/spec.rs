@@ -46,6 +46,15 @@ pub const CODEBOOK_I8: [i8; 16] = [-124, -86, -65, -49, -35, -23, -11, 0, 10, 20
 /// The weight of a step of [`CODEBOOK_I8`]: `1 / 124.11`, rounded to f32.
 pub const WEIGHT_STEP_8X8: f32 = 1.0 / 124.11;
 
+/// The largest quantized activation of the 16x4 product: 14 bits with sign, so that eight products with a 16-bit weight
+/// fit in an `i32`.
+pub const ACTIVATION_MAX: i16 = 8191;
+
+/// The largest quantized activation of the 8x8 product. `-128` is never used, so the negative of a value is one too.
+pub const ACTIVATION_MAX_8X8: i8 = 127;
+
+const _: () = assert!(8 * 32767 * (ACTIVATION_MAX as i64) <= i32::MAX as i64, "a lane's sum of a span is exact");
+
 /// Columns of a group of the 8x8 product, which share a scale and whose products have one exact sum.
 pub const GROUP_8X8: usize = 32;
 

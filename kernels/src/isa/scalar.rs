@@ -5,14 +5,14 @@
 
 use super::scalar_8x8;
 use super::table::{FloatTable, Isa, Table};
-use crate::activations::{ACTIVATION_MAX, Activations};
+use crate::activations::Activations;
 use crate::double_quant;
 use crate::float::Float;
 use crate::format::{
     CODEBOOK, ZERO_CODE, absmax_from_bits, canonical, floored, get_range, inverse_absmax, nearest_code,
 };
 use crate::matrix::{Nf4Matrix, Segment};
-use crate::spec::{self, SPAN};
+use crate::spec::{self, ACTIVATION_MAX, SPAN};
 
 pub(super) static TABLE: Table = Table {
     isa: Isa::Scalar,

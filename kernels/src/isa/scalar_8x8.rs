@@ -2,11 +2,11 @@
 
 use super::scalar;
 use super::scalar::{Pairs, activation_scale, add_scaled, largest_input, round_to_bits};
-use crate::activations::{ACTIVATION_MAX_8X8, Activations8x8};
+use crate::activations::Activations8x8;
 use crate::float::Float;
 use crate::format::canonical;
 use crate::matrix::Nf4Matrix;
-use crate::spec::{CODEBOOK_I8, GROUP_8X8, SPAN, WEIGHT_STEP_8X8};
+use crate::spec::{ACTIVATION_MAX_8X8, CODEBOOK_I8, GROUP_8X8, SPAN, WEIGHT_STEP_8X8};
 
 /// Activations stand in the order of the columns.
 pub(super) static SLOTS: &[u8; SPAN] = &scalar::SLOTS;

@@ -54,12 +54,6 @@ impl Steps8x8 for Dotprod {
 
     #[target_feature(enable = "neon")]
     #[inline]
-    unsafe fn starts(&self, _: &[[i8; SPAN]; VECTORS]) -> [[i32; VECTORS]; 2] {
-        [[0; VECTORS]; 2]
-    }
-
-    #[target_feature(enable = "neon")]
-    #[inline]
     unsafe fn decode_rows(&self, packed: [&[u8; SPAN / 2]; ROWS], ahead: usize, out: &mut Self::Weights) {
         packed.iter().for_each(|row| prefetch(&row[..], ahead));
         for (group, out) in out.iter_mut().enumerate() {

@@ -2,10 +2,9 @@
 
 use super::steps::{Steps, Widen};
 use super::steps_8x8::Steps8x8;
-use crate::activations::{ACTIVATION_MAX, ACTIVATION_MAX_8X8};
 use crate::float::Float;
 use crate::isa::scalar;
-use crate::spec::{GROUP_8X8, SPAN};
+use crate::spec::{ACTIVATION_MAX, ACTIVATION_MAX_8X8, GROUP_8X8, SPAN};
 
 /// Quantizes inputs in groups, into the order of the table's slots.
 #[inline(always)]

@@ -87,8 +87,11 @@ pub(in crate::isa) trait Steps8x8: Sized {
     unsafe fn narrow(&self, values: &[i16; SPAN], out: &mut [i8; SPAN]);
 
     /// What the sums of products of each group start with. Where the weights of a panel are larger by 128, because an
-    /// instruction multiplies unsigned by signed integers, it is minus 128 times the sum of the activations.
-    unsafe fn starts(&self, values: &[[i8; SPAN]; VECTORS]) -> [[i32; VECTORS]; 2];
+    /// instruction multiplies unsigned by signed integers, it is minus 128 times the sum of the activations; elsewhere zero.
+    #[inline]
+    unsafe fn starts(&self, _values: &[[i8; SPAN]; VECTORS]) -> [[i32; VECTORS]; 2] {
+        [[0; VECTORS]; 2]
+    }
 
     /// Decodes a span of the rows of a panel. Prefetches the packed bytes that are `ahead` bytes further.
     unsafe fn decode_rows(&self, packed: [&[u8; SPAN / 2]; ROWS], ahead: usize, out: &mut Self::Weights);

@@ -40,11 +40,6 @@ impl Steps8x8 for Simd128 {
     }
 
     #[inline]
-    unsafe fn starts(&self, _: &[[i8; SPAN]; VECTORS]) -> [[i32; VECTORS]; 2] {
-        [[0; VECTORS]; 2]
-    }
-
-    #[inline]
     unsafe fn decode_rows(&self, packed: [&[u8; SPAN / 2]; ROWS], _ahead: usize, out: &mut Weights) {
         for (four, rows) in packed.as_chunks::<4>().0.iter().enumerate() {
             for group in 0..2 {
