@@ -124,6 +124,10 @@ class Loop:
         self.is_panel = "::add_panel" in function
         # Elsewhere, a loop without lookups is over the vectors of a half span, which a row has one of.
         self.is_product = multiplies > 0 and (self.is_panel or self.vector["tbl"] > 0)
+        # Rows of half a span have no loop over spans, so theirs is an inner one; it compares each result with itself, to
+        # give NaN the bits that are specified.
+        if self.vector["tbl"] < LOOKUPS and self.scalar["fcmp"] > 0:
+            self.is_product = False
         # Of a panel, each row is a span that is multiplied with one vector.
         self.spans = max(1, multiplies // MULTIPLIES if self.is_panel else self.vector["tbl"] // LOOKUPS)
         self.vectors = max(1, multiplies // (self.spans * MULTIPLIES))
