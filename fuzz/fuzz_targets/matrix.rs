@@ -147,7 +147,7 @@ fn run(k: Kernels, view: &Nf4Matrix<'_>, weights: &[f32], inputs: &[f32], length
     assert_eq!(activations.is_ok(), fits, "activations of {columns} columns on {}", k.isa());
     let Ok(activations) = activations else { return results };
     keep("scales", true, true, activations.scales());
-    let right_group = !view.is_row_aligned() || group.group() == block_size.group();
+    let right_group = !view.is_row_aligned() || group.activation_group() == block_size.activation_group();
 
     let mut out = vec![3.0; rows_len.of(Some(rows))];
     let result = k.gemv(view, &activations, &mut out);
