@@ -35,7 +35,7 @@ impl Nf4Linear {
     /// A layer of a checkpoint of `bitsandbytes`.
     ///
     /// # Errors
-    /// Those of [`Self::new`], which a layer that was read does not give.
+    /// The errors of [`Self::new`], which a layer that was read does not give.
     pub fn from_checkpoint(layer: Linear4bit) -> Result<Self> {
         let (weight, bias) = layer.into_parts();
         Self::new(weight, bias)

@@ -88,7 +88,7 @@ impl QLoRALinear {
     /// As [`Module::forward`], with nothing kept for a backward: for evaluations.
     ///
     /// # Errors
-    /// Those of the forward.
+    /// The errors of `forward`.
     pub fn forward_detached(&self, x: &Tensor) -> Result<Tensor> {
         x.detach().contiguous()?.apply_op3_no_bwd(&self.a, &self.b, &self.op)
     }

@@ -130,7 +130,7 @@ impl Cli {
     /// Runs the command: [`Self::prepare`] and [`Prepared::commit`].
     ///
     /// # Errors
-    /// Those of both.
+    /// The errors of both.
     pub fn run(&self) -> Result<Report> {
         self.prepare()?.commit()
     }

@@ -92,7 +92,7 @@ impl Joined {
     /// The tensors of the adapter and its gains, for a forward.
     ///
     /// # Errors
-    /// Those of [`Self::pair`]; [`Error::StaleNorms`].
+    /// The errors of [`Self::pair`]; [`Error::StaleNorms`].
     pub(crate) fn fresh(&self, base: &Base<'_>) -> Result<Fresh<'_>, Error> {
         let pair = self.pair(base)?;
         match (self.adapter.is_dora(), self.stale) {
@@ -104,7 +104,7 @@ impl Joined {
     /// Recomputes the norms if they are stale, for which it allocates a row of the base.
     ///
     /// # Errors
-    /// Those of [`Self::pair`]; [`Error::OutOfMemory`].
+    /// The errors of [`Self::pair`]; [`Error::OutOfMemory`].
     pub(crate) fn refresh(&mut self, base: &Base<'_>) -> Result<(), Error> {
         let len = if self.adapter.is_dora() && self.stale { base.d_in() } else { 0 };
         self.refresh_with(base, &mut zeros(1, len)?)

@@ -267,7 +267,7 @@ impl Llama {
     /// The logits of every token, `[tokens, vocabulary]`.
     ///
     /// # Errors
-    /// Those of [`Self::loss`].
+    /// The errors of [`Self::loss`].
     pub fn logits(&self, sequence: &Sequence) -> Result<Tensor> {
         let x = rms_norm(&self.hidden(sequence, false)?, &self.norm, self.config.norm_eps)?;
         Ok(x.matmul(&self.head.t()?)?)

@@ -47,7 +47,7 @@ impl Optimizer {
     /// An optimizer of all variables, with betas 0.9 and 0.999.
     ///
     /// # Errors
-    /// Those of candle.
+    /// The errors of candle.
     pub fn new(vars: &VarMap, weight_decay: f64) -> Result<Self> {
         let vars: BTreeMap<String, Var> =
             vars.data().lock().map_err(|_| anyhow!("poisoned variables"))?.clone().into_iter().collect();
@@ -60,7 +60,7 @@ impl Optimizer {
     /// Adds the gradients of all variables.
     ///
     /// # Errors
-    /// Those of candle.
+    /// The errors of candle.
     pub fn accumulate(&mut self, gradients: &GradStore) -> Result<()> {
         for (var, sum) in self.vars.values().zip(&mut self.sums) {
             if let Some(gradient) = gradients.get(var) {

@@ -98,7 +98,7 @@ impl Conversation {
     /// Reads a message of the user. [`Self::step`] then gives the answer.
     ///
     /// # Errors
-    /// Those of [`Text::prompt`] and [`Model::extend`], as if there is no room in the cache. The message is forgotten
+    /// The errors of [`Text::prompt`] and [`Model::extend`], as if there is no room in the cache. The message is forgotten
     /// then.
     pub fn ask(&mut self, engine: &mut Engine, message: &str) -> Result<Prompt> {
         self.finish(&engine.text)?;
@@ -115,7 +115,7 @@ impl Conversation {
     /// Reads a text as it is, without the template of a chat; the answer continues it.
     ///
     /// # Errors
-    /// Those of [`Self::ask`].
+    /// The errors of [`Self::ask`].
     pub fn complete(&mut self, engine: &mut Engine, text: &str) -> Result<Prompt> {
         let tokens = engine.text.encode(text, true)?;
         self.read(engine, &tokens)

@@ -51,7 +51,7 @@ impl Directory {
     /// What its `config.json` says.
     ///
     /// # Errors
-    /// Those of [`Config::parse`]; if the file cannot be read.
+    /// The errors of [`Config::parse`]; if the file cannot be read.
     pub fn config(&self) -> Result<Config> {
         let path = self.path.join("config.json");
         let text = fs::read(&path).with_context(|| path.display().to_string())?;

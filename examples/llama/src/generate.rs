@@ -10,7 +10,7 @@ impl Model {
     /// one. An empty `tokens` gives no logits.
     ///
     /// # Errors
-    /// Those of [`Self::forward`]. The cache then has the batches before.
+    /// The errors of [`Self::forward`]. The cache then has the batches before.
     pub fn extend<'w>(
         &self,
         cache: &mut Cache,

@@ -123,7 +123,7 @@ impl Text {
     /// The text of a chat; with `prompt` as [`Self::chat`], without it up to the end of the last message.
     ///
     /// # Errors
-    /// Those of [`Self::chat`].
+    /// The errors of [`Self::chat`].
     pub fn render(&self, messages: &[Message], prompt: bool) -> Result<String> {
         let Some(template) = &self.template else { bail!("the model has no chat template") };
         let mut environment = Environment::new();

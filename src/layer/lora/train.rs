@@ -35,7 +35,7 @@ impl LoRALayer {
     /// was borrowed mutably and before the next forward.
     ///
     /// # Errors
-    /// [Those of all layers](crate#errors).
+    /// The [errors of all layers](crate#errors).
     pub fn refresh_dora(&mut self) -> Result<(), Error> {
         self.adapter.refresh(&self.frozen.base())
     }

@@ -96,7 +96,7 @@ impl QLoRALayer {
     /// Like [`Self::from_lora`], but returns errors.
     ///
     /// # Errors
-    /// [Those of all layers](crate#errors).
+    /// The [errors of all layers](crate#errors).
     pub fn try_from_lora(lora_layer: LoRALayer) -> Result<Self, Error> {
         Self::quantize_lora(lora_layer, false)
     }

@@ -90,7 +90,7 @@ impl QLoRALayer {
     /// It takes `d_out * d_in * rank` multiply-adds in f64, and allocates one row.
     ///
     /// # Errors
-    /// [Those of all layers](crate#errors).
+    /// The [errors of all layers](crate#errors).
     pub fn refresh_dora(&mut self) -> Result<(), Error> {
         self.adapter.refresh(&self.linear.base()?)
     }
