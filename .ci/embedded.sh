@@ -19,7 +19,7 @@ check_cortex_m() {
     "$clippy" clippy -q --locked -Zbuild-std=core,alloc --bin heap --features alloc -- -D warnings
     output=$(timeout 300 cargo run -q --release --locked -Zbuild-std=core,alloc --bin layer) || { echo "$output"; return 1; }
     echo "$output"
-    # The promises of the DSP kernels: at least so many times fewer instructions than portable code.
+    # The promises of the DSP kernels: by which factor, at least, they take fewer instructions than portable code.
     fewer_instructions " instructions: " 2.5 <<<"$output"
     fewer_instructions " instructions of 8x8: " 1.9 <<<"$output"
     timeout 300 cargo run -q --release --locked -Zbuild-std=core,alloc --features alloc --bin heap

@@ -8,13 +8,15 @@ use crate::spec::{GROUP_8X8, SPAN};
 /// The inputs of the 16x4 product: a batch of vectors, often just one, quantized to `i16` with one f32 scale per group of 64
 /// columns (32 for block size 32).
 ///
-/// [`Kernels::quantize_activations`](crate::Kernels::quantize_activations) and [`Kernels::quantize_activations_batch`](crate::Kernels::quantize_activations_batch) make it in buffers that the
-/// caller provides; see [`crate::spec`] for the arithmetic. The values are in the order in which the instruction set of
+/// [`Kernels::quantize_activations`] and [`Kernels::quantize_activations_batch`] make it in buffers that the caller provides; see [`crate::spec`] for the arithmetic. The values are in the order in which the instruction set of
 /// these kernels decodes weights, so only the same kernels can multiply by them. The inputs, of type `T`, are kept too,
 /// because matrices whose blocks straddle rows are multiplied in f32.
 ///
 /// If the number of columns is not a multiple of the group, then blocks straddle rows in every such matrix; nothing is
 /// quantized, and both buffers have length 0.
+///
+/// [`Kernels::quantize_activations`]: crate::Kernels::quantize_activations
+/// [`Kernels::quantize_activations_batch`]: crate::Kernels::quantize_activations_batch
 #[derive(Debug, Clone, Copy)]
 pub struct Activations<'a, T = f32> {
     vectors: Vectors<'a, T, i16>,
@@ -125,12 +127,15 @@ impl<'a, T: Float> Activations<'a, T> {
 /// The inputs of the 8x8 product: a batch of vectors, often just one, quantized to `i8` with one f32 scale per group of 32
 /// columns, for matrices of any block size.
 ///
-/// [`Kernels::quantize_activations_8x8`](crate::Kernels::quantize_activations_8x8) and [`Kernels::quantize_activations_8x8_batch`](crate::Kernels::quantize_activations_8x8_batch) make it in buffers
-/// that the caller provides; see [`crate::spec`] for the arithmetic. The values are in the order in which the instruction
+/// [`Kernels::quantize_activations_8x8`] and [`Kernels::quantize_activations_8x8_batch`] make it in buffers that the caller
+/// provides; see [`crate::spec`] for the arithmetic. The values are in the order in which the instruction
 /// set of these kernels decodes weights, so only the same kernels can multiply by them.
 ///
 /// If the number of columns is not a multiple of 32, the product is computed in f32 from the inputs, which are kept for
 /// that; nothing is quantized, and both buffers have length 0.
+///
+/// [`Kernels::quantize_activations_8x8`]: crate::Kernels::quantize_activations_8x8
+/// [`Kernels::quantize_activations_8x8_batch`]: crate::Kernels::quantize_activations_8x8_batch
 #[derive(Debug, Clone, Copy)]
 pub struct Activations8x8<'a, T = f32> {
     vectors: Vectors<'a, T, i8>,

@@ -83,8 +83,8 @@ fn gemv_groups<S: Steps16x4, const GROUPS: usize>(
     }
 }
 
-/// How many bytes ahead of their use packed bytes are prefetched. On Zen 4, 2 KB made products from DRAM 1.3 times as fast, with rows of
-/// more than a page 1.7 times, and took 2 percent of the speed in cache; 1 KB and 4 KB gained less.
+/// How many bytes ahead of their use packed bytes are prefetched. On Zen 4, 2 KB made products from DRAM 1.3 times as fast, and
+/// 1.7 times with rows of more than a page, and took 2 percent of the speed in cache; 1 KB and 4 KB gained less.
 pub(in crate::isa) const AHEAD: usize = 2048;
 
 /// Adds consecutive columns of a row to the lanes: whole groups, as many as there are scales. `absmax` gives that of a
