@@ -8,8 +8,9 @@ use crate::spec::{GROUP_8X8, SPAN};
 /// The inputs of the 16x4 product: a batch of vectors, often just one, quantized to `i16` with one f32 scale per group of 64
 /// columns (32 for block size 32).
 ///
-/// [`Kernels::quantize_activations`] and [`Kernels::quantize_activations_batch`] make it in buffers that the caller provides; see [`crate::spec`] for the arithmetic. The values are in the order in which the instruction set of
-/// these kernels decodes weights, so only the same kernels can multiply by them. The inputs, of type `T`, are kept too,
+/// [`Kernels::quantize_activations`] and [`Kernels::quantize_activations_batch`] make it in buffers that the caller
+/// provides; see [`crate::spec`] for the arithmetic. The values are in the order in which the instruction set of these
+/// kernels decodes weights, so only the same kernels can multiply by them. The inputs, of type `T`, are kept too,
 /// because matrices whose blocks straddle rows are multiplied in f32.
 ///
 /// If the number of columns is not a multiple of the group, then blocks straddle rows in every such matrix; nothing is
