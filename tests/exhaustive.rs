@@ -35,21 +35,8 @@ const NF4: [f32; 16] = [
 
 /// The thresholds, as bits: `nf4_midpoints` of the reference data, taken from `bitsandbytes` on a CPU.
 const THRESHOLDS: [u32; 15] = [
-    0xbf59_1cd8,
-    0xbf1c_5270,
-    0xbeeb_8480,
-    0xbead_ea76,
-    0xbe70_3cec,
-    0xbe0d_38bc,
-    0xbd3a_7871,
-    0x3d22_faff,
-    0x3df6_4862,
-    0x3e50_67e0,
-    0x3e95_82d4,
-    0x3ec7_53f9,
-    0x3f00_6d04,
-    0x3f24_8daf,
-    0x3f5c_89da,
+    0xbf59_1cd8, 0xbf1c_5270, 0xbeeb_8480, 0xbead_ea76, 0xbe70_3cec, 0xbe0d_38bc, 0xbd3a_7871, 0x3d22_faff,
+    0x3df6_4862, 0x3e50_67e0, 0x3e95_82d4, 0x3ec7_53f9, 0x3f00_6d04, 0x3f24_8daf, 0x3f5c_89da,
 ];
 
 /// The code of a scaled value: the first whose threshold is not below it. NaN has the last code.

@@ -1,6 +1,6 @@
 //! The instruction sets, and a map of their operations.
 //!
-//! A [`Table`] holds the functions of one instruction set. `scalar.rs` is portable Rust and the easiest to read; all others
+//! A [`Table`] holds the functions of one instruction set. `scalar/` is portable Rust and the easiest to read; all others
 //! must equal it to the bit. Instruction sets with vector registers share the loops over rows, columns and blocks in `simd/`,
 //! and have their own steps inside the loops, and entries that compile the loops for them.
 //!
@@ -19,7 +19,7 @@
 //! `avx512/` multiplies 16x4 by loops of its own, which put rows into the lanes of a register, has wider steps for 8x8 and
 //! for the f32 products of batches (`panel_f32.rs`, `columns.rs`), and takes all else from `avx2/`. `neon/` has three kinds of
 //! steps for 8x8: `steps_8x8.rs`, and for CPUs with more than NEON `dotprod.rs` and `i8mm.rs`. `cortex_m_dsp/` multiplies both
-//! kinds of integers by loops of its own, two rows at a time, and takes all else from `scalar.rs`. The inner loops of x86-64,
+//! kinds of integers by loops of its own, two rows at a time, and takes all else from `scalar/`. The inner loops of x86-64,
 //! as they are compiled, stand in `asm/`, with the cycles that they are modelled to take.
 //!
 //! An arithmetic for packed weights takes three files: its traits, `simd/steps_NAME.rs`, its loops,
@@ -30,10 +30,9 @@ use cfg_if::cfg_if;
 #[cfg(all(test, target_arch = "x86_64", target_feature = "sse2"))]
 mod environment;
 mod scalar;
-mod scalar_8x8;
 mod table;
 
-pub(crate) use scalar::store_dense;
+pub(crate) use scalar::product_dense::store_dense;
 pub use table::Isa;
 pub(crate) use table::Table;
 

@@ -20,8 +20,9 @@ use super::PANEL_BATCH;
 use super::codes::transpose;
 use super::registers::{load_f32, store_f32};
 use crate::format::{CODEBOOK, canonical};
+use crate::isa::avx2;
+use crate::isa::scalar::product_f32;
 use crate::isa::simd::product_16x4::padded;
-use crate::isa::{avx2, scalar};
 use crate::matrix::Nf4Matrix;
 use crate::spec::{HALF_SPAN, PANEL, SPAN};
 
@@ -54,7 +55,7 @@ struct Tile([Lanes; VECTORS]);
 #[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl")]
 pub(super) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     if !matrix.has_whole_groups() {
-        return scalar::gemm_f32(matrix, inputs, out);
+        return product_f32::gemm_f32(matrix, inputs, out);
     }
     let batch = inputs.len() / matrix.cols();
     let rows = if batch < PANEL_BATCH { 0 } else { matrix.rows() / ROWS * ROWS };

@@ -27,7 +27,8 @@ mod product_8x8;
 
 use instructions::{join, smlad, smuad};
 
-use super::scalar::{self, PAIRS, add_half_span, add_scaled, pair};
+use super::scalar;
+use super::scalar::product_16x4::{PAIRS, add_half_span, add_scaled, pair};
 use super::table::{FloatTable, Isa, Table};
 use crate::activations::Activations;
 use crate::format::{canonical, get_or};

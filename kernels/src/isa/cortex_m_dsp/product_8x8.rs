@@ -13,8 +13,9 @@
 use super::instructions::{join, smlad_twice, sxtb16, sxtb16_ror_8};
 use crate::activations::Activations8x8;
 use crate::float::Float;
-use crate::isa::scalar::add_scaled;
-use crate::isa::scalar_8x8::{self, PAIRS, result};
+use crate::isa::scalar::activations::quantize_activations_8x8;
+use crate::isa::scalar::product_8x8::{PAIRS, result};
+use crate::isa::scalar::product_16x4::add_scaled;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
@@ -40,7 +41,7 @@ pub(super) static SLOTS: [u8; SPAN] = {
 
 /// Quantizes inputs in groups, into the order of [`SLOTS`].
 pub(super) fn quantize_activations<T: Float>(inputs: &[T], values: &mut [i8], scales: &mut [f32]) {
-    scalar_8x8::quantize_activations(inputs, values, scales);
+    quantize_activations_8x8(inputs, values, scales);
     values.as_chunks_mut::<4>().0.iter_mut().for_each(|four| four.swap(1, 2));
 }
 

@@ -3,7 +3,7 @@
 use super::steps::{Steps, Widen};
 use super::steps_8x8::Steps8x8;
 use crate::float::Float;
-use crate::isa::scalar;
+use crate::isa::scalar::activations::activation_scale;
 use crate::spec::{ACTIVATION_MAX, ACTIVATION_MAX_8X8, GROUP_8X8, SPAN};
 
 /// Quantizes inputs in groups, into the order of the table's slots.
@@ -63,7 +63,7 @@ fn quantize_span<S: Widen<T>, T: Float>(
             largest = steps.max_abs(largest, steps.widen(x));
         }
         let factor;
-        (*scale, factor) = scalar::activation_scale(f32::from_bits(steps.largest_bits(largest)), max);
+        (*scale, factor) = activation_scale(f32::from_bits(steps.largest_bits(largest)), max);
         if factor > 0.0 {
             let factor = steps.splat(factor);
             for (x, scaled) in inputs.iter().zip(scaled) {

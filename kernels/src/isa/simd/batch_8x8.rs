@@ -23,7 +23,7 @@ use super::steps_8x8::{PanelSpan, ROWS, SPANS, Steps8x8, Sums, VECTORS, VectorSp
 use crate::absmax::Absmax;
 use crate::activations::Activations8x8;
 use crate::format::{BlockSize, get_range};
-use crate::isa::scalar_8x8::result;
+use crate::isa::scalar::product_8x8::result;
 use crate::matrix::Nf4Matrix;
 use crate::spec::{GROUP_8X8, SPAN};
 

@@ -2,7 +2,7 @@
 
 use super::steps::{Decode, Steps};
 use crate::float::Float;
-use crate::isa::scalar;
+use crate::isa::scalar::conversions::dequantize_segment;
 use crate::matrix::Nf4Matrix;
 
 /// The weights, rounded once to f32 and once more to `T`.
@@ -20,7 +20,7 @@ pub(in crate::isa) fn dequantize<S: Decode<T>, T: Float>(steps: &Steps<S>, matri
                     steps.decode(&book, packed, out);
                 }
             }
-            _ => scalar::dequantize_segment(matrix, &segment, out),
+            _ => dequantize_segment(matrix, &segment, out),
         }
     }
 }

@@ -18,7 +18,7 @@ use super::steps_8x8::{Quad, QuadAbsmax, QuadSums, Steps8x8};
 use crate::absmax::Absmax;
 use crate::activations::Activations8x8;
 use crate::format::BlockSize;
-use crate::isa::scalar_8x8::result;
+use crate::isa::scalar::product_8x8::result;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 

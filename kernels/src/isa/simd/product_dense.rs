@@ -15,7 +15,7 @@
 
 use super::steps::{Floats, Steps, Widen};
 use crate::float::Float;
-use crate::isa::scalar;
+use crate::isa::scalar::product_dense::store_dense;
 
 /// Rows that share the loads of the inputs.
 const ROWS: usize = 4;
@@ -42,13 +42,13 @@ pub(in crate::isa) fn gemv_dense<S: Widen<T>, T: Float>(
         // One branch for all rows.
         let outputs = out.iter_mut().zip(products);
         match add {
-            None => outputs.for_each(|(out, [product])| scalar::store_dense(out, product, None)),
-            Some(factor) => outputs.for_each(|(out, [product])| scalar::store_dense(out, product, Some(factor))),
+            None => outputs.for_each(|(out, [product])| store_dense(out, product, None)),
+            Some(factor) => outputs.for_each(|(out, [product])| store_dense(out, product, Some(factor))),
         }
     }
     for (row, out) in rows.zip(rest) {
         let [[product]] = tile(steps, [row], [x]);
-        scalar::store_dense(out, product, add);
+        store_dense(out, product, add);
     }
 }
 
@@ -100,7 +100,7 @@ fn multiply_rows<S: Widen<T>, T: Float, const R: usize>(
 fn store<const R: usize, const N: usize>(products: [[f32; N]; R], out: &mut [f32], batch: usize) {
     for (out, products) in out.chunks_mut(batch).zip(products) {
         for (out, product) in out.iter_mut().zip(products) {
-            scalar::store_dense(out, product, None);
+            store_dense(out, product, None);
         }
     }
 }

@@ -5,7 +5,7 @@ use super::steps::{Steps, Widen};
 use super::steps_f32::{DECODED_SPANS, DecodedRow, StepsF32};
 use crate::float::Float;
 use crate::format::canonical;
-use crate::isa::scalar;
+use crate::isa::scalar::{product_f32, product_transposed};
 use crate::matrix::Nf4Matrix;
 use crate::spec::{self, SPAN};
 
@@ -22,7 +22,7 @@ pub(in crate::isa) fn gemv_f32<S: StepsF32 + Widen<T>, T: Float>(
     out: &mut [f32],
 ) {
     if !matrix.has_whole_groups() {
-        return scalar::gemv_f32(matrix, inputs, out);
+        return product_f32::gemv_f32(matrix, inputs, out);
     }
     out.fill(0.0);
     let mut panel = [[0.0; SPAN]; spec::PANEL / SPAN];
@@ -149,7 +149,7 @@ pub(in crate::isa) fn gemm_f32<S: StepsF32 + Widen<T>, T: Float>(
     out: &mut [f32],
 ) {
     if !matrix.has_whole_groups() {
-        scalar::gemm_f32(matrix, inputs, out);
+        product_f32::gemm_f32(matrix, inputs, out);
     } else if has_whole_spans(matrix) {
         gemm_groups::<S, T, 1>(steps, matrix, inputs, out);
     } else {
@@ -261,7 +261,7 @@ pub(in crate::isa) fn gemv_transposed_f32<S: StepsF32>(
     out: &mut [f32],
 ) {
     if !matrix.has_whole_groups() {
-        scalar::gemv_transposed_f32(matrix, inputs, out);
+        product_transposed::gemv_transposed_f32(matrix, inputs, out);
     } else if has_whole_spans(matrix) {
         transposed_groups::<S, 1, STRIDE>(steps, matrix, inputs, out);
     } else {

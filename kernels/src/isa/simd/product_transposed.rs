@@ -24,7 +24,7 @@ use core::ops::Range;
 use super::steps::{Decode, Steps};
 use super::steps_transposed::Columns;
 use crate::format::canonical;
-use crate::isa::scalar;
+use crate::isa::scalar::product_transposed;
 use crate::matrix::Nf4Matrix;
 use crate::spec::{HALF_SPAN, ROW_CHUNK, SPAN};
 
@@ -93,7 +93,7 @@ pub(in crate::isa) fn gemm_transposed_f32<S: Columns>(
     out: &mut [f32],
 ) {
     if !matrix.has_whole_groups() {
-        return scalar::gemm_transposed_f32(matrix, inputs, out);
+        return product_transposed::gemm_transposed_f32(matrix, inputs, out);
     }
     out.fill(0.0);
     multiply(steps, matrix, inputs, [matrix.rows(), matrix.cols()], out);

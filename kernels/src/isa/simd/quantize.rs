@@ -3,7 +3,7 @@
 use super::steps::{Steps, Widen};
 use crate::float::Float;
 use crate::format::{absmax_from_bits, inverse_absmax};
-use crate::isa::scalar;
+use crate::isa::scalar::conversions::quantize_partial_block;
 
 /// Codes and absmax of a tensor.
 #[inline(always)]
@@ -17,7 +17,7 @@ pub(in crate::isa) fn quantize<S: Widen<T>, T: Float>(
     let blocks = weights.chunks(block_size).zip(packed.chunks_mut(block_size / 2)).zip(absmax);
     for ((block, packed), absmax) in blocks {
         if block.len() < block_size {
-            *absmax = scalar::quantize_partial_block(block, packed);
+            *absmax = quantize_partial_block(block, packed);
             continue;
         }
         let mut largest = steps.splat(0.0);
