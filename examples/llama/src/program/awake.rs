@@ -55,3 +55,71 @@ impl Drop for End<'_> {
         self.0.store(true, Ordering::Release);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use alloc::sync::Arc;
+    use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+    use allocation_counter::measure;
+    use nf4::Threads;
+
+    use super::{Awake, awake};
+    use crate::cache::{Cache, CacheType};
+    use crate::directory::Directory;
+    use crate::model::{Model, Options};
+    use crate::sample::argmax;
+    use crate::workspace::Workspace;
+
+    /// [`Awake`], which splits even what a tiny model has to do, and counts the allocations of every thread.
+    #[derive(Default)]
+    struct Counted {
+        allocations: AtomicU64,
+        on_others: AtomicUsize,
+    }
+
+    impl Threads for Counted {
+        fn count(&self) -> usize {
+            Awake.count()
+        }
+
+        fn join(&self, a: &mut (dyn FnMut() + Send), b: &mut (dyn FnMut() + Send)) {
+            let home = rayon::current_thread_index();
+            let counted = |run: &mut (dyn FnMut() + Send)| {
+                if rayon::current_thread_index() != home {
+                    self.on_others.fetch_add(1, Ordering::Relaxed);
+                }
+                self.allocations.fetch_add(measure(run).count_total, Ordering::Relaxed);
+            };
+            Awake.join(&mut || counted(a), &mut || counted(b));
+        }
+
+        fn least_work(&self) -> usize {
+            1
+        }
+    }
+
+    #[test]
+    fn tokens_allocate_nothing_on_any_thread() {
+        let directory = Directory::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama").as_ref()).unwrap();
+        let threads = Arc::new(Counted::default());
+        let options = Options { threads: Some(threads.clone()), ..Options::default() };
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        pool.install(|| {
+            let model = Model::load(directory.config().unwrap(), &directory, options, |_, _| {}).unwrap();
+            let mut workspace = Workspace::new(&model, 1, 1).unwrap();
+            let mut cache = Cache::new(model.config(), 128, CacheType::F32).unwrap();
+            let mut token = argmax(model.extend(&mut cache, &[1], None, &mut workspace).unwrap());
+            threads.allocations.store(0, Ordering::Relaxed);
+            let mine = awake(|| {
+                measure(|| {
+                    for _ in 0..100 {
+                        token = argmax(model.extend(&mut cache, &[token], None, &mut workspace).unwrap());
+                    }
+                })
+            });
+            assert_eq!((mine.count_total, threads.allocations.load(Ordering::Relaxed)), (0, 0));
+            assert!(threads.on_others.load(Ordering::Relaxed) > 0, "one thread did all the work");
+        });
+    }
+}
