@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The inner loops of the products as the compiler makes them, and the table of rungs.
+"""The inner loops of the hot functions as the compiler makes them, and the table of rungs.
 
     .ci/assembly.py             compares the files of kernels/asm with what is built now
     BLESS=1 .ci/assembly.py     writes them
 
 A loop of kernels/asm is what runs most of the time, in a form that says what a reviewer wants to see: which vector
 instructions there are, in which order, and whether one spills a register. Constants, distances and places on the stack
-are left out, because they move when other code changes. A loop is found by what it does, not by a name.
+are left out, because they move when other code changes. HOT says which loops there are; a new one takes a line there.
 
 Compilers differ, so one is pinned: Debian's `rustc-web`, whose version the files name. With another version nothing is
 compared, which is said aloud. The cycles are those that `llvm-mca` (Debian's llvm-19) models for the same loops, with all
@@ -19,7 +19,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from loops import functions, inner_loops, labelled, listing
 
 FOLDER = Path("kernels/asm")
 MCA = "llvm-mca-19"
@@ -27,15 +30,101 @@ MCA = "llvm-mca-19"
 # Products of 16-bit integers in one instruction, by the register that it writes.
 PRODUCTS = {"x": 8, "y": 16, "z": 32}
 
+# Builds for a target, and prints the disassembly. The aarch64 build is that of the step which counts instructions. Of
+# WebAssembly, Debian's compiler has no `core`.
 BUILD = """
 set -euo pipefail
 . .ci/packages.sh
-export RUSTC=$(from_package rustc-web rustc) CARGO_TARGET_DIR=target/assembly
+export RUSTC=$(from_package rustc-web rustc) CARGO_TARGET_DIR=target/assembly/$1
 unset RUSTFLAGS
+dis="objdump -d -C -M intel --no-show-raw-insn"
 "$RUSTC" --version >&2
-cargo build -q --locked --release -p nf4-kernels --target x86_64-unknown-linux-gnu
-objdump -d -C -M intel --no-show-raw-insn target/assembly/x86_64-unknown-linux-gnu/release/libnf4_kernels.rlib
+build=(cargo build -q --locked --release -p nf4-kernels --target "$1")
+case $1 in
+    aarch64-*)
+        CARGO_TARGET_DIR=target/aarch64
+        dis="aarch64-linux-gnu-objdump -d -C --no-show-raw-insn"
+        ;;
+    wasm32-*)
+        export RUSTC_BOOTSTRAP=1 RUSTFLAGS="-C target-feature=+simd128"
+        build+=(-Zbuild-std=core)
+        dis="llvm-objdump-19 -d -C --no-show-raw-insn"
+        ;;
+esac
+"${build[@]}"
+$dis "$CARGO_TARGET_DIR/$1/release/libnf4_kernels.rlib"
 """
+
+# What is built, and the files that show its loops.
+TARGETS = {
+    "x86_64-unknown-linux-gnu": ["avx2", "avx-vnni", "avx512-vnni"],
+    "aarch64-unknown-linux-gnu": ["neon", "neon-dotprod", "neon-i8mm"],
+    "wasm32-unknown-unknown": ["simd128"],
+}
+
+VNNI = r"(\{vex\} )?vpdpwssd"
+WASM = r"i32x4\.dot_i16x8_s"
+
+# The loops, by file: an operation, the name of the function, and what the loop has most of among those of the function. Of
+# equals the shortest is taken: a name has an instance for each type of elements, and for groups of half a span. With `min`
+# the loop has least of it.
+HOT = {
+    "avx2": [
+        ("16x4, one vector", r"avx2::entries::gemv$", "vpmaddwd"),
+        ("16x4, eight vectors", r"Steps16x4 for .*Avx2<_>>::few_vectors$", "vpmaddwd"),
+        ("16x4, a batch", r"Steps16x4 for .*Avx2<_>>::add_panel$", "vpmaddwd"),
+        ("f32, one vector", r"avx2::entries::gemv_f32$", "vmulps"),
+        ("f32, a batch", r"avx2::entries::gemm_f32$", "vmulps"),
+        ("Transposed f32, one vector", r"avx2::entries::gemv_transposed_f32$", "vmulps"),
+        ("Transposed f32, a batch", r"avx2::entries::gemm_transposed_f32$", "vmulps"),
+        ("Dequantize to f32", r"avx2::entries::dequantize_f32$", "vpunpck"),
+        ("Dequantize to f16 and bf16", r"avx2::entries::dequantize$", "vpunpck"),
+        ("Quantize", r"avx2::entries::quantize$", "vcmp"),
+    ],
+    "avx-vnni": [
+        ("16x4, one vector", r"avx2::entries::gemv_vnni$", VNNI),
+        ("16x4, eight vectors", r"Steps16x4 for .*Avx2<_>>::few_vectors$", VNNI),
+        ("16x4, a batch", r"Steps16x4 for .*Avx2<_>>::add_panel$", VNNI),
+    ],
+    "avx512-vnni": [
+        ("16x4, one vector", r"avx512::(few::)?multiply$", VNNI, min),
+        ("16x4, four vectors", r"avx512::(few::)?multiply$", VNNI),
+        ("16x4, a batch", r"avx512::panel::add_half$", VNNI),
+        ("f32, a batch", r"avx512::panel_f32::", "vmulps"),
+        ("Transposed f32, a batch", r"avx512::columns::gemm_transposed_f32$", "vmulps"),
+    ],
+    "neon": [
+        ("16x4, one vector", r"neon::entries::gemv$", "smlal"),
+        ("16x4, four vectors", r"Steps16x4 for .*::Neon>::few_vectors$", "smlal"),
+        ("16x4, a batch", r"Steps16x4 for .*::Neon>::add_panel$", "smlal"),
+        ("8x8, one vector", r"steps_8x8::Plain as .*::add_quads$", "smlal"),
+        ("8x8, a batch", r"steps_8x8::Plain as .*::add_panel$", "smlal"),
+        ("f32, one vector", r"neon::entries::gemv_f32$", "tbl"),
+        ("f32, a batch", r"neon::entries::gemm_f32$", "fmul"),
+        ("Transposed f32, one vector", r"neon::entries::gemv_transposed_f32$", "tbl"),
+        ("Transposed f32, a batch", r"neon::entries::gemm_transposed_f32$", "fmul"),
+        ("Dequantize to f32", r"neon::entries::dequantize$", "tbl"),
+        ("Quantize", r"neon::entries::quantize$", "uzp1"),
+    ],
+    "neon-dotprod": [
+        ("8x8, one vector", r"Dotprod as .*Steps8x8>::add_quads$", "sdot"),
+        ("8x8, a batch", r"Dotprod as .*Steps8x8>::add_panel$", "sdot"),
+    ],
+    "neon-i8mm": [("8x8, a batch", r"I8mm as .*Steps8x8>::add_panel$", "smmla")],
+    "simd128": [
+        ("16x4, one vector", r"simd128::entries::gemv$", WASM),
+        ("16x4, four vectors", r"Steps16x4>::few_vectors::<1, 4>$", WASM),
+        ("16x4, a batch", r"Steps16x4>::add_panel::<1>$", WASM),
+        ("8x8, one vector", r"Steps8x8>::add_quads", WASM),
+        ("8x8, a batch", r"Steps8x8>::add_panel|simd128::steps_8x8::add_vectors", WASM),
+        ("f32, one vector", r"simd128::entries::gemv_f32::<f32>$", r"f32x4\.mul"),
+        ("f32, a batch", r"simd128::entries::gemm_f32::<f32>$", r"f32x4\.mul"),
+        ("Transposed f32, one vector", r"simd128::entries::gemv_transposed_f32$", r"f32x4\.mul"),
+        ("Transposed f32, a batch", r"simd128::entries::gemm_transposed_f32$", r"f32x4\.mul"),
+        ("Dequantize to f32", r"simd128::entries::dequantize::<f32>$", "i8x16.swizzle"),
+        ("Quantize", r"simd128::entries::quantize::<f32>$", r"v128\.store$"),
+    ],
+}
 
 # The committed hash of the test vector, which every rung gives.
 HASH = re.compile(r"\b4045a7867415edb5\b")
@@ -50,7 +139,6 @@ CPUS = [
     ("Zen 4", "znver4", "avx512-vnni", "hardware; parts in Bochs"),
     ("Zen 5", "znver5", "avx512-vnni", "parts in Bochs"),
 ]
-SAID = {"one vector": "one vector", "batch": "a batch"}
 NEEDS = {
     "avx2": "AVX2, F16C",
     "avx-vnni": "AVX2, F16C, AVX-VNNI",
@@ -59,18 +147,10 @@ NEEDS = {
 
 
 class Loop:
-    def __init__(self, function, body):
-        self.function, self.body = function, body
-        self.mnemonics = [mnemonic for mnemonic, _ in body]
-        multiplies = [operands for mnemonic, operands in body if re.match(r"vpmaddwd|(\{vex\} )?vpdpwssd", mnemonic)]
+    def __init__(self, body):
+        self.body = body
+        multiplies = [operands for mnemonic, operands in body if re.match(rf"vpmaddwd|{VNNI}", mnemonic)]
         self.products = sum(PRODUCTS[operands[0]] for operands in multiplies)
-        self.vnni = any("vpdpwssd" in m for m in self.mnemonics)
-        self.wide = any(operands.startswith("z") for operands in multiplies)
-        # Products of 8-bit integers: a loop of the 8x8 products.
-        self.bytes = any(re.search(r"vpmaddubsw|vpdpbusd", m) for m in self.mnemonics)
-        self.look_ups = sum(m in ("vpshufb", "vpermw") for m in self.mnemonics)
-        self.floats = self.mnemonics.count("vmulps")
-        self.isa = "avx512-vnni" if self.wide else "avx-vnni" if self.vnni else "avx2"
 
     def units(self):
         """64 columns of a row and of a vector."""
@@ -83,86 +163,31 @@ class Loop:
         return sum(not (m.startswith(loads) and "[" in o) for m, o in vectors)
 
     def cycles(self, cpu):
+        """Modelled, for a unit."""
         runs = 200
-        text = [".intel_syntax noprefix", "top:"] + [f"{m} {o}" for m, o in self.body]
+        # What jumps out of the loop, or over a prefetch, is assembled as a jump back.
+        body = [f"{m} {'top' if m.startswith('j') else o}" for m, o in self.body]
+        text = [".intel_syntax noprefix", "top:", *body]
         with tempfile.NamedTemporaryFile("w", suffix=".s") as file:
             file.write("\n".join(text) + "\n")
             file.flush()
             command = [MCA, "-march=x86-64", f"-mcpu={cpu}", f"-iterations={runs}", file.name]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return int(re.search(r"Total Cycles:\s+(\d+)", output)[1]) / runs
-
-    def listing(self):
-        """Without numbers that other code moves."""
-        lines = []
-        for mnemonic, operands in self.body:
-            operands = re.sub(r"\[rip\+0x[0-9a-f]+\]", "[constant]", operands)
-            operands = re.sub(r"\[(rsp|rbp)[^]]*\]", "[stack]", operands)
-            operands = re.sub(r"\[r(?!sp|bp|ip)[^]]*\]", "[memory]", operands)
-            operands = re.sub(r"(?<=,)0x[0-9a-f]{3,}$", "constant", operands)
-            # Which register holds an address or a count says nothing.
-            operands = re.sub(r"\br(?:[abcd]x|[sd]i|[sb]p|\d+)[dwb]?\b|\be[abcd]x\b|\be[sd]i\b|\b[abcd]l\b", "r", operands)
-            lines.append(f"    {mnemonic:<16}{operands}".rstrip())
-        return lines
+        return int(re.search(r"Total Cycles:\s+(\d+)", output)[1]) / runs / self.units()
 
 
-def functions(disassembly):
-    name, body = None, []
-    for line in disassembly.splitlines():
-        if start := re.match(r"[0-9a-f]+ <(.*)>:$", line):
-            if name:
-                yield name, body
-            name, body = start[1], []
-        elif name and (found := re.match(r"\s+([0-9a-f]+):\s+((?:\{vex\} |cs |data16 )*\S+)\s*([^#<]*)", line)):
-            body.append((int(found[1], 16), found[2], found[3].strip()))
-    if name:
-        yield name, body
-
-
-def inner_loops(disassembly):
-    """Loops without another loop in them: from the target of a jump back to the jump."""
-    for name, body in functions(disassembly):
-        index = {address: i for i, (address, _, _) in enumerate(body)}
-        ranges = set()
-        for end, (_, mnemonic, operands) in enumerate(body):
-            if mnemonic.startswith("j") and re.fullmatch(r"[0-9a-f]+", operands):
-                start = index.get(int(operands, 16))
-                if start is not None and start <= end:
-                    ranges.add((start, end))
-        for start, end in sorted(ranges):
-            if any((a, b) != (start, end) and start <= a and b <= end for a, b in ranges):
-                continue
-            addresses = {address for address, _, _ in body[start:end + 1]}
-            instructions = []
-            for address, mnemonic, operands in body[start:end + 1]:
-                if "nop" in mnemonic:
-                    continue
-                if mnemonic.startswith("j"):
-                    target = int(operands, 16) if re.fullmatch(r"[0-9a-f]+", operands) else None
-                    operands = "1b" if target == body[start][0] else "inside" if target in addresses else "outside"
-                instructions.append((mnemonic, operands))
-            yield Loop(name, instructions)
-
-
-def choose(loops):
-    """The loops to show, by instruction set and name."""
+def choose(loops, hot):
+    """The loops of a file, by operation."""
     chosen = {}
-    for isa in NEEDS:
-        own = [loop for loop in loops if loop.isa == isa and loop.products and not loop.bytes]
-        decoding = [loop for loop in own if loop.look_ups]
-        # One vector multiplies least for each look-up; a batch has most products. The simpler of equals has one
-        # group in a span. Batches have loops for one vector that is left over, which are not those of the GEMV.
-        gemv = [loop for loop in decoding if "gemv" in loop.function] or decoding
-        one = min(gemv, key=lambda l: (l.products / l.look_ups, -l.products, len(l.body)))
-        batch = min(own, key=lambda l: (-l.products, len(l.body)))
-        chosen[isa] = {"one vector": one, "batch": batch}
+    for operation, function, most, *least in hot:
+        found = []
+        for name, body in loops:
+            if re.search(function, name) and (count := sum(bool(re.match(most, mnemonic)) for mnemonic, _ in body)):
+                found.append((count if least else -count, len(body), body))
+        if not found:
+            sys.exit(f"no loop in {function} has {most}")
+        chosen[operation] = min(found)[2]
     return chosen
-
-
-def modelled(loop, cpu):
-    # What jumps out of the loop, or over a prefetch, is assembled as a jump back.
-    body = [(m, "top" if m.startswith("j") else o) for m, o in loop.body]
-    return Loop(loop.function, body).cycles(cpu) / loop.units()
 
 
 def rungs(chosen, compiler, mca, digest):
@@ -182,29 +207,37 @@ def rungs(chosen, compiler, mca, digest):
     ]
     for name, cpu, isa, tested in CPUS:
         row = [name, f"`{isa}`", NEEDS[isa]]
-        for kind in ("one vector", "batch"):
-            loop, avx2 = chosen[isa][kind], chosen["avx2"][kind]
-            row += [f"{loop.vector_instructions() / loop.units():.1f}", f"{modelled(loop, cpu):.2f}", f"{modelled(avx2, cpu):.2f}"]
+        for operation in ("16x4, one vector", "16x4, a batch"):
+            loop, avx2 = (Loop(chosen[table][operation]) for table in (isa, "avx2"))
+            row += [f"{loop.vector_instructions() / loop.units():.1f}", f"{loop.cycles(cpu):.2f}", f"{avx2.cycles(cpu):.2f}"]
         lines.append("| " + " | ".join(row + [tested]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def listing(isa, loops, compiler):
-    lines = [f"# Inner loops of the 16x4 products: `{isa}`", "", f"As {compiler} compiles them."]
-    for kind, loop in loops.items():
-        lines += ["", f"For {SAID[kind]}, {loop.products} products:", "", "```text", "1:", *loop.listing(), "```"]
+def page(isa, loops, compiler):
+    lines = [f"# Inner loops: `{isa}`", "", f"As {compiler} compiles them."]
+    for operation, body in loops.items():
+        lines += ["", f"{operation}:", "", "```text", *listing(isa, body), "```"]
     return "\n".join(lines) + "\n"
 
 
+def build(target):
+    """The version of the compiler, and all inner loops."""
+    done = subprocess.run(["bash", "-c", BUILD, "bash", target], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    compiler = re.search(r"rustc \S+", done.stderr)[0]
+    return compiler, [(name, list(labelled(loop))) for name, body in functions(done.stdout) for loop in inner_loops(body)]
+
+
 def main():
-    build = subprocess.run(["bash", "-c", BUILD], capture_output=True, text=True, check=False)
-    if build.returncode:
-        sys.exit(build.stderr)
-    compiler = re.search(r"rustc \S+", build.stderr)[0]
+    with ThreadPoolExecutor() as pool:
+        compilers, loops = zip(*pool.map(build, TARGETS))
+    compiler = compilers[0]
     mca = re.search(r"LLVM version \S+", subprocess.run([MCA, "--version"], capture_output=True, text=True, check=True).stdout)[0]
     digest = HASH.search(Path("docs/determinism.md").read_text())[0]
-    chosen = choose(list(inner_loops(build.stdout)))
-    files = {f"{isa}.md": listing(isa, loops, compiler) for isa, loops in chosen.items()}
+    chosen = {isa: choose(loops, HOT[isa]) for isas, loops in zip(TARGETS.values(), loops) for isa in isas}
+    files = {f"{isa}.md": page(isa, loops, compiler) for isa, loops in chosen.items()}
     files["rungs.md"] = rungs(chosen, compiler, mca, digest)
     if os.environ.get("BLESS"):
         FOLDER.mkdir(exist_ok=True)

@@ -146,6 +146,6 @@ check_bochs() {
 
 # The loops are those of Debian's compiler; see the script.
 check_assembly() {
-    needs rustc-web binutils llvm-19 python3
+    needs rustc-web rust-web-src lld binutils llvm-19 python3 libstd-rust-web-dev:arm64 binutils-aarch64-linux-gnu
     python3 .ci/assembly.py
 }

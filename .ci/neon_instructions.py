@@ -24,6 +24,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from loops import functions, inner_loops
+
 LOOKUPS, MULTIPLIES = 8, 16
 
 # 8 lookups, 8 to join low and high bytes, 4 to split codes.
@@ -67,34 +69,6 @@ export CARGO_TARGET_DIR="${1:-$CARGO_TARGET_DIR}"
 cargo build -q --locked --release -p nf4-kernels --target "$target"
 aarch64-linux-gnu-objdump -d -C --no-show-raw-insn "$CARGO_TARGET_DIR/$target/release/libnf4_kernels.rlib"
 """
-
-
-def functions(disassembly):
-    """Names of functions, with (address, mnemonic, operands) of their instructions."""
-    name, body = None, []
-    for line in disassembly.splitlines():
-        if start := re.match(r"[0-9a-f]+ <(.*)>:$", line):
-            if name:
-                yield name, body
-            name, body = start[1], []
-        elif name and (found := re.match(r"\s+([0-9a-f]+):\s+(\S+)\s*(.*)", line)):
-            body.append((int(found[1], 16), found[2], found[3]))
-    if name:
-        yield name, body
-
-
-def inner_loops(body):
-    """The instructions of each loop without another loop in it: from the target of a branch back to the branch."""
-    index = {address: i for i, (address, _, _) in enumerate(body)}
-    ranges = set()
-    for end, (address, mnemonic, operands) in enumerate(body):
-        target = re.search(r"\b([0-9a-f]+) <", operands)
-        if re.match(r"(b|b\.\w+|cbn?z|tbn?z)$", mnemonic) and target and int(target[1], 16) <= address:
-            if int(target[1], 16) in index:
-                ranges.add((index[int(target[1], 16)], end))
-    for start, end in sorted(ranges):
-        if not any((a, b) != (start, end) and start <= a and b <= end for a, b in ranges):
-            yield body[start:end + 1]
 
 
 class Loop:

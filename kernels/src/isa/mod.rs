@@ -19,8 +19,8 @@
 //! `avx512/` multiplies 16x4 by loops of its own, which put rows into the lanes of a register, has wider steps for 8x8 and
 //! for the f32 products of batches (`panel_f32.rs`, `columns.rs`), and takes all else from `avx2/`. `neon/` has three kinds of
 //! steps for 8x8: `steps_8x8.rs`, and for CPUs with more than NEON `dotprod.rs` and `i8mm.rs`. `cortex_m_dsp/` multiplies both
-//! kinds of integers by loops of its own, two rows at a time, and takes all else from `scalar/`. The inner loops of x86-64,
-//! as they are compiled, stand in `asm/`, with the cycles that they are modelled to take.
+//! kinds of integers by loops of its own, two rows at a time, and takes all else from `scalar/`. The inner loops, as
+//! they are compiled, stand in `asm/`, those of the 16x4 products of x86-64 with the cycles that they are modelled to take.
 //!
 //! An arithmetic for packed weights takes three files: its traits, `simd/steps_NAME.rs`, its loops,
 //! `simd/product_NAME.rs`, and its steps, `steps_NAME.rs` in the folder of each instruction set.

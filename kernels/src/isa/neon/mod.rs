@@ -55,6 +55,10 @@
 //! registers, slow on many cores, for every four weights.
 //!
 //! A sum of products is two operations everywhere: the single rounding of `fmla` would give other bits.
+//!
+#![doc = include_str!("../../../asm/neon.md")]
+#![doc = include_str!("../../../asm/neon-dotprod.md")]
+#![doc = include_str!("../../../asm/neon-i8mm.md")]
 
 mod codes;
 mod conversions;

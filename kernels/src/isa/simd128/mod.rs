@@ -36,6 +36,8 @@
 //!
 //! The f32 paths look up the four bytes of each f32 and zip them twice. A sum of products is two operations everywhere:
 //! the relaxed instructions, which may fuse them, give bits that depend on the machine.
+//!
+#![doc = include_str!("../../../asm/simd128.md")]
 
 mod codes;
 mod conversions;
