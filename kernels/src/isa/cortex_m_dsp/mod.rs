@@ -53,13 +53,10 @@ const ROWS: usize = 2;
 
 /// The 16x4 product.
 fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
-    let (several, rest) = out.as_chunks_mut::<ROWS>();
-    let done = several.len() * ROWS;
-    for (i, out) in several.iter_mut().enumerate() {
-        *out = dots(matrix, i * ROWS, activations);
-    }
-    for (row, out) in (done..).zip(rest) {
-        [*out] = dots(matrix, row, activations);
+    for (i, out) in out.chunks_mut(ROWS).enumerate() {
+        for (out, product) in out.iter_mut().zip(dots(matrix, i * ROWS, activations)) {
+            *out = product;
+        }
     }
 }
 
@@ -69,28 +66,25 @@ fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) 
     for n in 0..batch {
         let vector = activations.vector(n);
         for (i, out) in out.chunks_mut(ROWS * batch).enumerate() {
-            if out.len() == ROWS * batch {
-                let products: [f32; ROWS] = dots(matrix, i * ROWS, &vector);
-                for (out, product) in out.chunks_exact_mut(batch).zip(products) {
-                    out[n] = product;
-                }
-            } else {
-                [out[n]] = dots(matrix, i * ROWS, &vector);
+            for (out, product) in out.chunks_exact_mut(batch).zip(dots(matrix, i * ROWS, &vector)) {
+                out[n] = product;
             }
         }
     }
 }
 
-/// The 16x4 products of consecutive rows with a vector.
-fn dots<const R: usize>(matrix: &Nf4Matrix<'_>, first_row: usize, activations: &Activations<'_>) -> [f32; R] {
-    let rows: [_; R] = core::array::from_fn(|r| matrix.aligned_row(first_row + r));
+/// The 16x4 products of consecutive rows with a vector. Where the matrix has fewer rows left, its last one is taken again,
+/// because that costs less flash than code for a single row.
+fn dots(matrix: &Nf4Matrix<'_>, first_row: usize, activations: &Activations<'_>) -> [f32; ROWS] {
+    let last_row = matrix.rows() - 1;
+    let rows: [_; ROWS] = core::array::from_fn(|r| matrix.aligned_row((first_row + r).min(last_row)));
     let first_blocks = rows.map(|(_, first_block)| first_block);
-    let mut lanes = [[0.0; R]; 8];
+    let mut lanes = [[0.0; ROWS]; 8];
     let mut spans = rows.map(|(packed, _)| packed.as_chunks::<{ SPAN / 2 }>().0.iter());
     let mut group = 0;
     let (values, rest) = split_last_span(activations.values(), matrix.cols());
     for values in values {
-        let mut bytes = [&[0; SPAN / 2]; R];
+        let mut bytes = [&[0; SPAN / 2]; ROWS];
         for (bytes, spans) in bytes.iter_mut().zip(&mut spans) {
             *bytes = spans.next().unwrap_or(bytes);
         }
@@ -102,17 +96,17 @@ fn dots<const R: usize>(matrix: &Nf4Matrix<'_>, first_row: usize, activations: &
             group_factors(matrix, first_blocks, activations, group)
         };
         group += 1;
-        // Written out, for where a lane's bytes are must be constants in the loads.
-        add_lane::<0, R>(&mut lanes, bytes, values, first);
-        add_lane::<1, R>(&mut lanes, bytes, values, first);
-        add_lane::<2, R>(&mut lanes, bytes, values, first);
-        add_lane::<3, R>(&mut lanes, bytes, values, first);
-        add_lane::<4, R>(&mut lanes, bytes, values, second);
-        add_lane::<5, R>(&mut lanes, bytes, values, second);
-        add_lane::<6, R>(&mut lanes, bytes, values, second);
-        add_lane::<7, R>(&mut lanes, bytes, values, second);
+        // Written out, because the positions of a lane's bytes must be constants in the loads.
+        add_lane::<0>(&mut lanes, bytes, values, first);
+        add_lane::<1>(&mut lanes, bytes, values, first);
+        add_lane::<2>(&mut lanes, bytes, values, first);
+        add_lane::<3>(&mut lanes, bytes, values, first);
+        add_lane::<4>(&mut lanes, bytes, values, second);
+        add_lane::<5>(&mut lanes, bytes, values, second);
+        add_lane::<6>(&mut lanes, bytes, values, second);
+        add_lane::<7>(&mut lanes, bytes, values, second);
     }
-    let mut lanes: [[f32; 8]; R] = core::array::from_fn(|r| lanes.map(|lane| lane[r]));
+    let mut lanes: [[f32; 8]; ROWS] = core::array::from_fn(|r| lanes.map(|lane| lane[r]));
     if let Some(values) = rest {
         let factors = group_factors(matrix, first_blocks, activations, group);
         for (lanes, ((packed, _), factor)) in lanes.iter_mut().zip(rows.into_iter().zip(factors)) {
@@ -124,14 +118,14 @@ fn dots<const R: usize>(matrix: &Nf4Matrix<'_>, first_row: usize, activations: &
 
 /// The product of absmax and activation scale of a group, for each row.
 #[inline(always)]
-fn group_factors<const R: usize>(
+fn group_factors(
     matrix: &Nf4Matrix<'_>,
-    first_blocks: [usize; R],
+    first_blocks: [usize; ROWS],
     activations: &Activations<'_>,
     group: usize,
-) -> [f32; R] {
+) -> [f32; ROWS] {
     let scale = get_or(activations.scales(), group, 0.0);
-    let mut factors = [0.0; R];
+    let mut factors = [0.0; ROWS];
     for (factor, first_block) in factors.iter_mut().zip(first_blocks) {
         *factor = matrix.absmax_of_group(first_block, group) * scale;
     }
@@ -149,11 +143,11 @@ fn split_last_span(values: &[i16], cols: usize) -> (&[[i16; SPAN]], Option<&[i16
 
 /// Adds the sums of a lane of a span, for each row.
 #[inline(always)]
-fn add_lane<const LANE: usize, const R: usize>(
-    lanes: &mut [[f32; R]; 8],
-    bytes: [&[u8; SPAN / 2]; R],
+fn add_lane<const LANE: usize>(
+    lanes: &mut [[f32; ROWS]; 8],
+    bytes: [&[u8; SPAN / 2]; ROWS],
     values: &[i16; SPAN],
-    factors: [f32; R],
+    factors: [f32; ROWS],
 ) {
     let sums = lane_sums(LANE, bytes, values);
     for (lane, (sum, factor)) in lanes[LANE].iter_mut().zip(sums.into_iter().zip(factors)) {
@@ -163,9 +157,9 @@ fn add_lane<const LANE: usize, const R: usize>(
 
 /// The exact sum of a lane of a span, for each row.
 #[inline(always)]
-fn lane_sums<const R: usize>(lane: usize, bytes: [&[u8; SPAN / 2]; R], values: &[i16; SPAN]) -> [i32; R] {
+fn lane_sums(lane: usize, bytes: [&[u8; SPAN / 2]; ROWS], values: &[i16; SPAN]) -> [i32; ROWS] {
     let first = lane / 4 * 16 + lane % 4 * 2;
-    let mut sums = [0; R];
+    let mut sums = [0; ROWS];
     let q = join(pair(values, first));
     for (sum, bytes) in sums.iter_mut().zip(bytes) {
         *sum = smuad(weights(bytes, first), q);
