@@ -15,6 +15,7 @@ use crate::adapter::lora::{DEFAULT_SEED, LoRAAdapter, LoRAScaling};
 use crate::buffer::copy;
 use crate::error::{Error, check_finite, check_matrix, or_panic};
 use crate::layer::linear::checked_bias;
+use crate::layer::methods::adapter_accessors;
 use crate::parallel::Executor;
 #[cfg(target_has_atomic = "ptr")]
 use crate::parallel::Threads;
@@ -193,60 +194,7 @@ impl LoRALayer {
     }
 }
 
-/// The adapter.
-impl LoRALayer {
-    /// The adapter.
-    #[must_use]
-    pub fn adapter(&self) -> &LoRAAdapter {
-        self.adapter.adapter()
-    }
-
-    /// The adapter, for changing it, or for replacing it by another one of the same shape. With `DoRA`, its norms are
-    /// stale afterwards, until [`Self::refresh_dora`].
-    pub fn adapter_mut(&mut self) -> &mut LoRAAdapter {
-        self.adapter.adapter_mut()
-    }
-
-    /// `A`, `[rank, d_in]` row-major.
-    #[must_use]
-    pub fn lora_a(&self) -> &Tensor {
-        self.adapter().a()
-    }
-
-    /// `A`, mutably. With `DoRA`, norms are stale afterwards, until [`Self::refresh_dora`].
-    pub fn lora_a_mut(&mut self) -> &mut Tensor {
-        self.adapter_mut().a_mut()
-    }
-
-    /// `B`, `[d_out, rank]` row-major.
-    #[must_use]
-    pub fn lora_b(&self) -> &Tensor {
-        self.adapter().b()
-    }
-
-    /// `B`, mutably. With `DoRA`, norms are stale afterwards, until [`Self::refresh_dora`].
-    pub fn lora_b_mut(&mut self) -> &mut Tensor {
-        self.adapter_mut().b_mut()
-    }
-
-    /// The tensors that are trained: `A`, `B` and, with `DoRA`, the magnitude. With `DoRA`, norms are stale afterwards,
-    /// until [`Self::refresh_dora`].
-    pub fn trainable_params(&mut self) -> Vec<&mut Tensor> {
-        self.adapter_mut().trainable_params()
-    }
-
-    /// The rank of the adapter.
-    #[must_use]
-    pub fn rank(&self) -> usize {
-        self.adapter().rank()
-    }
-
-    /// The factor of `B A`: `alpha / rank` or `alpha / sqrt(rank)`.
-    #[must_use]
-    pub fn scale(&self) -> f32 {
-        self.adapter().scale()
-    }
-}
+adapter_accessors!(LoRALayer);
 
 /// Accessors.
 impl LoRALayer {

@@ -3,8 +3,6 @@
 mod forward;
 mod set;
 
-#[cfg(target_has_atomic = "ptr")]
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use nf4_kernels::Kernels;
@@ -13,8 +11,7 @@ use crate::adapter::lora::LoRAAdapter;
 use crate::error::Error;
 use crate::layer::linear::Linear;
 use crate::layer::memory::MemoryStats;
-#[cfg(target_has_atomic = "ptr")]
-use crate::parallel::Threads;
+use crate::layer::methods::packed_base;
 use crate::weight::inputs::Arithmetic;
 use crate::weight::quantized::Quantized4Bit;
 
@@ -70,36 +67,6 @@ impl MultiAdapterLayer {
     #[must_use]
     pub fn new(base: Quantized4Bit) -> Self {
         Self { linear: Linear::new(base), adapters: AdapterSet::default() }
-    }
-
-    /// Sets the bias, `[d_out]`.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if `bias` does not have `d_out` values; [`Error::NotFinite`] if one of them is NaN or infinite.
-    pub fn with_bias(self, bias: Vec<f32>) -> Result<Self, Error> {
-        Ok(Self { linear: self.linear.with_bias(bias)?, ..self })
-    }
-
-    /// Sets how the base product is computed; without this, by [`Arithmetic::SixteenByFour`].
-    #[must_use]
-    pub fn with_arithmetic(mut self, arithmetic: Arithmetic) -> Self {
-        self.linear.arithmetic = arithmetic;
-        self
-    }
-
-    /// Sets the kernels; without this, those of [`Kernels::detect`]. They change the speed, never a bit.
-    #[must_use]
-    pub fn with_kernels(mut self, kernels: Kernels) -> Self {
-        self.linear.executor.kernels = kernels;
-        self
-    }
-
-    /// Sets the threads on which large operations run. They change the speed, never a bit.
-    #[cfg(target_has_atomic = "ptr")]
-    #[must_use]
-    pub fn with_threads(mut self, threads: Arc<dyn Threads>) -> Self {
-        self.linear.executor.set_threads(threads);
-        self
     }
 }
 
@@ -182,32 +149,10 @@ impl MultiAdapterLayer {
     }
 }
 
+packed_base!(MultiAdapterLayer);
+
 /// Accessors.
 impl MultiAdapterLayer {
-    /// The quantized base weight, `[d_out, d_in]`.
-    #[must_use]
-    pub fn base_weight_quantized(&self) -> &Quantized4Bit {
-        &self.linear.weight
-    }
-
-    /// The bias, `[d_out]`, if there is one.
-    #[must_use]
-    pub fn bias(&self) -> Option<&[f32]> {
-        self.linear.bias.as_deref()
-    }
-
-    /// Number of outputs.
-    #[must_use]
-    pub fn d_out(&self) -> usize {
-        self.linear.d_out()
-    }
-
-    /// Number of inputs.
-    #[must_use]
-    pub fn d_in(&self) -> usize {
-        self.linear.d_in()
-    }
-
     /// The memory that the layer takes: the base once, and all adapters.
     #[must_use]
     pub fn memory_stats(&self) -> MemoryStats {
