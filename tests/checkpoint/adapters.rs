@@ -130,6 +130,18 @@ fn made_adapters_keep_rank_alpha_scaling_and_magnitude_of_each_module() {
 }
 
 /// A key that is a name is compared; in a group it is an expression. Both match the same modules.
+/// What could not be loaded again: matrices without elements, in either direction, and no matrices.
+#[test]
+fn empty_adapters_are_not_written() {
+    for (d_out, d_in, empty) in [(0, 4, "lora_B"), (4, 0, "lora_A")] {
+        let lora = LoRAAdapter::new(d_out, d_in, 2, 1.0, LoRAScaling::Standard, 0).unwrap();
+        let error = PeftAdapter::new([("m".to_owned(), lora)]).unwrap().to_files(FloatType::F32).unwrap_err();
+        assert!(matches!(&error, CheckpointError::Unexpected { tensor, .. } if tensor.contains(empty)), "{error}");
+    }
+    let error = PeftAdapter::new([]).unwrap().to_files(FloatType::F32).unwrap_err();
+    assert!(matches!(error, CheckpointError::Unexpected { .. }), "{error}");
+}
+
 #[test]
 fn names_match_what_they_match_as_expressions() {
     let keys = [

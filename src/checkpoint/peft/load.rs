@@ -115,10 +115,7 @@ impl Sorted {
         let mut sorted = Self::default();
         let saved = Modules::new(config.modules_to_save());
         let names: BTreeSet<&str> = source.names().collect();
-        if names.is_empty() {
-            let reason = "there are no tensors: nothing was saved, and there is nothing to merge".to_owned();
-            return Err(CheckpointError::Unexpected { tensor: "the adapter".to_owned(), reason });
-        }
+        check_any(&names)?;
         for name in names {
             check_is_whole(source, name)?;
             let known = match Key::parse(name)? {
@@ -157,6 +154,15 @@ impl Sorted {
 fn two(name: &str, tensor: &str) -> CheckpointError {
     let reason = format!("two tensors of the adapter stand for {tensor}, and which one counts nothing says");
     CheckpointError::Unexpected { tensor: name.to_owned(), reason }
+}
+
+/// `Ok` if there are any tensors.
+pub(super) fn check_any(names: impl IntoIterator) -> Result<(), CheckpointError> {
+    if names.into_iter().next().is_some() {
+        return Ok(());
+    }
+    let reason = "there are no tensors: nothing was saved, and there is nothing to merge".to_owned();
+    Err(CheckpointError::Unexpected { tensor: "the adapter".to_owned(), reason })
 }
 
 /// `Ok` unless a tensor is empty.

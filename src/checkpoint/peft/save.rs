@@ -15,6 +15,7 @@ use super::super::source::{TensorData, TensorMap};
 use super::super::write::to_safetensors;
 use super::adapter::{PeftAdapter, PeftModule, PeftModuleKind, tensor_name};
 use super::config::{PeftConfig, TargetModules};
+use super::load::check_any;
 use super::pattern::Ordered;
 use crate::{LoRAAdapter, LoRAScaling};
 
@@ -100,7 +101,8 @@ impl PeftAdapter {
     ///
     /// # Errors
     /// [`CheckpointError::Missing`] for a `DoRA` adapter that never met a base and so has no magnitude yet;
-    /// [`CheckpointError::Layer`] if `A` or `B` was replaced by a tensor of another length.
+    /// [`CheckpointError::Layer`] if `A` or `B` was replaced by a tensor of another length;
+    /// [`CheckpointError::Unexpected`] for what [`Self::load`] refuses too: an empty tensor, and no tensors at all.
     pub fn tensors(&self, float: FloatType) -> Result<TensorMap<'_>, CheckpointError> {
         let mut tensors = TensorMap::new();
         for (name, module) in &self.modules {
@@ -173,6 +175,11 @@ impl PeftAdapter {
             };
             tensors.insert(tensor_name(module, &alloc::format!("{between}.{part}")), tensor.borrowed());
         }
+        check_any(tensors.keys())?;
+        if let Some((name, tensor)) = tensors.iter().find(|(_, tensor)| tensor.shape().contains(&0)) {
+            let reason = alloc::format!("shape {:?}: an empty tensor would not be loaded again", tensor.shape());
+            return Err(CheckpointError::Unexpected { tensor: name.clone(), reason });
+        }
         Ok(tensors)
     }
 
@@ -180,8 +187,9 @@ impl PeftAdapter {
     ///
     /// # Errors
     /// [`CheckpointError::Missing`] for a `DoRA` adapter that never met a base and so has no magnitude yet;
-    /// [`CheckpointError::Layer`] if `A` or `B` was replaced by a tensor of another length; [`CheckpointError::Unexpected`]
-    /// for a name that safetensors does not allow; [`CheckpointError::Memory`].
+    /// [`CheckpointError::Layer`] if `A` or `B` was replaced by a tensor of another length;
+    /// [`CheckpointError::Unexpected`] for an empty tensor, for no tensors at all, and for a name that safetensors does not
+    /// allow; [`CheckpointError::Memory`].
     #[doc(alias = "save_pretrained")]
     pub fn to_files(&self, float: FloatType) -> Result<(String, Vec<u8>), CheckpointError> {
         Ok((self.config.to_json(), to_safetensors(&self.tensors(float)?)?))
