@@ -7,7 +7,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use candle_nn::Module;
 use nf4::checkpoint::Linear4bit;
-use nf4::{Adapters, Arithmetic, Kernels, MultiAdapterLayer, Quantized4Bit, ShapeError};
+use nf4::{Adapters, Arithmetic, Kernels, MultiAdapterLayer, Quantized4Bit, ShapeError, Threads};
 use rayon::prelude::*;
 
 use crate::values::{Element, Fill, filled, floats, output_shape, with_floats, wrap};
@@ -48,6 +48,12 @@ impl Nf4Linear {
         Self(Arc::new(layer.with_arithmetic(arithmetic)))
     }
 
+    /// The same layer on a pool of threads.
+    #[must_use]
+    pub fn with_threads(self, threads: Arc<dyn Threads>) -> Self {
+        Self(Arc::new(Arc::unwrap_or_clone(self.0).with_threads(threads)))
+    }
+
     /// The weight.
     #[must_use]
     pub fn weight(&self) -> &Quantized4Bit {
@@ -58,6 +64,20 @@ impl Nf4Linear {
     #[must_use]
     pub fn bias(&self) -> Option<&[f32]> {
         self.0.bias()
+    }
+
+    /// The layer of the library, for forwards on slices.
+    #[must_use]
+    pub fn layer(&self) -> &MultiAdapterLayer {
+        &self.0
+    }
+
+    /// The gradient of the input, `dx = dy W`, from that of the output: `dy` `[batch, d_out]`, `dx` `[batch, d_in]`.
+    ///
+    /// # Errors
+    /// [`nf4::Error::Shape`] for other lengths.
+    pub fn backward_into(&self, dy: &[f32], dx: &mut [f32]) -> Result<()> {
+        transposed(&self.0, dy, dx).map_err(wrap)
     }
 
     fn shape(&self) -> [usize; 2] {
@@ -87,7 +107,7 @@ impl CustomOp1 for Nf4Linear {
             return Ok(None);
         }
         let mut dx = vec![0.0; x.elem_count()];
-        with_floats(OP, dy, |dy| transposed(&self.0, dy, &mut dx).map_err(wrap))?;
+        with_floats(OP, dy, |dy| self.backward_into(dy, &mut dx))?;
         Tensor::from_vec(dx, x.shape(), x.device())?.to_dtype(x.dtype()).map(Some)
     }
 }

@@ -44,10 +44,12 @@
 //! pool, as candle's own do, and no bit depends on their number.
 
 mod frozen;
+mod many;
 mod peft;
 mod qlora;
 mod values;
 
 pub use frozen::Nf4Linear;
+pub use many::function;
 pub use peft::{load_peft, peft_adapter, save_peft};
 pub use qlora::QLoRALinear;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Device, Error, Layout, Result, Shape, Tensor, Var};
 use candle_nn::{Module, VarMap};
-use nf4::{Absmax, AbsmaxBuf, Arithmetic, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit, Store};
+use nf4::{Absmax, AbsmaxBuf, Arithmetic, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit, Store, Threads};
 
 use crate::values::{Element, Fill, filled, floats, output_shape, with_floats, wrap};
 
@@ -59,6 +59,7 @@ impl QLoRALinear {
             rank: adapter.rank(),
             alpha: adapter.alpha(),
             scaling: adapter.scaling(),
+            threads: None,
         };
         // Whatever does not fit is an error now.
         op.layer(adapter.a().data(), adapter.b().data()).map_err(wrap)?;
@@ -74,6 +75,21 @@ impl QLoRALinear {
     pub fn with_arithmetic(mut self, arithmetic: Arithmetic) -> Self {
         self.op.arithmetic = arithmetic;
         self
+    }
+
+    /// The same layer on a pool of threads; without one, it runs on that of `rayon`.
+    #[must_use]
+    pub fn with_threads(mut self, threads: Arc<dyn Threads>) -> Self {
+        self.op.threads = Some(threads);
+        self
+    }
+
+    /// The layer of the library with the values that the variables have now, for forwards and backwards on slices.
+    ///
+    /// # Errors
+    /// [`nf4::Error::NotFinite`] if one of the values is NaN or infinite.
+    pub fn layer(&self) -> Result<QLoRALayer> {
+        with_floats(OP, &self.a, |a| with_floats(OP, &self.b, |b| self.op.layer(a, b).map_err(wrap)))
     }
 
     /// The adapter with the values that the variables have now.
@@ -159,6 +175,7 @@ struct Op {
     rank: usize,
     alpha: f64,
     scaling: LoRAScaling,
+    threads: Option<Arc<dyn Threads>>,
 }
 
 impl Op {
@@ -177,6 +194,7 @@ impl Op {
         let adapter = self.adapter(a.to_vec(), b.to_vec())?;
         let layer = QLoRALayer::from_parts(self.weight.clone(), adapter)?;
         let layer = layer.with_arithmetic(self.arithmetic);
+        let layer = if let Some(threads) = &self.threads { layer.with_threads(threads.clone()) } else { layer };
         if let Some(bias) = &self.bias { layer.with_bias(bias.to_vec()) } else { Ok(layer) }
     }
 }

@@ -1,64 +1,42 @@
 //! The output head and the cross entropy in one.
 //!
-//! Logits of a whole sequence are the largest tensor of a small model: 128 tokens of 49152 f32 are 25 MB, and a chain of
+//! Logits of a whole sequence are the largest tensor of a small model: 512 tokens of 49152 f32 are 100 MB, and a chain of
 //! operations keeps several of them. Here, value and gradient are made together for some tokens at a time, and only the
 //! gradient of the hidden states is kept.
 
 use std::sync::Mutex;
 
-use candle_core::{CpuStorage, CustomOp1, Error, InplaceOp1, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, Error, InplaceOp1, Layout, Result, Storage, Tensor};
+use nf4_llama::exp;
 use rayon::prelude::*;
 
-/// Tokens whose logits are held at a time.
-const TOKENS: usize = 64;
+/// Tokens whose logits are held at a time: 25 MB. With fewer, the head is read and packed for the product more often.
+const TOKENS: usize = 128;
 
-/// The sum of the cross entropies of `x` `[tokens, hidden]` with the head `[vocabulary, hidden]` and a target for each
-/// token: a scalar that a gradient flows back from, to `x` alone.
+/// The sum of the cross entropies of `x` `[tokens, hidden]` with the head `[vocabulary, hidden]` and a target for each token.
+/// If it is wanted, the gradient of `x` is written.
 ///
 /// # Errors
 /// A message for a target that is not below the vocabulary's size.
-pub(crate) fn cross_entropy(x: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Tensor> {
-    let wants_gradient = x.track_op();
-    let (mut loss, mut gradients) = (0.0, Vec::new());
+pub(crate) fn cross_entropy(x: &[f32], head: &Tensor, targets: &[u32], mut dx: Option<&mut [f32]>) -> Result<f64> {
+    let (hidden, mut loss) = (head.dim(1)?, 0.0);
     for (part, targets) in targets.chunks(TOKENS).enumerate() {
-        let x = x.detach().narrow(0, part * TOKENS, targets.len())?;
+        let at = part * TOKENS * hidden..(part * TOKENS + targets.len()) * hidden;
+        let x = Tensor::from_slice(&x[at.clone()], (targets.len(), hidden), head.device())?;
         let logits = x.matmul(&head.t()?)?;
-        let softmax = Softmax { targets, wants_gradient, loss: Mutex::new(0.0) };
+        let softmax = Softmax { targets, wants_gradient: dx.is_some(), loss: Mutex::new(0.0) };
         logits.inplace_op1(&softmax)?;
         loss += softmax.loss.into_inner().unwrap_or(f64::NAN);
-        if wants_gradient {
-            gradients.push(logits.matmul(head)?);
+        if let Some(dx) = &mut dx {
+            let gradient = logits.matmul(head)?;
+            let (storage, layout) = gradient.storage_and_layout();
+            let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+                return Err(Error::Msg("not in order on the CPU".to_string()).bt());
+            };
+            dx[at].copy_from_slice(&storage.as_slice()?[start..end]);
         }
     }
-    if !wants_gradient {
-        return Tensor::new(to_f32(loss), x.device());
-    }
-    x.apply_op1(Known { value: to_f32(loss), gradient: Tensor::cat(&gradients, 0)? })
-}
-
-#[allow(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
-fn to_f32(value: f64) -> f32 {
-    value as f32
-}
-
-/// A function whose value and gradient are known already.
-struct Known {
-    value: f32,
-    gradient: Tensor,
-}
-
-impl CustomOp1 for Known {
-    fn name(&self) -> &'static str {
-        "cross-entropy"
-    }
-
-    fn cpu_fwd(&self, _x: &CpuStorage, _layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(vec![self.value]), Shape::from(())))
-    }
-
-    fn bwd(&self, _x: &Tensor, _loss: &Tensor, by_loss: &Tensor) -> Result<Option<Tensor>> {
-        self.gradient.broadcast_mul(by_loss).map(Some)
-    }
+    Ok(loss)
 }
 
 /// Adds the cross entropies of logits `[targets.len(), vocabulary]` to `loss`, and, if it is wanted, puts their gradient in
@@ -99,24 +77,35 @@ impl InplaceOp1 for Softmax<'_> {
 
 impl Softmax<'_> {
     fn row(&self, logits: &mut [f32], target: usize) -> f64 {
-        let max = logits.iter().fold(f32::NEG_INFINITY, |max, x| max.max(*x));
+        let max = largest(logits);
         let at_target = f64::from(logits[target]) - f64::from(max);
         let mut sum = 0.0_f64;
         for part in logits.chunks_mut(256) {
-            let mut partial = 0.0_f32;
-            for x in part {
-                *x = (*x - max).exp();
-                partial += *x;
+            for x in part.iter_mut() {
+                *x = exp(*x - max);
             }
-            sum += f64::from(partial);
+            sum += f64::from(crate::ops::sum(part, part, |x, _| x));
         }
         if self.wants_gradient {
-            let factor = to_f32(1.0 / sum);
+            #[allow(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
+            let factor = (1.0 / sum) as f32;
             logits.iter_mut().for_each(|x| *x *= factor);
             logits[target] -= 1.0;
         }
         sum.ln() - at_target
     }
+}
+
+/// The largest of some values; NaN if there is one.
+fn largest(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (blocks, rest) = values.as_chunks::<16>();
+    // What is not at most the largest so far, as is no NaN.
+    let later = |max: f32, x: f32| if x <= max || max.is_nan() { max } else { x };
+    for block in blocks {
+        lanes.iter_mut().zip(block).for_each(|(lane, x)| *lane = later(*lane, *x));
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, x| later(max, *x))
 }
 
 #[cfg(test)]
@@ -133,27 +122,35 @@ mod tests {
         const WIDTH: usize = 8;
         let values = |len: usize, seed: f32| (0..len).map(|i| (i as f32 * 1.3 + seed).sin()).collect::<Vec<f32>>();
         let tokens = 2 * TOKENS + 3;
-        let x = Var::from_vec(values(tokens * WIDTH, 0.0), (tokens, WIDTH), &Device::Cpu).unwrap();
+        let x = values(tokens * WIDTH, 0.0);
         let head = Tensor::from_vec(values(50 * WIDTH, 1.0), (50, WIDTH), &Device::Cpu).unwrap();
         let targets: Vec<u32> = (0..tokens).map(|i| u32::try_from(i * 7 % 50).unwrap()).collect();
 
-        let loss = cross_entropy(&x, &head, &targets).unwrap();
-        let gradients = (loss.clone() * 0.5).unwrap().backward().unwrap();
+        let mut dx = vec![0.0; x.len()];
+        let loss = cross_entropy(&x, &head, &targets, Some(&mut dx)).unwrap();
 
-        let logits = x.matmul(&head.t().unwrap()).unwrap();
+        let var = Var::from_vec(x.clone(), (tokens, WIDTH), &Device::Cpu).unwrap();
+        let logits = var.matmul(&head.t().unwrap()).unwrap();
         let wanted = Tensor::from_slice(&targets, tokens, &Device::Cpu).unwrap();
-        let mean = candle_nn::loss::cross_entropy(&logits, &wanted).unwrap();
-        let long = (mean * tokens as f64).unwrap();
-        let exact = (long.clone() * 0.5).unwrap().backward().unwrap();
-        let [a, b] = [&loss, &long].map(|t| t.to_scalar::<f32>().unwrap());
-        assert!((a - b).abs() < 1e-4 * b, "{a} {b}");
-        let [a, b] = [gradients.get(&x).unwrap(), exact.get(&x).unwrap()];
-        let error = (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-        assert!(error < 1e-5, "{error}");
+        let long = (candle_nn::loss::cross_entropy(&logits, &wanted).unwrap() * tokens as f64).unwrap();
+        let gradients = long.backward().unwrap();
+        let exact = f64::from(long.to_scalar::<f32>().unwrap());
+        assert!((loss - exact).abs() < 1e-4 * exact, "{loss} {exact}");
+        let exact = gradients.get(&var).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for (got, exact) in dx.iter().zip(exact) {
+            assert!((got - exact).abs() < 1e-5, "{got} {exact}");
+        }
 
-        // Without a variable there is the same value, and no gradient.
-        let alone = cross_entropy(&x.as_detached_tensor(), &head, &targets).unwrap();
-        assert_eq!(alone.to_scalar::<f32>().unwrap(), loss.to_scalar::<f32>().unwrap());
-        assert!(cross_entropy(&x, &head, &vec![50; tokens]).unwrap_err().to_string().contains("50"));
+        // Where no gradient is wanted there is the same value.
+        assert_eq!(cross_entropy(&x, &head, &targets, None).unwrap(), loss);
+        assert!(cross_entropy(&x, &head, &vec![50; tokens], None).unwrap_err().to_string().contains("50"));
+    }
+
+    #[test]
+    fn nan_is_largest() {
+        assert_eq!(largest(&[1.0; 20]), 1.0);
+        assert_eq!(largest(&[[-3.0; 17].as_slice(), &[-2.0]].concat()), -2.0);
+        assert!(largest(&[[-3.0; 17].as_slice(), &[f32::NAN, 5.0]].concat()).is_nan());
+        assert!(largest(&[[f32::NAN; 3].as_slice(), &[7.0; 30]].concat()).is_nan());
     }
 }

@@ -1,17 +1,21 @@
-//! The decoder, with autograd.
+//! The decoder: loading, the loss, and the gradients of all variables.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::{Device, Tensor};
-use candle_nn::{Module, VarMap};
+use candle_core::{Device, Error, Tensor};
+use candle_nn::VarMap;
 use nf4::checkpoint::{FloatType, Linear4bit, PeftAdapter, TensorSource};
-use nf4::{Arithmetic, BlockSize, LoRAAdapter, LoRAScaling, Quantized4Bit};
-use nf4_candle::{Nf4Linear, QLoRALinear};
+use nf4::{Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, Quantized4Bit};
+use nf4_candle::{Nf4Linear, QLoRALinear, function};
 use nf4_llama::Config;
+use nf4_llama::program::Awake;
 
+use crate::attention::Attention;
+use crate::block::{Block, Kept, Place, Scratch};
 use crate::head::cross_entropy;
-use crate::ops::{Angles, causal_softmax, dense, rms_norm, rotate, silu_times};
+use crate::linear::Linear;
+use crate::ops::{Angles, rms_norm, rms_norm_backward, space};
 use crate::pack::Sequence;
 
 /// The linear layers of a block, as `config.json` and PEFT call them.
@@ -23,46 +27,19 @@ pub(crate) const LINEARS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "
 /// one left dense stay so, without an adapter. Embedding, head and norms are f32.
 #[derive(Debug)]
 pub struct Llama {
+    decoder: Arc<Decoder>,
+    /// Buffers of a forward and its backward.
+    spare: Arc<Mutex<Option<Buffers>>>,
+}
+
+#[derive(Debug)]
+struct Decoder {
     config: Config,
     embedding: Tensor,
     blocks: Vec<Block>,
     norm: Arc<[f32]>,
     /// `[vocabulary, hidden]`; the embedding itself where that is the head.
     head: Tensor,
-}
-
-#[derive(Debug)]
-struct Block {
-    input_norm: Arc<[f32]>,
-    /// In the order of [`LINEARS`].
-    linears: Vec<Linear>,
-    head_norms: Option<[Arc<[f32]>; 2]>,
-    post_norm: Arc<[f32]>,
-}
-
-#[derive(Debug)]
-enum Linear {
-    Frozen(Nf4Linear),
-    Trained(Box<QLoRALinear>),
-    /// Left dense by a checkpoint that is quantized; it has no adapter.
-    Dense {
-        weight: Tensor,
-        bias: Option<Tensor>,
-    },
-}
-
-impl Linear {
-    fn forward(&self, x: &Tensor, trains: bool) -> candle_core::Result<Tensor> {
-        match self {
-            Self::Frozen(layer) => layer.forward(x),
-            Self::Trained(layer) if trains => layer.forward(x),
-            Self::Trained(layer) => layer.forward_detached(x),
-            Self::Dense { weight, bias } => match (dense(x, weight)?, bias) {
-                (y, Some(bias)) => y.broadcast_add(bias),
-                (y, None) => Ok(y),
-            },
-        }
-    }
 }
 
 /// Which layers get an adapter, and which one.
@@ -133,18 +110,18 @@ impl Llama {
         } else {
             matrix(source, "lm_head.weight", [config.vocabulary, config.hidden])?
         };
-        Ok(Self { config, embedding, blocks, norm, head })
+        Ok(Self { decoder: Arc::new(Decoder { config, embedding, blocks, norm, head }), spare: Arc::default() })
     }
 
     /// Sizes and variants.
     #[must_use]
     pub fn config(&self) -> &Config {
-        &self.config
+        &self.decoder.config
     }
 
     /// The layers with an adapter.
     pub fn trained(&self) -> impl Iterator<Item = &QLoRALinear> {
-        self.blocks.iter().flat_map(|block| &block.linears).filter_map(|linear| match linear {
+        self.decoder.blocks.iter().flat_map(|block| &block.linears).filter_map(|linear| match linear {
             Linear::Trained(layer) => Some(&**layer),
             _ => None,
         })
@@ -190,10 +167,14 @@ impl Loader<'_> {
             None => None,
         };
         Ok(match adapter {
-            None => Linear::Frozen(Nf4Linear::new(weight, bias)?.with_arithmetic(self.arithmetic)),
+            None => {
+                let layer = Nf4Linear::new(weight, bias)?.with_arithmetic(self.arithmetic);
+                Linear::Frozen(layer.with_threads(Arc::new(Awake)))
+            }
             Some(adapter) => {
                 let layer = QLoRALinear::new(module, weight, bias, &adapter, self.vars)?;
-                Linear::Trained(Box::new(layer.with_arithmetic(self.arithmetic)))
+                let layer = layer.with_arithmetic(self.arithmetic);
+                Linear::Trained(Box::new(layer.with_threads(Arc::new(Awake))))
             }
         })
     }
@@ -248,20 +229,64 @@ fn matrix(source: &dyn TensorSource, name: &str, shape: [usize; 2]) -> Result<Te
     Ok(Tensor::from_vec(values(source, name, &shape)?, shape.as_slice(), &Device::Cpu)?)
 }
 
+/// What a step works in.
+#[derive(Debug, Default)]
+struct Buffers {
+    /// Of each block; of one alone where nothing is trained.
+    kept: Vec<Kept>,
+    scratch: Scratch,
+    /// `[tokens, hidden]`: what goes through the blocks.
+    x: Vec<f32>,
+    /// The rows of `x` that predict something, what the last norm makes of them, and the gradient of that.
+    last: Vec<f32>,
+    normed: Vec<f32>,
+    of_normed: Vec<f32>,
+}
+
 /// The forward pass.
 impl Llama {
     /// The sum of the cross entropies of a sequence's targets, a scalar, and how many there are. Documents of the sequence do
     /// not see each other. If `trains` is false, nothing is kept for a backward.
     ///
+    /// The whole model is one operation of candle, which computes the gradients of all variables together.
+    ///
     /// # Errors
     /// A message for a token that is not in the vocabulary; those of candle.
     pub fn loss(&self, sequence: &Sequence, trains: bool) -> Result<(Tensor, usize)> {
-        let hidden = self.hidden(sequence, trains)?;
+        let decoder = &self.decoder;
         let (rows, targets) = sequence.targets();
-        let count = targets.len();
-        let rows = Tensor::from_vec(rows, count, hidden.device())?;
-        let x = rms_norm(&hidden.index_select(&rows, 0)?, &self.norm, self.config.norm_eps)?;
-        Ok((cross_entropy(&x, &self.head, &targets)?, count))
+        let rows: Vec<usize> = rows.into_iter().map(usize::try_from).collect::<Result<_, _>>()?;
+        let mut buffers = self.spare().take().unwrap_or_default();
+        let place = decoder.hidden(sequence, trains, &mut buffers)?;
+        let width = decoder.config.hidden;
+        let Buffers { x, last, normed, of_normed, .. } = &mut buffers;
+        let last = space(last, rows.len() * width);
+        for (row, last) in rows.iter().zip(last.chunks_exact_mut(width)) {
+            last.copy_from_slice(&x[row * width..][..width]);
+        }
+        rms_norm(last, &decoder.norm, decoder.config.norm_eps, space(normed, last.len()));
+        let of_normed = space(of_normed, last.len());
+        let loss = cross_entropy(normed, &decoder.head, &targets, trains.then_some(of_normed))?;
+        #[allow(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
+        let loss = Tensor::new(loss as f32, &Device::Cpu)?;
+        if !trains {
+            *self.spare() = Some(buffers);
+            return Ok((loss, targets.len()));
+        }
+        let variables: Vec<Tensor> = self.trained().flat_map(|layer| [layer.a(), layer.b()]).cloned().collect();
+        let (decoder, spare, buffers) = (decoder.clone(), self.spare.clone(), Mutex::new(Some(buffers)));
+        let backward = move |by_loss: &Tensor| {
+            let buffers = buffers.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let mut buffers = buffers.ok_or_else(|| Error::Msg("a loss has one backward".to_string()))?;
+            let gradients = decoder.backward(by_loss.to_scalar()?, &rows, &place, &mut buffers)?;
+            *spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(buffers);
+            Ok(gradients)
+        };
+        Ok((function(&loss, &variables, backward)?, targets.len()))
+    }
+
+    fn spare(&self) -> std::sync::MutexGuard<'_, Option<Buffers>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The logits of every token, `[tokens, vocabulary]`.
@@ -269,96 +294,72 @@ impl Llama {
     /// # Errors
     /// The errors of [`Self::loss`].
     pub fn logits(&self, sequence: &Sequence) -> Result<Tensor> {
-        let x = rms_norm(&self.hidden(sequence, false)?, &self.norm, self.config.norm_eps)?;
-        Ok(x.matmul(&self.head.t()?)?)
+        let Decoder { config, norm, head, .. } = &*self.decoder;
+        let mut buffers = Buffers::default();
+        self.decoder.hidden(sequence, false, &mut buffers)?;
+        rms_norm(&buffers.x, norm, config.norm_eps, space(&mut buffers.normed, buffers.x.len()));
+        let x = Tensor::from_vec(buffers.normed, (sequence.tokens().len(), config.hidden), &Device::Cpu)?;
+        Ok(x.matmul(&head.t()?)?)
     }
+}
 
-    /// What goes into the last norm, `[tokens, hidden]`.
-    fn hidden(&self, sequence: &Sequence, trains: bool) -> Result<Tensor> {
+impl Decoder {
+    /// Puts what goes into the last norm in `x`.
+    fn hidden(&self, sequence: &Sequence, trains: bool, buffers: &mut Buffers) -> Result<Place> {
         let tokens = sequence.tokens();
         if let Some(token) =
             tokens.iter().find(|token| usize::try_from(**token).is_ok_and(|t| t >= self.config.vocabulary))
         {
             bail!("token {token} is not in the vocabulary of {}", self.config.vocabulary);
         }
-        let places = Place::new(&self.config, sequence);
+        let place = place(&self.config, sequence);
         let tokens = Tensor::from_slice(tokens, tokens.len(), &Device::Cpu)?;
-        let mut x = self.embedding.index_select(&tokens, 0)?;
-        for block in &self.blocks {
-            x = block.forward(&x, &self.config, &places, trains)?;
+        let Buffers { kept, scratch, x, .. } = buffers;
+        *x = self.embedding.index_select(&tokens, 0)?.flatten_all()?.to_vec1()?;
+        kept.resize_with(kept.len().max(if trains { self.blocks.len() } else { 1 }), Kept::default);
+        for (i, block) in self.blocks.iter().enumerate() {
+            let kept = &mut kept[if trains { i } else { 0 }];
+            block.forward(x, &self.config, &place, kept, scratch)?;
         }
-        Ok(x)
+        Ok(place)
+    }
+
+    /// The gradients of all variables, in the order of [`Llama::trained`], for the gradient of the loss.
+    fn backward(
+        &self,
+        by_loss: f32,
+        rows: &[usize],
+        place: &Place,
+        buffers: &mut Buffers,
+    ) -> candle_core::Result<Vec<Vec<f32>>> {
+        let Buffers { kept, scratch, x: dx, last, normed, of_normed } = buffers;
+        of_normed.iter_mut().for_each(|gradient| *gradient *= by_loss);
+        // The normed rows are not needed any more: the gradients of what they were made from take their place.
+        normed.fill(0.0);
+        rms_norm_backward(last, &self.norm, self.config.norm_eps, of_normed, normed);
+        let width = self.config.hidden;
+        dx.fill(0.0);
+        for (row, gradient) in rows.iter().zip(normed.chunks_exact(width)) {
+            dx[row * width..][..width].copy_from_slice(gradient);
+        }
+        let mut gradients = Vec::with_capacity(self.blocks.len());
+        for (i, (block, kept)) in self.blocks.iter().zip(kept).enumerate().rev() {
+            gradients.push(block.backward(dx, i == 0, &self.config, place, kept, scratch)?);
+        }
+        Ok(gradients.into_iter().rev().flatten().collect())
     }
 }
 
-/// Where the tokens of a sequence stand.
-struct Place {
-    angles: Angles,
-    /// Of each token in its document.
-    positions: Arc<[usize]>,
-    /// Start and length of each document.
-    documents: Vec<(usize, usize)>,
-}
-
-impl Place {
-    fn new(config: &Config, sequence: &Sequence) -> Self {
-        let documents: Vec<(usize, usize)> = sequence.documents().map(|range| (range.start, range.len())).collect();
-        let longest = documents.iter().map(|(_, len)| *len).max().unwrap_or(0);
-        let pairs = config.rope.pairs();
-        let (mut cos, mut sin) = (vec![0.0; longest * pairs], vec![0.0; longest * pairs]);
-        for (position, (cos, sin)) in cos.chunks_exact_mut(pairs).zip(sin.chunks_exact_mut(pairs)).enumerate() {
-            config.rope.angles(position, cos, sin);
-        }
-        Self {
-            angles: Angles { cos: cos.into(), sin: sin.into(), pairs },
-            positions: documents.iter().flat_map(|(_, len)| 0..*len).collect(),
-            documents,
-        }
+/// Where the tokens of a sequence stand, each in its document.
+fn place(config: &Config, sequence: &Sequence) -> Place {
+    let documents: Vec<_> = sequence.documents().filter(|document| !document.is_empty()).collect();
+    let (pairs, tokens) = (config.rope.pairs(), sequence.tokens().len());
+    let (mut cos, mut sin) = (vec![0.0; tokens * pairs], vec![0.0; tokens * pairs]);
+    let positions = documents.iter().flat_map(|document| 0..document.len());
+    for ((position, cos), sin) in positions.zip(cos.chunks_exact_mut(pairs)).zip(sin.chunks_exact_mut(pairs)) {
+        config.rope.angles(position, cos, sin);
     }
-}
-
-impl Block {
-    fn forward(&self, x: &Tensor, config: &Config, place: &Place, trains: bool) -> candle_core::Result<Tensor> {
-        let [query, key, value, output, gate, up, down] = self.linears.as_slice() else {
-            return Err(candle_core::Error::Msg("a block has seven linear layers".to_string()));
-        };
-        let normed = rms_norm(x, &self.input_norm, config.norm_eps)?;
-        let heads =
-            |linear: &Linear, count: usize| linear.forward(&normed, trains)?.reshape(((), count, config.head_dim));
-        let (mut q, mut k) = (heads(query, config.heads)?, heads(key, config.kv_heads)?);
-        if let Some([q_norm, k_norm]) = &self.head_norms {
-            (q, k) = (rms_norm(&q, q_norm, config.norm_eps)?, rms_norm(&k, k_norm, config.norm_eps)?);
-        }
-        let q = rotate(&q, &place.angles, &place.positions)?;
-        let k = rotate(&k, &place.angles, &place.positions)?;
-        let v = heads(value, config.kv_heads)?;
-        let mut parts = Vec::with_capacity(place.documents.len());
-        for &(start, len) in &place.documents {
-            let [q, k, v] = [&q, &k, &v].map(|all| all.narrow(0, start, len));
-            parts.push(attention(&q?, &k?, &v?, config)?);
-        }
-        let attended = if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0)? };
-        let x = (x + output.forward(&attended, trains)?)?;
-
-        let normed = rms_norm(&x, &self.post_norm, config.norm_eps)?;
-        let inner = silu_times(&gate.forward(&normed, trains)?, &up.forward(&normed, trains)?)?;
-        x + down.forward(&inner, trains)?
-    }
-}
-
-/// Attention within a document: `q` `[tokens, heads, head_dim]`, `k` and `v` `[tokens, kv_heads, head_dim]`; the result is
-/// `[tokens, heads * head_dim]`.
-fn attention(q: &Tensor, k: &Tensor, v: &Tensor, config: &Config) -> candle_core::Result<Tensor> {
     let Config { heads, kv_heads, head_dim, .. } = *config;
-    let tokens = q.dim(0)?;
-    let [q, k, v] = [q, k, v].map(|x| x.transpose(0, 1)?.contiguous());
-    // The heads that share a key and a value, below each other.
-    let group = heads / kv_heads;
-    let q = q?.reshape((kv_heads, group * tokens, head_dim))?;
-    let scores = q.matmul(&k?.transpose(1, 2)?.contiguous()?)?.reshape((heads, tokens, tokens))?;
-    #[allow(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
-    let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
-    let weights = causal_softmax(&scores, scale)?.reshape((kv_heads, group * tokens, tokens))?;
-    let mixed = weights.matmul(&v?)?.reshape((heads, tokens, head_dim))?;
-    mixed.transpose(0, 1)?.reshape((tokens, heads * head_dim))
+    let attention = Attention { heads, kv_heads, head_dim, documents, kernels: Kernels::detect() };
+    Place { angles: Angles { cos, sin, pairs }, attention }
 }

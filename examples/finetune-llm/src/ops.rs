@@ -1,351 +1,186 @@
-//! The parts of a decoder that candle has no gradient for, or needs many passes for: each is one operation that goes over
-//! its rows once, forward and backward. All are f32, and rows are shared between threads.
+//! Norms, rotations and activations, forward and backward: each goes over its rows once. Rows are shared between threads, and
+//! are the same bits for any number of them.
 
-use std::sync::Arc;
-
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Error, Layout, Result, Shape, Storage, Tensor};
+use nf4_llama::exp;
 use rayon::prelude::*;
 
-/// `weight * x / sqrt(mean(x^2) + eps)` over the last dimension; the weight is frozen.
-pub(crate) fn rms_norm(x: &Tensor, weight: &Arc<[f32]>, eps: f32) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(RmsNorm { weight: weight.clone(), eps })
-}
+/// Values that a thread takes at least.
+const PART: usize = 1 << 13;
 
-struct RmsNorm {
-    weight: Arc<[f32]>,
-    eps: f32,
-}
-
-impl RmsNorm {
-    fn factor(&self, x: &[f32]) -> f32 {
-        1.0 / (x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32 + self.eps).sqrt()
-    }
-}
-
-impl CustomOp1 for RmsNorm {
-    fn name(&self) -> &'static str {
-        "rms-norm"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, width) = (floats(x, layout)?, self.weight.len());
-        let y = rows(x.len(), width, |row, y| {
-            let x = &x[row * width..][..width];
-            let factor = self.factor(x);
-            for ((y, x), weight) in y.iter_mut().zip(x).zip(&*self.weight) {
-                *y = weight * (x * factor);
-            }
-        });
-        Ok((CpuStorage::F32(y), layout.shape().clone()))
-    }
-
-    /// With `g = dy * weight` and the factor `f`: `dx = f g - x f^3 mean(g x)`.
-    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let width = self.weight.len();
-        gradient([x, dy], x, |[all_x, dy]| {
-            rows(all_x.len(), width, |row, dx| {
-                let (x, dy) = (&all_x[row * width..][..width], &dy[row * width..][..width]);
-                let factor = self.factor(x);
-                let products = x.iter().zip(dy).zip(&*self.weight).map(|((x, dy), weight)| x * (dy * weight));
-                let mean = products.sum::<f32>() / width as f32 * factor.powi(3);
-                for (((dx, x), dy), weight) in dx.iter_mut().zip(x).zip(dy).zip(&*self.weight) {
-                    *dx = factor * (dy * weight) - x * mean;
-                }
-            })
-        })
-        .map(Some)
-    }
-}
-
-/// Cosines and sines of the rotary embedding, `[positions, pairs]`.
-#[derive(Debug, Clone)]
-pub(crate) struct Angles {
-    pub(crate) cos: Arc<[f32]>,
-    pub(crate) sin: Arc<[f32]>,
-    pub(crate) pairs: usize,
-}
-
-/// Rotates each head of `x` `[tokens, heads, head_dim]` by the angles of its token's position.
-pub(crate) fn rotate(x: &Tensor, angles: &Angles, positions: &Arc<[usize]>) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(Rotate { angles: angles.clone(), positions: positions.clone(), back: false })
-}
-
-struct Rotate {
-    angles: Angles,
-    positions: Arc<[usize]>,
-    back: bool,
-}
-
-impl CustomOp1 for Rotate {
-    fn name(&self) -> &'static str {
-        "rotate"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, pairs) = (floats(x, layout)?, self.angles.pairs);
-        let width = x.len() / self.positions.len().max(1);
-        let y = rows(x.len(), width, |token, y| {
-            let at = self.positions[token] * pairs..(self.positions[token] + 1) * pairs;
-            let (cos, sin) = (&self.angles.cos[at.clone()], &self.angles.sin[at]);
-            let sign = if self.back { -1.0 } else { 1.0 };
-            let heads = x[token * width..][..width].chunks_exact(2 * pairs).zip(y.chunks_exact_mut(2 * pairs));
-            for (x, y) in heads {
-                for i in 0..pairs {
-                    let (a, b, sin) = (x[i], x[i + pairs], sign * sin[i]);
-                    (y[i], y[i + pairs]) = (a * cos[i] - b * sin, b * cos[i] + a * sin);
-                }
-            }
-        });
-        Ok((CpuStorage::F32(y), layout.shape().clone()))
-    }
-
-    /// The rotation back.
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let back = Self { angles: self.angles.clone(), positions: self.positions.clone(), back: true };
-        dy.contiguous()?.apply_op1_no_bwd(&back).map(Some)
-    }
-}
-
-/// The softmax of `scale * scores` over the last dimension, `[..., tokens, tokens]`, where a token sees itself and those
-/// before it.
-pub(crate) fn causal_softmax(scores: &Tensor, scale: f32) -> Result<Tensor> {
-    scores.contiguous()?.apply_op1(CausalSoftmax { scale })
-}
-
-struct CausalSoftmax {
-    scale: f32,
-}
-
-impl CustomOp1 for CausalSoftmax {
-    fn name(&self) -> &'static str {
-        "causal-softmax"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, tokens) = (floats(x, layout)?, layout.dims().last().copied().unwrap_or(1));
-        let y = rows(x.len(), tokens, |row, y| {
-            let seen = row % tokens + 1;
-            let x = &x[row * tokens..][..seen];
-            let max = x.iter().fold(f32::NEG_INFINITY, |max, x| max.max(*x));
-            let mut sum = 0.0;
-            for (y, x) in y.iter_mut().zip(x) {
-                *y = ((x - max) * self.scale).exp();
-                sum += *y;
-            }
-            y[..seen].iter_mut().for_each(|y| *y /= sum);
-        });
-        Ok((CpuStorage::F32(y), layout.shape().clone()))
-    }
-
-    /// `dx = scale * y (dy - sum(y dy))`.
-    fn bwd(&self, _x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let tokens = y.dims().last().copied().unwrap_or(1);
-        gradient([y, dy], y, |[all_y, dy]| {
-            rows(all_y.len(), tokens, |row, dx| {
-                let seen = row % tokens + 1;
-                let (y, dy) = (&all_y[row * tokens..][..seen], &dy[row * tokens..][..seen]);
-                let sum: f32 = y.iter().zip(dy).map(|(y, dy)| y * dy).sum();
-                for ((dx, y), dy) in dx.iter_mut().zip(y).zip(dy) {
-                    *dx = self.scale * y * (dy - sum);
-                }
-            })
-        })
-        .map(Some)
-    }
-}
-
-/// `gate / (1 + e^-gate) * up`.
-pub(crate) fn silu_times(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    gate.contiguous()?.apply_op2(&up.contiguous()?, SiluTimes)
-}
-
-struct SiluTimes;
-
-/// Values that a thread takes at a time.
-const PART: usize = 1 << 12;
-
-impl CustomOp2 for SiluTimes {
-    fn name(&self) -> &'static str {
-        "silu-times"
-    }
-
-    fn cpu_fwd(
-        &self,
-        gate: &CpuStorage,
-        gate_layout: &Layout,
-        up: &CpuStorage,
-        up_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (gate, up) = (floats(gate, gate_layout)?, floats(up, up_layout)?);
-        let y = rows(gate.len(), PART, |part, y| {
-            let start = part * PART;
-            for ((y, gate), up) in y.iter_mut().zip(&gate[start..]).zip(&up[start..]) {
-                *y = gate / (1.0 + (-gate).exp()) * up;
-            }
-        });
-        Ok((CpuStorage::F32(y), gate_layout.shape().clone()))
-    }
-
-    /// With `s = 1 / (1 + e^-gate)`: `s (1 + gate (1 - s)) up dy`, and `gate s dy`.
-    fn bwd(&self, gate: &Tensor, up: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let sigmoid = |gate: f32| 1.0 / (1.0 + (-gate).exp());
-        let of_gate = gradient([gate, up, dy], gate, |[gate, up, dy]| {
-            rows(gate.len(), PART, |part, out| {
-                let start = part * PART;
-                for (((out, gate), up), dy) in out.iter_mut().zip(&gate[start..]).zip(&up[start..]).zip(&dy[start..]) {
-                    let s = sigmoid(*gate);
-                    *out = s * (1.0 + gate * (1.0 - s)) * up * dy;
-                }
-            })
-        })?;
-        let of_up = gradient([gate, dy], up, |[gate, dy]| {
-            rows(gate.len(), PART, |part, out| {
-                let start = part * PART;
-                for ((out, gate), dy) in out.iter_mut().zip(&gate[start..]).zip(&dy[start..]) {
-                    *out = gate * sigmoid(*gate) * dy;
-                }
-            })
-        })?;
-        Ok((Some(of_gate), Some(of_up)))
-    }
-}
-
-/// `x W^T`, with a frozen `weight` `[d_out, d_in]`, `x` `[tokens, d_in]`. candle's own product would compute a gradient for
-/// the weight too.
-pub(crate) fn dense(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    x.apply_op1(Known { value: x.detach().matmul(&weight.t()?)?, weight: weight.clone() })
-}
-
-/// An operation whose result was made with candle's product.
-struct Known {
-    value: Tensor,
-    weight: Tensor,
-}
-
-impl CustomOp1 for Known {
-    fn name(&self) -> &'static str {
-        "dense"
-    }
-
-    fn cpu_fwd(&self, _x: &CpuStorage, _layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (storage, layout) = self.value.storage_and_layout();
-        let Storage::Cpu(storage) = &*storage else { return Err(Error::Msg("not on the CPU".to_string()).bt()) };
-        Ok((CpuStorage::F32(floats(storage, layout)?.to_vec()), self.value.shape().clone()))
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        dy.matmul(&self.weight).map(Some)
-    }
-}
-
-/// `len` zeros, of which `fill` gets each row of `width` values and its number.
-fn rows(len: usize, width: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
-    let mut values = vec![0.0; len];
+/// Calls `run` with the number of each row of `out`, which have `width` values, and the row.
+pub(crate) fn rows(out: &mut [f32], width: usize, run: impl Fn(usize, &mut [f32]) + Sync) {
     let few = (PART / width.max(1)).max(1);
-    values.par_chunks_mut(width.max(1)).enumerate().with_min_len(few).for_each(|(row, values)| fill(row, values));
+    out.par_chunks_mut(width.max(1)).with_min_len(few).enumerate().for_each(|(row, out)| run(row, out));
+}
+
+/// A vector of `len` values, for one that writes all of them: those that were there stay.
+pub(crate) fn space(values: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    values.resize(len, 0.0);
     values
 }
 
-/// A tensor of the shape of `like`, from the values of others.
-fn gradient<const N: usize>(
-    of: [&Tensor; N],
-    like: &Tensor,
-    compute: impl FnOnce([&[f32]; N]) -> Vec<f32>,
-) -> Result<Tensor> {
-    let mut tensors = Vec::with_capacity(N);
-    for tensor in of {
-        tensors.push(tensor.contiguous()?);
-    }
-    let guards: Vec<_> = tensors.iter().map(Tensor::storage_and_layout).collect();
-    let mut slices = [&[][..]; N];
-    for (slice, (storage, layout)) in slices.iter_mut().zip(&guards) {
-        let Storage::Cpu(storage) = &**storage else { return Err(Error::Msg("not on the CPU".to_string()).bt()) };
-        *slice = floats(storage, layout)?;
-    }
-    Tensor::from_vec(compute(slices), like.shape(), like.device())
+/// `y += x`.
+pub(crate) fn add(x: &[f32], y: &mut [f32]) {
+    rows(y, PART, |part, y| y.iter_mut().zip(&x[part * PART..]).for_each(|(y, x)| *y += x));
 }
 
-/// The values of a contiguous tensor in f32.
-fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    let op = "the values of a tensor";
-    let (start, end) = layout.contiguous_offsets().ok_or_else(|| Error::RequiresContiguous { op }.bt())?;
-    Ok(&storage.as_slice::<f32>()?[start..end])
+/// Lanes of a sum, which a compiler puts into vectors.
+const LANES: usize = 16;
+
+/// The sum of `f` over pairs of values.
+pub(crate) fn sum(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for (lane, (a, b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
+            *lane += f(*a, *b);
+        }
+    }
+    lanes.iter().chain(&[a_rest.iter().zip(b_rest).map(|(a, b)| f(*a, *b)).sum()]).sum()
+}
+
+/// `y = weight * x / sqrt(mean(x^2) + eps)` over rows of the length of `weight`.
+pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    let width = weight.len();
+    rows(y, width, |row, y| {
+        let x = &x[row * width..][..width];
+        let factor = rms_factor(x, eps);
+        for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
+            *y = weight * (x * factor);
+        }
+    });
+}
+
+fn rms_factor(x: &[f32], eps: f32) -> f32 {
+    1.0 / (sum(x, x, |a, b| a * b) / x.len() as f32 + eps).sqrt()
+}
+
+/// Adds the gradient of [`rms_norm`]: with `g = dy * weight` and the factor `f`, `dx += f g - x f^3 mean(g x)`.
+pub(crate) fn rms_norm_backward(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
+    let width = weight.len();
+    rows(dx, width, |row, dx| {
+        let (x, dy) = (&x[row * width..][..width], &dy[row * width..][..width]);
+        let factor = rms_factor(x, eps);
+        let mut products = 0.0;
+        for ((x, dy), weight) in x.chunks(256).zip(dy.chunks(256)).zip(weight.chunks(256)) {
+            let mut g = [0.0; 256];
+            g.iter_mut().zip(dy).zip(weight).for_each(|((g, dy), weight)| *g = dy * weight);
+            products += sum(x, &g[..x.len()], |x, g| x * g);
+        }
+        let mean = products / width as f32 * factor.powi(3);
+        for (((dx, x), dy), weight) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
+            *dx += factor * (dy * weight) - x * mean;
+        }
+    });
+}
+
+/// Cosines and sines of the rotary embedding for the position of each token, `[tokens, pairs]`.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Angles {
+    pub(crate) cos: Vec<f32>,
+    pub(crate) sin: Vec<f32>,
+    pub(crate) pairs: usize,
+}
+
+impl Angles {
+    /// Rotates a head of a token forward, or back if `sign` is -1: `y[i] = x[i] cos - x[i + pairs] sin`, and so on.
+    pub(crate) fn rotate(&self, token: usize, sign: f32, x: &[f32], y: &mut [f32]) {
+        let at = token * self.pairs..(token + 1) * self.pairs;
+        let ((first, second), (out, rest)) = (x.split_at(self.pairs), y.split_at_mut(self.pairs));
+        let angles = self.cos[at.clone()].iter().zip(&self.sin[at]);
+        for ((((a, b), (cos, sin)), out), rest) in first.iter().zip(second).zip(angles).zip(out).zip(rest) {
+            *out = a * cos - b * (sign * sin);
+            *rest = b * cos + a * (sign * sin);
+        }
+    }
+}
+
+/// `y = gate / (1 + e^-gate) * up`.
+pub(crate) fn silu_times(gate: &[f32], up: &[f32], y: &mut [f32]) {
+    rows(y, PART, |part, y| {
+        let start = part * PART;
+        for ((y, gate), up) in y.iter_mut().zip(&gate[start..]).zip(&up[start..]) {
+            *y = gate / (1.0 + exp(-gate)) * up;
+        }
+    });
+}
+
+/// The gradients of [`silu_times`] in the place of `gate` and `up`: with `s = 1 / (1 + e^-gate)`, `s (1 + gate (1 - s)) up
+/// dy`, and `gate s dy`.
+pub(crate) fn silu_times_backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+    let parts = gate.par_chunks_mut(PART).zip(up.par_chunks_mut(PART)).zip(dy.par_chunks(PART));
+    parts.for_each(|((gate, up), dy)| {
+        for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
+            let s = 1.0 / (1.0 + exp(-*gate));
+            let of_gate = s * (1.0 + *gate * (1.0 - s)) * *up * dy;
+            *up = *gate * s * dy;
+            *gate = of_gate;
+        }
+    });
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests end at the first surprise")]
-
-    use candle_core::{Device, Var};
-
+pub(crate) mod tests {
     use super::*;
 
-    fn var(shape: &[usize], seed: f32) -> Var {
-        let len: usize = shape.iter().product();
-        let values: Vec<f32> = (0..len).map(|i| (i as f32 * 0.7 + seed).sin()).collect();
-        Var::from_slice(&values, shape, &Device::Cpu).unwrap()
+    pub(crate) fn values(len: usize, seed: f32) -> Vec<f32> {
+        (0..len).map(|i| (i as f32 * 0.7 + seed).sin()).collect()
     }
 
-    /// Central differences with a step of 1/64 of functions whose third derivatives are below 10 here: off by less than
-    /// `10 / 6 / 64^2`, and by rounding of sums below 10 in f32, `64 * 10 * 2^-24 * 8`.
-    fn check(vars: &[&Var], f: impl Fn() -> Result<Tensor>) {
+    /// Compares the gradients `exact` of `sum(weights * f(inputs))` with central differences. Their step of 1/64 is off by
+    /// less than 10 / 6 / 64^2 where third derivatives are below 10, and by the rounding of sums below 10 in f32, 64 * 10 *
+    /// 2^-24 * 8.
+    pub(crate) fn check(inputs: &[Vec<f32>], exact: &[Vec<f32>], weights: &[f32], f: impl Fn(&[Vec<f32>]) -> Vec<f32>) {
         const STEP: f32 = 1.0 / 64.0;
-        let weights = var(f().unwrap().dims(), 5.0);
-        let loss = || {
-            let products = (f().unwrap() * weights.as_tensor()).unwrap().flatten_all().unwrap();
-            products.to_vec1::<f32>().unwrap().into_iter().map(f64::from).sum::<f64>()
-        };
-        let gradients = (f().unwrap() * weights.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
-        for var in vars {
-            let gradient = gradients.get(var).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            let start = var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            for i in 0..start.len() {
+        assert_eq!(inputs.len(), exact.len());
+        for (k, gradient) in exact.iter().enumerate() {
+            assert_eq!(inputs[k].len(), gradient.len());
+            for (i, gradient) in gradient.iter().enumerate() {
                 let moved = |step: f32| {
-                    let mut values = start.clone();
-                    values[i] += step;
-                    var.set(&Tensor::from_slice(&values, var.shape(), &Device::Cpu).unwrap()).unwrap();
-                    loss()
+                    let mut inputs = inputs.to_vec();
+                    inputs[k][i] += step;
+                    let y = f(&inputs);
+                    assert_eq!(y.len(), weights.len());
+                    y.iter().zip(weights).map(|(y, w)| f64::from(*y) * f64::from(*w)).sum::<f64>()
                 };
                 let difference = (moved(STEP) - moved(-STEP)) / f64::from(2.0 * STEP);
-                let error = (difference - f64::from(gradient[i])).abs();
-                assert!(error < 1e-3, "{i}: {difference}, {}", gradient[i]);
+                assert!((difference - f64::from(*gradient)).abs() < 1e-3, "{k}, {i}: {difference}, {gradient}");
             }
-            var.set(&Tensor::from_slice(&start, var.shape(), &Device::Cpu).unwrap()).unwrap();
         }
     }
 
     #[test]
     fn gradients_are_finite_differences() {
-        let x = var(&[3, 8], 0.0);
-        let weight: Arc<[f32]> = (0..8).map(|i| 0.5 + i as f32 / 8.0).collect();
-        check(&[&x], || rms_norm(&x, &weight, 1e-5));
+        let (x, weight, dy) =
+            (values(24, 0.0), (0..8).map(|i| 0.5 + i as f32 / 8.0).collect::<Vec<_>>(), values(24, 5.0));
+        let mut dx = vec![1.0; 24];
+        rms_norm_backward(&x, &weight, 1e-5, &dy, &mut dx);
+        dx.iter_mut().for_each(|dx| *dx -= 1.0);
+        check(&[x], &[dx], &dy, |x| {
+            let mut y = vec![0.0; 24];
+            rms_norm(&x[0], &weight, 1e-5, &mut y);
+            y
+        });
 
-        let heads = var(&[3, 2, 4], 1.0);
-        let angles: Vec<f32> = (0..10).map(|i| i as f32 * 0.4).collect();
-        let angles = Angles {
-            cos: angles.iter().map(|a| a.cos()).collect(),
-            sin: angles.iter().map(|a| a.sin()).collect(),
-            pairs: 2,
-        };
-        let positions: Arc<[usize]> = [0, 1, 4].into();
-        check(&[&heads], || rotate(&heads, &angles, &positions));
-
-        let scores = var(&[2, 4, 4], 2.0);
-        check(&[&scores], || causal_softmax(&scores, 0.5));
-
-        let inputs = var(&[3, 5], 6.0);
-        let weight = var(&[4, 5], 7.0).as_detached_tensor();
-        check(&[&inputs], || dense(&inputs, &weight));
-
-        let (gate, up) = (var(&[2, 5], 3.0), var(&[2, 5], 4.0));
-        check(&[&gate, &up], || silu_times(&gate, &up));
+        let inputs = [values(10, 3.0), values(10, 4.0)];
+        let (mut gradients, dy) = (inputs.clone(), values(10, 5.0));
+        let [gate, up] = &mut gradients;
+        silu_times_backward(gate, up, &dy);
+        check(&inputs, &gradients, &dy, |inputs| {
+            let mut y = vec![0.0; 10];
+            silu_times(&inputs[0], &inputs[1], &mut y);
+            y
+        });
     }
 
     #[test]
-    fn a_softmax_sees_nothing_later() {
-        let y = causal_softmax(&var(&[3, 3], 0.0), 1.0).unwrap().to_vec2::<f32>().unwrap();
-        assert_eq!(y[0], [1.0, 0.0, 0.0]);
-        assert_eq!(y[1][2], 0.0);
-        assert!(y.iter().all(|row| (row.iter().sum::<f32>() - 1.0).abs() < 1e-6));
+    fn a_rotation_goes_back() {
+        let angles = [0.0_f32, 0.4, 0.8, 1.2];
+        let angles = Angles { cos: angles.map(f32::cos).to_vec(), sin: angles.map(f32::sin).to_vec(), pairs: 2 };
+        let (x, mut y, mut back) = (values(4, 0.0), [0.0; 4], [0.0; 4]);
+        angles.rotate(1, 1.0, &x, &mut y);
+        assert!((y[0] - (x[0] * 0.8_f32.cos() - x[2] * 0.8_f32.sin())).abs() < 1e-6);
+        angles.rotate(1, -1.0, &y, &mut back);
+        assert!(back.iter().zip(&x).all(|(a, b)| (a - b).abs() < 1e-6));
     }
 }

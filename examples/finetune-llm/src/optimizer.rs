@@ -7,6 +7,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 use candle_nn::VarMap;
 use nf4::optim::{AdamW, Moments};
+use rayon::prelude::*;
 
 /// The learning rate of each step: up to its peak in `warmup` steps, and down to zero with half a cosine.
 #[derive(Debug, Clone, Copy)]
@@ -40,7 +41,8 @@ pub struct Optimizer {
     tensors: Vec<nf4::Tensor>,
     /// The sums of the gradients since the last step.
     sums: Vec<Vec<f32>>,
-    adamw: AdamW,
+    /// One for each variable, so that threads share them.
+    adamw: Vec<AdamW>,
 }
 
 impl Optimizer {
@@ -54,7 +56,8 @@ impl Optimizer {
         let tensors =
             vars.values().map(|var| Ok(nf4::Tensor::from_vec(flat(var)?, true))).collect::<Result<Vec<_>>>()?;
         let sums = tensors.iter().map(|tensor: &nf4::Tensor| vec![0.0; tensor.len()]).collect();
-        Ok(Self { vars, tensors, sums, adamw: AdamW { weight_decay, ..AdamW::new(0.0) } })
+        let adamw = vec![AdamW { weight_decay, ..AdamW::new(0.0) }; vars.len()];
+        Ok(Self { vars, tensors, sums, adamw })
     }
 
     /// Adds the gradients of all variables.
@@ -62,21 +65,25 @@ impl Optimizer {
     /// # Errors
     /// The errors of candle.
     pub fn accumulate(&mut self, gradients: &GradStore) -> Result<()> {
-        for (var, sum) in self.vars.values().zip(&mut self.sums) {
-            if let Some(gradient) = gradients.get(var) {
+        let all: Vec<_> = self.vars.values().map(|var| gradients.get(var)).collect();
+        self.sums.par_iter_mut().zip(all).try_for_each(|(sum, gradient)| {
+            if let Some(gradient) = gradient {
                 sum.iter_mut().zip(flat(gradient)?).for_each(|(sum, g)| *sum += g);
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// Scales the gradients so that their norm, over all variables, is at most `limit`, and returns what it was.
     pub fn clip(&mut self, limit: f64) -> f64 {
-        let norm = self.sums.iter().flatten().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>().sqrt();
+        let square = |sum: &Vec<f32>| sum.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>();
+        // Added in the order of the variables, so that the norm does not depend on threads.
+        let squares: Vec<f64> = self.sums.par_iter().map(square).collect();
+        let norm = squares.into_iter().sum::<f64>().sqrt();
         if norm > limit {
             #[allow(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
             let factor = (limit / norm) as f32;
-            self.sums.iter_mut().flatten().for_each(|g| *g *= factor);
+            self.sums.par_iter_mut().for_each(|sum| sum.iter_mut().for_each(|g| *g *= factor));
         }
         norm
     }
@@ -86,22 +93,24 @@ impl Optimizer {
     /// # Errors
     /// If a gradient is not finite; no variable has changed then.
     pub fn step(&mut self, rate: f64) -> Result<()> {
-        for (tensor, sum) in self.tensors.iter_mut().zip(&mut self.sums) {
+        let finite = self.sums.par_iter().all(|sum| sum.iter().all(|g| g.is_finite()));
+        ensure!(finite, "a gradient is not finite");
+        let vars: Vec<&Var> = self.vars.values().collect();
+        let all = vars.into_par_iter().zip(&mut self.tensors).zip(&mut self.sums).zip(&mut self.adamw);
+        all.try_for_each(|(((var, tensor), sum), adamw)| {
             tensor.zero_grad();
             tensor.accumulate_grad(sum)?;
             sum.fill(0.0);
-        }
-        self.adamw.lr = rate;
-        self.adamw.step(self.tensors.iter_mut())?;
-        self.write_vars()
+            adamw.lr = rate;
+            adamw.step([&mut *tensor])?;
+            write(var, tensor)
+        })
     }
+}
 
-    fn write_vars(&self) -> Result<()> {
-        for (var, tensor) in self.vars.values().zip(&self.tensors) {
-            var.set(&Tensor::from_slice(tensor.data(), var.shape(), var.device())?)?;
-        }
-        Ok(())
-    }
+/// Gives a variable its new values.
+fn write(var: &Var, tensor: &nf4::Tensor) -> Result<()> {
+    Ok(var.set(&Tensor::from_slice(tensor.data(), var.shape(), var.device())?)?)
 }
 
 /// What a checkpoint keeps of an [`Optimizer`].
@@ -114,7 +123,7 @@ pub(crate) struct State {
 
 impl Optimizer {
     pub(crate) fn state(&self) -> State {
-        let moments = |place: usize, len: usize| match self.adamw.state.get(place) {
+        let moments = |place: usize, len: usize| match self.adamw[place].state.first() {
             Some(Moments { first, second, .. }) => [first.clone(), second.clone()],
             None => [vec![0.0; len], vec![0.0; len]],
         };
@@ -124,7 +133,7 @@ impl Optimizer {
         };
         State {
             tensors: self.vars.keys().zip(&self.tensors).enumerate().map(tensor).collect(),
-            step: self.adamw.state.first().map_or(0, |moments| moments.step),
+            step: self.adamw.first().and_then(|adamw| adamw.state.first()).map_or(0, |moments| moments.step),
         }
     }
 
@@ -146,8 +155,10 @@ impl Optimizer {
         if let Some(name) = state.tensors.keys().next() {
             return Err(anyhow!("the checkpoint has {name}, which is not trained here"));
         }
-        self.adamw.state = if state.step == 0 { Vec::new() } else { all };
-        self.write_vars()
+        for (adamw, moments) in self.adamw.iter_mut().zip(all) {
+            adamw.state = if state.step == 0 { Vec::new() } else { vec![moments] };
+        }
+        self.vars.values().zip(&self.tensors).try_for_each(|(var, tensor)| write(var, tensor))
     }
 }
 

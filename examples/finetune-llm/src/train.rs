@@ -8,6 +8,7 @@ use candle_nn::VarMap;
 use nf4::checkpoint::{FloatType, PeftAdapter, TensorSource};
 use nf4::{Arithmetic, LoRAScaling};
 use nf4_candle::{load_peft, peft_adapter, save_peft};
+use nf4_llama::program::awake;
 use nf4_llama::{Directory, Text, TextFiles};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -214,7 +215,7 @@ impl Training<'_> {
         let mut progress = Progress::new(first, steps)?;
         if self.history.evaluation.is_empty() {
             progress.aside(|| {
-                self.evaluate(0)?;
+                awake(|| self.evaluate(0))?;
                 self.save_adapter(0)
             })?;
             self.say_evaluation(&progress);
@@ -223,14 +224,14 @@ impl Training<'_> {
         for step in first..last {
             let sequences = self.stream.take(self.run.settings.accumulate);
             let rate = schedule.rate(step);
-            let loss = self.step(step, &sequences, rate)?;
+            let loss = awake(|| self.step(step, &sequences, rate))?;
             self.history.training.push(loss);
             let (done, tokens) = (step + 1, sequences.iter().map(|s| s.tokens().len()).sum());
             progress.step(done, tokens, loss, rate);
             let evaluates = done.is_multiple_of(evaluate_every) || done == steps;
             if evaluates {
                 progress.aside(|| {
-                    self.evaluate(done)?;
+                    awake(|| self.evaluate(done))?;
                     self.save_adapter(done)
                 })?;
                 self.say_evaluation(&progress);

@@ -42,7 +42,7 @@ pub use conversation::{Conversation, Engine, Prompt};
 #[cfg(feature = "std")]
 pub use directory::{Directory, read_adapter};
 pub use error::Error;
-pub use math::hash;
+pub use math::{exp, hash};
 pub use model::{AdapterId, Logits, Model, Options, Part};
 pub use rope::Rope;
 pub use sample::{Sampler, Sampling, argmax};

@@ -77,8 +77,9 @@ pub(crate) fn exp_scores(scores: &mut [f32], scale: f32) -> f32 {
 ///
 /// `libm::expf` is right to within one unit, but branches, so that no compiler makes vectors of it. This is the same
 /// method, `e^x = 2^n e^r` with `|r| <= ln(2)/2`, and the polynomial of Cephes (`expf.c`).
+#[must_use]
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
+pub fn exp(x: f32) -> f32 {
     /// Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
     const ROUND: f32 = 12_582_912.0;
     /// ln(2) in two parts; the first has so few bits that its products with `n` are exact.

@@ -10,7 +10,8 @@ use nf4::{Rayon, Threads};
 use rayon::Yield;
 
 /// The current `rayon` pool, whose threads are [`awake`].
-pub(super) struct Awake;
+#[derive(Debug, Clone, Copy)]
+pub struct Awake;
 
 impl Threads for Awake {
     fn count(&self) -> usize {
@@ -28,11 +29,13 @@ impl Threads for Awake {
 }
 
 /// Calls `run` while the other threads of the pool look for its work without sleeping.
-pub(super) fn awake<R: Send>(run: impl FnOnce() -> R + Send) -> R {
-    let done = AtomicBool::new(false);
-    let home = rayon::current_thread_index();
+pub fn awake<R: Send>(run: impl FnOnce() -> R + Send) -> R {
+    let flag = AtomicBool::new(false);
+    let done = &flag;
     rayon::scope(|scope| {
-        scope.spawn_broadcast(|_, context| {
+        // Inside: a caller that is not of the pool has no place in it.
+        let home = rayon::current_thread_index();
+        scope.spawn_broadcast(move |_, context| {
             // On the thread that works: it came here while it waited for another, and goes back.
             if Some(context.index()) != home {
                 while !done.load(Ordering::Acquire) {
@@ -42,7 +45,7 @@ pub(super) fn awake<R: Send>(run: impl FnOnce() -> R + Send) -> R {
                 }
             }
         });
-        let _end = End(&done);
+        let _end = End(done);
         run()
     })
 }

@@ -19,6 +19,8 @@ use nf4::Arithmetic;
 use crate::cache::CacheType;
 use crate::sample::Sampling;
 
+pub use awake::{Awake, awake};
+
 /// A language model on NF4 weights: a chat, or the continuation of a prompt.
 ///
 /// The model is a Hugging Face directory of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM2), quantized by
