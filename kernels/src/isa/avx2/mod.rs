@@ -37,7 +37,7 @@ use core::arch::x86_64::__m256i;
 
 pub(super) use entries::{avx2, gemm_f32};
 pub(super) use registers::prefetch;
-pub(super) use steps_8x8::{add_lanes_of_four, quad};
+pub(super) use steps_8x8::add_lanes_of_four;
 
 use super::table::{FloatTable, Isa, Table};
 use crate::double_quant;

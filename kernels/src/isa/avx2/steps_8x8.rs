@@ -111,7 +111,7 @@ impl<const VNNI: bool> Steps8x8 for Avx2<VNNI> {
         let (values, scales) = trimmed_vectors(values, scales);
         let spans = values[0].len();
         for (q, (packed, absmax)) in packed.into_iter().zip(absmax).enumerate() {
-            let ([a, b, c, d], [e, f, g, h]) = (trimmed(packed, spans), trimmed(absmax, spans));
+            let ([a, b, c, d], absmax) = (trimmed(packed, spans), &absmax[..spans]);
             let mut totals = [_mm256_setzero_ps(); N];
             for n in 0..N {
                 totals[n] = load_f32(&sums[n][q]);
@@ -127,7 +127,7 @@ impl<const VNNI: bool> Steps8x8 for Avx2<VNNI> {
                 // Two rows at a time, so that what waits for the others stays in registers.
                 let ab = self.products_of_two([&a[s], &b[s]], &values, s, starts);
                 let cd = self.products_of_two([&c[s], &d[s]], &values, s, starts);
-                let absmax = quad(&e[s], &f[s], &g[s], &h[s]);
+                let absmax = groups(&absmax[s]);
                 for n in 0..N {
                     let products = _mm256_cvtepi32_ps(join_pairs(ab[n], cd[n]));
                     let scales = scales[n][s];
@@ -171,11 +171,11 @@ impl<const VNNI: bool> Avx2<VNNI> {
         let mut sums = starts;
         let weights = self.look_up(a);
         for n in 0..N {
-            sums[n] = self.add_span(starts[n], weights, &values[n][span]);
+            sums[n] = self.add_span::<N>(starts[n], weights, &values[n][span]);
         }
         let weights = self.look_up(b);
         for n in 0..N {
-            sums[n] = add_pairs(sums[n], self.add_span(starts[n], weights, &values[n][span]));
+            sums[n] = add_pairs(sums[n], self.add_span::<N>(starts[n], weights, &values[n][span]));
         }
         sums
     }
@@ -191,15 +191,19 @@ impl<const VNNI: bool> Avx2<VNNI> {
     /// Adds the products of a span to `start`: of four columns in each lane.
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn add_span(&self, start: __m256i, [even, odd]: [__m256i; 2], values: &[i8; SPAN]) -> __m256i {
+    fn add_span<const N: usize>(&self, start: __m256i, [even, odd]: [__m256i; 2], values: &[i8; SPAN]) -> __m256i {
         let x: [__m256i; 2] = must_cast(*values);
         if VNNI {
             // SAFETY: `self` is only made where the CPU has AVX-VNNI.
             let sums = unsafe { add_byte_products(start, even, x[0]) };
             // SAFETY: as above.
             unsafe { add_byte_products(sums, odd, x[1]) }
-        } else {
+        } else if N > 2 {
+            // The magnitudes of weights serve all vectors.
             _mm256_add_epi32(dot_signed(even, x[0]), dot_signed(odd, x[1]))
+        } else {
+            // Those of activations serve all rows.
+            _mm256_add_epi32(dot_signed(x[0], even), dot_signed(x[1], odd))
         }
     }
 
@@ -284,15 +288,8 @@ fn join_pairs(ab: __m256i, cd: __m256i) -> __m256i {
 /// The absmax of a span of four rows: of their first groups in the low half, of their second ones in the high half.
 #[target_feature(enable = "avx2")]
 #[inline]
-pub(in crate::isa) fn quad<const GROUPS: usize>(
-    a: &[f32; GROUPS],
-    b: &[f32; GROUPS],
-    c: &[f32; GROUPS],
-    d: &[f32; GROUPS],
-) -> __m256 {
-    let first = _mm_setr_ps(a[0], b[0], c[0], d[0]);
-    let second = if GROUPS == 1 { first } else { _mm_setr_ps(a[1], b[1], c[1], d[1]) };
-    _mm256_set_m128(second, first)
+fn groups<const GROUPS: usize>(absmax: &[[f32; 4]; GROUPS]) -> __m256 {
+    _mm256_set_m128(must_cast(absmax[GROUPS - 1]), must_cast(absmax[0]))
 }
 
 /// The magnitudes of weights, and -1 for each that is negative.
@@ -321,11 +318,11 @@ fn dot([magnitudes, signs]: [__m256i; 2], x: __m256i) -> __m256i {
     _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
 }
 
-/// The products of four columns in each lane.
+/// The products of four columns in each lane, from the magnitudes of `a` and `b` with the signs of `a`.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn dot_signed(weights: __m256i, x: __m256i) -> __m256i {
-    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
+fn dot_signed(a: __m256i, b: __m256i) -> __m256i {
+    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
     _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
 }
 

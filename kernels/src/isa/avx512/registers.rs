@@ -47,14 +47,6 @@ pub(super) fn broadcast_pair(values: &[i16; SPAN], pair: usize) -> __m512i {
     _mm512_set1_epi32(must_cast([values[2 * pair], values[2 * pair + 1]]))
 }
 
-/// Eight f32 in each half.
-#[target_feature(enable = "avx512f")]
-#[inline]
-pub(super) fn join(low: &[f32; 8], high: &[f32; 8]) -> __m512 {
-    let low = _mm512_castsi256_si512(must_cast(*low));
-    _mm512_castsi512_ps(_mm512_inserti64x4::<1>(low, must_cast(*high)))
-}
-
 /// Two packed spans, each in a half.
 #[target_feature(enable = "avx512f")]
 #[inline]

@@ -164,14 +164,14 @@ pub(super) unsafe fn add_quads<S: AddGroup, const GROUPS: usize, const Q: usize,
         let spans = values.len();
         let scales = &scales[..spans];
         for ((packed, absmax), sums) in packed.into_iter().zip(absmax).zip(sums) {
-            let ([a, b, c, d], [e, f, g, h]) = (trimmed(packed, spans), trimmed(absmax, spans));
+            let ([a, b, c, d], absmax) = (trimmed(packed, spans), &absmax[..spans]);
             let mut totals: [float32x4_t; 2] = must_cast(*sums);
             for s in 0..spans {
                 let rows = [&a[s], &b[s], &c[s], &d[s]];
                 rows.iter().for_each(|row| prefetch(&row[..], ahead));
                 for (group, total) in totals.iter_mut().enumerate() {
                     let block = group * GROUPS / 2;
-                    let absmax = must_cast([e[s][block], f[s][block], g[s][block], h[s][block]]);
+                    let absmax = must_cast(absmax[s][block]);
                     let x = must_cast(values[s].as_chunks::<GROUP_8X8>().0[group]);
                     let rows = rows.map(|row| &row.as_chunks().0[group]);
                     // SAFETY: as for this function.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! for 64 vectors:
-//!     for 64 rows:
+//!     for 64 rows, or more where there are less vectors:
 //!         sums[64][2][64] = 0                               even groups, odd groups
 //!         for 8 spans of columns:
 //!             vectors = these columns of the 64 vectors     brought together, in the order of use
@@ -30,8 +30,9 @@ use crate::spec::{GROUP_8X8, SPAN};
 /// Times [`VECTORS`] that share a panel: 40 KB of activations.
 const CHUNKS: usize = 8;
 
-/// Panels of rows that share the activations: 32 KB of sums wait on the stack from one panel of columns to the next.
-const PANELS: usize = 2;
+/// Sums of panels that share activations: 32 KB wait on the stack from one panel of columns to the next. Of a small batch there
+/// are more panels.
+const SUMS: usize = 2 * CHUNKS;
 
 /// The 8x8 product of a matrix of whole groups and a batch.
 #[inline(always)]
@@ -58,34 +59,34 @@ fn multiply_panels<S: Steps8x8>(
     let mut panel = [PanelSpan { weights: S::EMPTY, absmax: [[0.0; ROWS]; 2] }; SPANS];
     let empty = VectorSpan { values: [[0; SPAN]; VECTORS], scales: [[0.0; VECTORS]; 2], starts: [[0; VECTORS]; 2] };
     let mut pieces = [[empty; SPANS]; CHUNKS];
-    let mut sums = [[[[[0.0; ROWS]; 2]; VECTORS]; CHUNKS]; PANELS];
+    let mut sums = [[[[0.0; ROWS]; 2]; VECTORS]; SUMS];
     for first in (0..batch).step_by(CHUNKS * VECTORS) {
         let vectors = first..batch.min(first + CHUNKS * VECTORS);
         let chunks = vectors.len().div_ceil(VECTORS);
-        for (tile, out) in out.chunks_mut(PANELS * ROWS * batch).enumerate() {
-            let rows = tile * PANELS * ROWS..tile * PANELS * ROWS + out.len() / batch;
-            let panels = rows.len().div_ceil(ROWS);
-            let packed: [[_; ROWS]; PANELS] = core::array::from_fn(|panel| {
-                // Where there are less rows, the last one stands in for those that are missing.
-                core::array::from_fn(|row| matrix.grouped_row((rows.end - 1).min(rows.start + panel * ROWS + row)))
-            });
-            sums[..panels].as_flattened_mut().iter_mut().for_each(|sums| *sums = [[[0.0; ROWS]; 2]; VECTORS]);
+        let rows_of_tile = SUMS / chunks * ROWS;
+        for (tile, out) in out.chunks_mut(rows_of_tile * batch).enumerate() {
+            let rows = tile * rows_of_tile..tile * rows_of_tile + out.len() / batch;
+            sums.iter_mut()
+                .take(rows.len().div_ceil(ROWS) * chunks)
+                .for_each(|sums| *sums = [[[0.0; ROWS]; 2]; VECTORS]);
             for span in (0..spans).step_by(SPANS) {
                 let columns = span..spans.min(span + SPANS);
                 for (first, piece) in vectors.clone().step_by(VECTORS).zip(&mut pieces) {
                     fill_piece(steps, activations, first..vectors.end, columns.clone(), piece);
                 }
-                for (rows, sums) in packed[..panels].iter().zip(&mut sums) {
-                    fill_panel(steps, matrix, rows, columns.clone(), &mut panel);
+                for (first_row, sums) in rows.clone().step_by(ROWS).zip(sums.chunks_exact_mut(chunks)) {
+                    // Where there are less rows, the last one stands in for those that are missing.
+                    let rows = core::array::from_fn(|row| matrix.grouped_row((rows.end - 1).min(first_row + row)));
+                    fill_panel(steps, matrix, &rows, columns.clone(), &mut panel);
                     let panel = &panel[..columns.len()];
                     for ((first, piece), sums) in vectors.clone().step_by(VECTORS).zip(&pieces).zip(sums) {
                         add_panel(steps, panel, vectors.end - first, &piece[..columns.len()], sums);
                     }
                 }
             }
-            for (out, sums) in out.chunks_mut(ROWS * batch).zip(&sums) {
+            for (out, sums) in out.chunks_mut(ROWS * batch).zip(sums.chunks_exact(chunks)) {
                 for (row, out) in out.chunks_exact_mut(batch).enumerate() {
-                    for (out, [even, odd]) in out[vectors.clone()].iter_mut().zip(sums[..chunks].as_flattened()) {
+                    for (out, [even, odd]) in out[vectors.clone()].iter_mut().zip(sums.as_flattened()) {
                         *out = result([even[row], odd[row]]);
                     }
                 }

@@ -4,6 +4,7 @@
 //! functions with `#[target_feature]`; each calls one loop, which is inlined into it together with the steps, so that
 //! all is compiled for the instruction set. Nothing here has features of its own, and the loops are safe code.
 
+pub(super) mod absmax;
 pub(super) mod activations;
 pub(super) mod batch_16x4;
 pub(super) mod batch_8x8;

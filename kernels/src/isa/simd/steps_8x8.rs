@@ -42,8 +42,8 @@ pub(in crate::isa) type Sums = [[f32; ROWS]; 2];
 /// Of each of four rows the packed bytes of some spans.
 pub(in crate::isa) type Quad<'a> = [&'a [[u8; SPAN / 2]]; 4];
 
-/// Of each of four rows the absmax of the groups of some spans: one for both groups, or one for each.
-pub(in crate::isa) type QuadAbsmax<'a, const GROUPS: usize> = [&'a [[f32; GROUPS]]; 4];
+/// Of some spans the absmax of four rows: one of each row for both groups, or one for each.
+pub(in crate::isa) type QuadAbsmax<'a, const GROUPS: usize> = &'a [[[f32; 4]; GROUPS]];
 
 /// The sums of four rows: of their even groups, then of their odd ones.
 pub(in crate::isa) type QuadSums = [f32; 8];

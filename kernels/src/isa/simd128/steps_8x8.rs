@@ -85,7 +85,7 @@ impl Steps8x8 for Simd128 {
             let spans = values[n].len();
             let (values, scales) = (values[n], &scales[n][..spans]);
             for ((packed, absmax), sums) in packed.into_iter().zip(absmax).zip(&mut sums[n]) {
-                let ([a, b, c, d], [e, f, g, h]) = (trimmed(packed, spans), trimmed(absmax, spans));
+                let ([a, b, c, d], absmax) = (trimmed(packed, spans), &absmax[..spans]);
                 let mut totals: [v128; 2] = must_cast(*sums);
                 for s in 0..spans {
                     let rows = [&a[s], &b[s], &c[s], &d[s]];
@@ -98,7 +98,7 @@ impl Steps8x8 for Simd128 {
                             *products = self.dot(&row.as_chunks::<16>().0[group], x);
                         }
                         let block = group * GROUPS / 2;
-                        let absmax = must_cast([e[s][block], f[s][block], g[s][block], h[s][block]]);
+                        let absmax = must_cast(absmax[s][block]);
                         *total = finish(*total, add_across(products), absmax, scales[s][group]);
                     }
                 }
