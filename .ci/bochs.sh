@@ -128,7 +128,8 @@ END
     echo c >"$root/commands" # the debugger continues
     : >"$root/serial.txt"
     # It always exits with 1.
-    timeout 1800 env -i "$(command -v chroot)" "$root" /usr/bin/bochs-bin -q -f /bochsrc -rc /commands </dev/null &>"$bochs/output" || true
+    timeout 1800 env -i "$(command -v chroot)" "$root" /usr/bin/bochs-bin -q -f /bochsrc -rc /commands \
+        </dev/null &>"$bochs/output" || true
 }
 
 check_bochs() {

@@ -55,7 +55,8 @@ check_msrv() {
     local version newest
     version=$(declared_rust_version)
     grep -q '^incompatible_msrv = "warn"' Cargo.toml
-    newest=$(cargo metadata --locked --format-version 1 --all-features | grep -o '"rust_version":"[0-9.]*"' | tr -d -c '0-9.\n' |
+    newest=$(cargo metadata --locked --format-version 1 --all-features |
+        grep -o '"rust_version":"[0-9.]*"' | tr -d -c '0-9.\n' |
         sort -t . -k 1,1n -k 2,2n | tail -n 1)
     echo "declared: $version; the newest that any package of the tree declares: $newest"
     awk -v have="$version" -v need="$newest" 'BEGIN { split(have, h, "."); split(need, n, "."); exit h[2] + 0 < n[2] + 0 }'

@@ -96,7 +96,8 @@ def main():
     docs = args.docs.resolve() if args.docs else None
     if docs:
         # Not the views of source files; nor pages that lead to an index, which rustdoc does not write.
-        pages += [p for p in sorted(docs.rglob("*.html")) if p.relative_to(docs).parts[0] not in ("src", "help.html", "settings.html")]
+        left_out = ("src", "help.html", "settings.html")
+        pages += [p for p in sorted(docs.rglob("*.html")) if p.relative_to(docs).parts[0] not in left_out]
     links, failures = 0, []
     for page in pages:
         for link in dict.fromkeys(load(page).links):

@@ -169,7 +169,8 @@ class Loop8x8:
     def print(self):
         print(f"{self.function}: 8x8, {self.isa}, {self.kind}")
         details = ", ".join(f"{count} {mnemonic}" for mnemonic, count in self.counts.most_common())
-        print(f"  vector {self.vector} for {self.units:g} spans of a row and a vector, {self.vector / self.units:.2f} each: {details}")
+        each = f"{self.vector / self.units:.2f}"
+        print(f"  vector {self.vector} for {self.units:g} spans of a row and a vector, {each} each: {details}")
 
 
 def cycles(body, cpu, units):

@@ -103,6 +103,11 @@ check_systems() {
     done
 }
 
+check_circles() {
+    needs python3
+    python3 .ci/circles.py src kernels/src cli/src
+}
+
 # As docs.rs builds them, where features stand beside what needs them: `--cfg docsrs`, which a stable compiler takes with
 # RUSTC_BOOTSTRAP. Then all links, also those of the repository's pages.
 check_links() {

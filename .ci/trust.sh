@@ -16,7 +16,8 @@ check_asan() {
     export ASAN_OPTIONS=allocator_may_return_null=1
     export CARGO_TARGET_DIR=target/asan
     # With a target, scripts and macros that run in the compiler are built without it.
-    cargo test --locked -p nf4 -p nf4-kernels --features nf4/safetensors,nf4/rayon --target x86_64-unknown-linux-gnu "${memory_tests[@]}"
+    cargo test --locked -p nf4 -p nf4-kernels --features nf4/safetensors,nf4/rayon --target x86_64-unknown-linux-gnu \
+        "${memory_tests[@]}"
 }
 
 # The code that is shipped, but with the checks of debug builds.
@@ -130,8 +131,8 @@ check_supply() {
             # Other people's engines, to be timed beside nf4; nothing that is shipped builds on them.
             ./benches/peers) echo "$lock: $(grep -c '^checksum' "$lock") packages of the registry" && continue ;;
         esac
-        tree=$(cd "$folder" && cargo tree --locked --workspace --all-features --target all --edges normal,build,dev --prefix none \
-            --no-dedupe --format '{l}: {p}' | grep -v '^: .*(/' | sort -u)
+        tree=$(cd "$folder" && cargo tree --locked --workspace --all-features --target all --edges normal,build,dev \
+            --prefix none --no-dedupe --format '{l}: {p}' | grep -v '^: .*(/' | sort -u)
         found=$(refused <<<"$tree")
         [[ -z $found ]] || { printf '%s: licences that are not in the list:\n%s\n' "$lock" "$found"; return 1; }
         echo "$lock: $(grep -c '^checksum' "$lock") packages of the registry, under licences of the list"

@@ -54,10 +54,10 @@
 //! # The format
 //!
 //! A weight matrix `[rows, cols]`, row-major, is one flat sequence of elements. Each has a 4-bit code, an index into
-//! [`CODEBOOK`]; two codes share a byte, the first in the high nibble. Blocks of 32 to 4096 consecutive elements ([`BlockSize`])
-//! have one scale, their absmax, so a weight is `CODEBOOK[code] * absmax`. Blocks run over the flat sequence: they straddle
-//! rows if `cols` is not a multiple of the block size, and the last one may be partial. With double quantization the absmax
-//! are 8-bit codes themselves ([`NestedAbsmax`]).
+//! [`CODEBOOK`]; two codes share a byte, the first in the high nibble. Blocks of 32 to 4096 consecutive elements
+//! ([`BlockSize`]) have one scale, their absmax, so a weight is `CODEBOOK[code] * absmax`. Blocks run over the flat
+//! sequence: they straddle rows if `cols` is not a multiple of the block size, and the last one may be partial. With double
+//! quantization the absmax are 8-bit codes themselves ([`NestedAbsmax`]).
 //!
 //! This is the format of bitsandbytes 0.50, and [`Kernels::quantize`] writes the same bytes as it does. Checkpoints and
 //! adapters are tested with PEFT 0.21 and transformers 5.23.

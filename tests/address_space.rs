@@ -4,7 +4,7 @@
 
 use nf4::{BlockSize, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor};
 
-/// 512 rows of so many columns, the chunk that sums of rows are cut into, are 2^32 elements.
+/// Columns of which 512 rows, the chunk that sums of rows are cut into, are 2^32 elements.
 #[test]
 fn gradients_of_very_long_rows() {
     let cols = 1 << 23;

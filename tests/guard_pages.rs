@@ -24,7 +24,7 @@ const CANARY: u8 = 0xa5;
 /// How far beside a slice that is looked.
 const BESIDE: usize = 64;
 
-/// Where in its memory a slice stands: so many elements from the closed page before it, or from the one behind it.
+/// Where in its memory a slice stands: its distance in elements from the closed page before it, or behind it.
 #[derive(Debug, Clone, Copy)]
 enum Place {
     Start(usize),

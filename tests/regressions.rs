@@ -87,7 +87,8 @@ fn special_absmax_stays_in_its_row() {
                         k.gemv_f32(&matrix, x, &mut z).unwrap();
                         for row in 0..rows {
                             let what = format!(
-                                "{special} in block {block} of row {special_row}, {cols} columns: output of row {row}, vector {n} of {batch}, {}",
+                                "{special} in block {block} of row {special_row}, {cols} columns: output of row {row}, \
+                                 vector {n} of {batch}, {}",
                                 k.isa()
                             );
                             assert_eq!(fast[row * batch + n].to_bits(), y[row].to_bits(), "16x4, {what}");

@@ -62,7 +62,7 @@ fn results(block_size: BlockSize, arithmetic: Arithmetic, pool: Option<Arc<dyn T
     ]
 }
 
-/// Forwards of so many vectors that low-rank products and the steps after the base product are split too, by vectors.
+/// Forwards of enough vectors that low-rank products and the steps after the base product are split too, by vectors.
 fn batches(pool: Arc<dyn Threads>) -> Vec<Vec<u32>> {
     const D_OUT: usize = 301;
     const D_IN: usize = 512;

@@ -139,12 +139,14 @@ impl Adapter {
         let variants: String = variants.iter().map(|v| format!(", {v}")).collect();
         let size = bytes(self.file.data_len());
         text.line("").line(format_args!("PEFT adapter: {} modules, {tensors} tensors, {size}{variants}", list.len()));
+        let parameters = self.peft.parameters().map(|(name, count)| json!({"name": name, "count": count}));
+        let tokens = self.peft.tokens().iter().map(|(name, t)| json!({"name": name, "indices": t.indices()}));
         let json = json!({
             "path": self.path.to_string_lossy(),
             "modules": list,
             "replaced": replaced,
-            "parameters": self.peft.parameters().map(|(name, count)| json!({"name": name, "count": count})).collect::<Vec<_>>(),
-            "tokens": self.peft.tokens().iter().map(|(name, t)| json!({"name": name, "indices": t.indices()})).collect::<Vec<_>>(),
+            "parameters": parameters.collect::<Vec<_>>(),
+            "tokens": tokens.collect::<Vec<_>>(),
             "rslora": rslora,
             "dora": config.is_dora(),
             "lora_bias": config.lora_bias(),

@@ -19,9 +19,9 @@ use crate::text::{Text, bytes};
 
 /// Dequantize the 4-bit weights of a model: the result is a plain model.
 ///
-/// Each weight is its codebook value times its scale, rounded once: the value that bitsandbytes computes, in the layout that
-/// the model has without quantization. Other tensors are copied bit for bit, or converted with --dtype, and `config.json` loses its
-/// `quantization_config`. It is a merge without an adapter.
+/// Each weight is its codebook value times its scale, rounded once: the value that bitsandbytes computes, in the layout
+/// that the model has without quantization. Other tensors are copied bit for bit, or converted with --dtype, and
+/// `config.json` loses its `quantization_config`. It is a merge without an adapter.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:

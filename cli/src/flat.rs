@@ -83,7 +83,8 @@ impl<'a> Flat<'a> {
         }
     }
 
-    /// The values of a range that starts and ends at blocks, or of all if [`Self::is_divisible`] is false. Bytes count as values where there are no floats.
+    /// The values of a range that starts and ends at blocks, or of all if [`Self::is_divisible`] is false. Bytes count as
+    /// values where there are no floats.
     pub(crate) fn values(&self, range: Range<usize>) -> Result<Vec<f32>> {
         match self {
             Self::Dense { shard, name, float, shape, transposed } => {

@@ -15,9 +15,8 @@ use serde_json::{Map, Value};
 use crate::hub;
 use crate::inputs::Inputs;
 use crate::memory;
-use crate::shard::Shard;
+use crate::shard::{SINGLE, Shard};
 
-pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 pub(crate) const CONFIG: &str = "config.json";
 

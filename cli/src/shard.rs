@@ -10,6 +10,8 @@ use crate::inputs::Inputs;
 use crate::io::read_exact_at;
 use crate::memory;
 
+pub(crate) const SINGLE: &str = "model.safetensors";
+
 /// About the most memory that a byte of a header costs a command, which keeps what it says of each tensor and reports it.
 /// An entry of a header has 50 bytes or more.
 const HEADER_FACTOR: usize = 64;
@@ -43,7 +45,7 @@ impl Shard {
 
     /// The file's own name.
     pub(crate) fn name(&self) -> &str {
-        self.path.file_name().and_then(|n| n.to_str()).unwrap_or(crate::model::SINGLE)
+        self.path.file_name().and_then(|n| n.to_str()).unwrap_or(SINGLE)
     }
 
     /// Names of the tensors in the order of their data.

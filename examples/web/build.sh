@@ -7,8 +7,9 @@
 #     bash build.sh              # both, or the last
 #     bash build.sh threads      # only this one
 #
-# A toolchain with the target's standard library (`rustup target add wasm32-unknown-unknown`) makes the last. Threads need one that
-# is compiled for them: RUSTC_BOOTSTRAP=1 makes it from its source (`rustup component add rust-src`, or the RUSTC that is named).
+# A toolchain with the target's standard library (`rustup target add wasm32-unknown-unknown`) makes the last. Threads need
+# one that is compiled for them: RUSTC_BOOTSTRAP=1 makes it from its source (`rustup component add rust-src`, or the RUSTC
+# that is named).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

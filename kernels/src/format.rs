@@ -10,7 +10,8 @@ use crate::ShapeError;
 /// The NF4 codebook: code `k` stands for the weight `CODEBOOK[k] * absmax`.
 ///
 /// The sixteen f32 values are those of `bitsandbytes` 0.50 (`get_4bit_type("nf4")`): quantiles of the normal distribution,
-/// scaled to `[-1, 1]`, with an exact zero at code 7 (Dettmers et al., "`QLoRA`: Efficient Finetuning of Quantized LLMs", 2023, appendix E).
+/// scaled to `[-1, 1]`, with an exact zero at code 7 (Dettmers et al., "`QLoRA`: Efficient Finetuning of Quantized LLMs",
+/// 2023, appendix E).
 #[doc(alias("quant_map", "get_4bit_type"))]
 pub const CODEBOOK: [f32; 16] = [
     -1.0,

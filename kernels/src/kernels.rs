@@ -17,9 +17,9 @@ use crate::matrix::Nf4Matrix;
 
 /// The operations, implemented for one instruction set: to quantize, to dequantize, and to multiply by packed weights.
 ///
-/// A value proves that this CPU has the instruction set. Results have the same bits on every instruction set; see
-/// [`spec`](crate::spec) for the products and for what NaN and infinity do. Operations work in buffers that the caller provides.
-/// A value is one pointer, so copies are cheap.
+/// A value proves that this CPU has the instruction set. Results have the same bits on every instruction set; see [`spec`]
+/// for the products and for what NaN and infinity do. Operations work in buffers that the caller provides. A value is one
+/// pointer, so copies are cheap.
 ///
 /// ```
 /// use nf4_kernels::{Absmax, Activations, BlockSize, Kernels, Nf4Matrix};
@@ -42,6 +42,8 @@ use crate::matrix::Nf4Matrix;
 /// # assert!(y.iter().zip(z).all(|(y, z)| (y - z).abs() < 1e-2), "{y:?} {z:?}");
 /// # Ok::<(), nf4_kernels::ShapeError>(())
 /// ```
+///
+/// [`spec`]: crate::spec
 #[derive(Clone, Copy)]
 pub struct Kernels {
     table: &'static Table,

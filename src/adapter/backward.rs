@@ -24,17 +24,21 @@ use crate::error::{Error, check_batch, check_len};
 use crate::tensor::Tensor;
 use crate::weight::base::Base;
 
-/// Working memory for [`QLoRALayer::backward_into`](crate::QLoRALayer::backward_into); any number of steps and layers can use it in turn.
+/// Working memory for [`QLoRALayer::backward_into`]; any number of steps and layers can use it in turn.
 ///
 /// A batch of `n` vectors on a layer `[d_out, d_in]` of rank `r` needs `3 * n * r + max(d_out * max(r, min(n, 64) + 1),
 /// d_in)` f32. A backward reads nothing that an earlier one left behind.
+///
+/// [`QLoRALayer::backward_into`]: crate::QLoRALayer::backward_into
 #[derive(Debug, Clone, Default)]
 pub struct BackwardScratch {
     values: Vec<f32>,
 }
 
 impl BackwardScratch {
-    /// An empty scratch, to be grown by [`Self::reserve`]. [`QLoRALayer::backward_scratch`](crate::QLoRALayer::backward_scratch) makes one for a layer.
+    /// An empty scratch, to be grown by [`Self::reserve`]. [`QLoRALayer::backward_scratch`] makes one for a layer.
+    ///
+    /// [`QLoRALayer::backward_scratch`]: crate::QLoRALayer::backward_scratch
     #[must_use]
     pub const fn new() -> Self {
         Self { values: Vec::new() }

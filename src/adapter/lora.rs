@@ -103,9 +103,9 @@ impl LoRAAdapter {
     /// An adapter with given `A` `[rank, d_in]` and `B` `[d_out, rank]`, row-major.
     ///
     /// # Errors
-    /// [`Error::RankZero`] if `rank` is 0; [`Error::Alpha`] if alpha or the scale is NaN or infinite; [`Error::MatrixLength`] if `a` or
-    /// `b` has the wrong length; [`Error::NotFinite`] if one of their values is NaN or infinite; [`Error::Shape`] if
-    /// `rank * d_in` or `d_out * rank` does not fit in `usize`.
+    /// [`Error::RankZero`] if `rank` is 0; [`Error::Alpha`] if alpha or the scale is NaN or infinite;
+    /// [`Error::MatrixLength`] if `a` or `b` has the wrong length; [`Error::NotFinite`] if one of their values is NaN or
+    /// infinite; [`Error::Shape`] if `rank * d_in` or `d_out * rank` does not fit in `usize`.
     pub fn from_parts(
         a: Vec<f32>,
         b: Vec<f32>,

@@ -56,8 +56,8 @@ impl Linear4bit {
         layer.with_bias(values, float).map_err(|error| CheckpointError::Layer { layer: bias, error })
     }
 
-    /// Reads the packed tensor with this name, which need not end in `.weight` ([`packed_tensors`](super::packed_tensors) lists them), without
-    /// a bias.
+    /// Reads the packed tensor with this name, which need not end in `.weight` ([`packed_tensors`] lists them), without a
+    /// bias.
     ///
     /// # Errors
     /// * [`CheckpointError::Unsupported`] for FP4 and for what is not known;
@@ -67,6 +67,8 @@ impl Linear4bit {
     /// * [`CheckpointError::Codebook`] if it is not that of NF4;
     /// * [`CheckpointError::Layer`] for a scale that is NaN or infinite;
     /// * [`CheckpointError::Memory`].
+    ///
+    /// [`packed_tensors`]: super::packed_tensors
     pub fn load_tensor(source: &dyn TensorSource, tensor: &str) -> Result<Self, CheckpointError> {
         let state = QuantState::load(source, tensor)?;
         let [rows, cols] = state.matrix_shape()?;
@@ -126,8 +128,10 @@ impl Linear4bit {
 
     /// The tensors of the layer, with the names and bytes that `bitsandbytes` would write. The packed codes are borrowed.
     ///
-    /// The quant map of double quantization is that of the layer: [`DYNAMIC_MAP`](nf4_kernels::DYNAMIC_MAP), unless the layer came from a
-    /// file with another one.
+    /// The quant map of double quantization is that of the layer: [`DYNAMIC_MAP`], unless the layer came from a file with
+    /// another one.
+    ///
+    /// [`DYNAMIC_MAP`]: nf4_kernels::DYNAMIC_MAP
     #[must_use]
     pub fn tensors(&self, prefix: &str) -> TensorMap<'_> {
         let mut tensors = TensorMap::new();

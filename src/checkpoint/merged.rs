@@ -18,7 +18,7 @@ use super::source::TensorSource;
 /// A model whose 4-bit weights are dequantized and into which an adapter, if there is one, is merged.
 ///
 /// It is a [`TensorSource`]: types and shapes are known at once, and each tensor is computed when it is read.
-/// [`write_safetensors`](super::write_safetensors) and [`write_gguf`](super::write_gguf) write it to a file; [`Self::open`] computes a tensor in parts.
+/// [`write_safetensors`] and [`write_gguf`] write it to a file; [`Self::open`] computes a tensor in parts.
 ///
 /// A weight is `dequantize(base) + scale * B A`, with `DoRA` each row times its magnitude over its norm, rounded once
 /// to f32 and once more to f16 or bf16. Names, shapes and values are those of PEFT's model with the adapter: a tied output
@@ -52,6 +52,9 @@ use super::source::TensorSource;
 /// # assert_eq!(TensorFile::parse(&file)?.header().iter().count(), 1);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// [`write_safetensors`]: super::write_safetensors
+/// [`write_gguf`]: super::write_gguf
 #[doc(alias = "merge_and_unload")]
 #[derive(Clone)]
 pub struct MergedModel<'a> {
@@ -101,7 +104,7 @@ impl<'a> MergedModel<'a> {
         TensorReader::new(name, planned, self.source, self.adapter, self.allows_overflow)
     }
 
-    /// The tensor of the base that a tensor replaces: the one of the same name, or the one that it starts from.
+    /// The tensor of the base that a tensor replaces: it has the same name, or the tensor starts from it.
     #[must_use]
     pub fn home(&self, name: &str) -> Option<&str> {
         let (name, planned) = self.plan.tensors.get_key_value(name)?;

@@ -135,8 +135,10 @@ impl<'a> TensorReader<'a> {
     ///
     /// # Errors
     /// What the source returns; [`CheckpointError::Bytes`] if there are no such units; [`CheckpointError::TooLarge`] for a
-    /// finite value that is infinite in the type of the tensor, unless [`MergeOptions::with_overflow`](super::MergeOptions::with_overflow) allows it;
+    /// finite value that is infinite in the type of the tensor, unless [`MergeOptions::with_overflow`] allows it;
     /// [`CheckpointError::Memory`].
+    ///
+    /// [`MergeOptions::with_overflow`]: super::MergeOptions::with_overflow
     pub fn read(&self, units: Range<usize>, out: &mut Vec<u8>) -> Result<(), CheckpointError> {
         if units.start > units.end || units.end > self.units() {
             let (expected, got) = (units.end as u64, self.units() as u64);

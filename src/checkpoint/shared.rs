@@ -14,7 +14,7 @@ use super::read::{check_vector, len_of, owned_bytes, read_f32};
 use super::source::TensorSource;
 use crate::weight::store::{SharedBytes, Store};
 
-/// A safetensors file in memory, such as a mapped one, whose bytes layers share: [`Linear4bit::load`](super::Linear4bit::load) copies no packed
+/// A safetensors file in memory, such as a mapped one, whose bytes layers share: [`Linear4bit::load`] copies no packed
 /// codes from it, and scales only if their address is not a multiple of 4.
 ///
 /// ```
@@ -32,6 +32,8 @@ use crate::weight::store::{SharedBytes, Store};
 /// # assert_eq!(layer.weight().packed().len(), 1024);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// [`Linear4bit::load`]: super::Linear4bit::load
 #[derive(Clone)]
 pub struct SharedFile {
     header: Header,

@@ -64,7 +64,9 @@ pub trait TensorSource: Sync {
     /// [`CheckpointError::Missing`]; [`CheckpointError::Read`] with the reason.
     fn read(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError>;
 
-    /// The location of the bytes of a tensor, if layers can share them instead of copying, as from a [`SharedFile`](super::SharedFile).
+    /// The location of the bytes of a tensor, if layers can share them instead of copying, as from a [`SharedFile`].
+    ///
+    /// [`SharedFile`]: super::SharedFile
     fn shared(&self, name: &str) -> Option<(SharedBytes, Range<usize>)> {
         let _ = name;
         None

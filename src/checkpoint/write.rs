@@ -54,8 +54,10 @@ impl Layout {
     ///
     /// # Errors
     /// [`CheckpointError::Unexpected`] for a name that stands twice, for one that the format reserves, for one that
-    /// [`Header::parse`](super::Header::parse) refuses, and for a type of less than a byte; [`CheckpointError::Overflow`] for tensors too
-    /// large for the address space; [`CheckpointError::HeaderTooLong`] above the limit of the format.
+    /// [`Header::parse`] refuses, and for a type of less than a byte; [`CheckpointError::Overflow`] for tensors too large
+    /// for the address space; [`CheckpointError::HeaderTooLong`] above the limit of the format.
+    ///
+    /// [`Header::parse`]: super::Header::parse
     pub fn new(mut entries: Vec<Entry>, metadata: BTreeMap<String, String>) -> Result<Self, CheckpointError> {
         entries.sort_by(|a, b| {
             a.is_late.cmp(&b.is_late).then_with(|| b.dtype.cmp(&a.dtype)).then_with(|| a.name.cmp(&b.name))

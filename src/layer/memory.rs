@@ -2,10 +2,13 @@
 
 use crate::layer::linear::Linear;
 
-/// The memory that a layer with packed weights takes, in bytes, from [`QLoRALayer::memory_stats`](crate::QLoRALayer::memory_stats) and
-/// [`MultiAdapterLayer::memory_stats`](crate::MultiAdapterLayer::memory_stats).
+/// The memory that a layer with packed weights takes, in bytes, from [`QLoRALayer::memory_stats`] and
+/// [`MultiAdapterLayer::memory_stats`].
 ///
 /// All numbers are exact; they leave out the struct of the layer itself and the names of adapters.
+///
+/// [`QLoRALayer::memory_stats`]: crate::QLoRALayer::memory_stats
+/// [`MultiAdapterLayer::memory_stats`]: crate::MultiAdapterLayer::memory_stats
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MemoryStats {
     /// What the base weight would take in f32, `d_out * d_in * 4`; it is not in memory.
@@ -16,7 +19,9 @@ pub struct MemoryStats {
     /// `d_out * 12`; and gradients, once training has allocated them.
     pub lora_bytes: usize,
     /// Everything that the layer itself has on the heap: the base, unless its bytes are static or shared
-    /// ([`Quantized4Bit::memory_bytes`](crate::Quantized4Bit::memory_bytes)), the adapters, and the bias, `d_out * 4`, if there is one.
+    /// ([`Quantized4Bit::memory_bytes`]), the adapters, and the bias, `d_out * 4`, if there is one.
+    ///
+    /// [`Quantized4Bit::memory_bytes`]: crate::Quantized4Bit::memory_bytes
     pub total_bytes: usize,
     /// `base_unquantized_bytes / base_quantized_bytes`; NaN if there are no weights.
     pub compression_ratio: f32,

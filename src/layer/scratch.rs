@@ -44,7 +44,9 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// An empty scratch, to be grown by [`Self::reserve`]. [`QLoRALayer::scratch`](crate::QLoRALayer::scratch) makes one for a layer.
+    /// An empty scratch, to be grown by [`Self::reserve`]. [`QLoRALayer::scratch`] makes one for a layer.
+    ///
+    /// [`QLoRALayer::scratch`]: crate::QLoRALayer::scratch
     #[must_use]
     pub const fn new() -> Self {
         Self { inputs: InputsBuf::new(), work: Work { low_rank: Vec::new(), product: Vec::new() } }

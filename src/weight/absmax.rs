@@ -8,9 +8,11 @@ use crate::buffer::zeros;
 use crate::error::Error;
 use crate::weight::store::Store;
 
-/// The scales of a quantized weight, one per block, plain or double-quantized: part of a [`Quantized4Bit`](crate::Quantized4Bit).
+/// The scales of a quantized weight, one per block, plain or double-quantized: part of a [`Quantized4Bit`].
 ///
 /// The bytes are owned, static or shared ([`Store`]). [`Self::view`] borrows them as an [`Absmax`].
+///
+/// [`Quantized4Bit`]: crate::Quantized4Bit
 #[derive(Debug, Clone)]
 pub struct AbsmaxBuf(Storage);
 

@@ -153,7 +153,8 @@ fn beside_scalar() -> impl Iterator<Item = Kernels> {
     Kernels::available().filter(|k| *k != Kernels::scalar())
 }
 
-/// Emulators that take a second for a millisecond run one case in so many, as `NF4_EVERY` says; all others run all.
+/// Every which case is run: every one, unless `NF4_EVERY` says otherwise, as for emulators that take a second for a
+/// millisecond.
 fn every() -> usize {
     std::env::var("NF4_EVERY").map_or(1, |every| every.parse().unwrap())
 }

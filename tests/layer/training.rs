@@ -33,7 +33,7 @@ impl Truth {
         Self { value: f64::from(*value), bound: 0.0 }
     }
 
-    /// A sum of products of two values each, in which each term is rounded so many times.
+    /// A sum of products of two values each, in which each term is rounded this number of times.
     fn sum(terms: impl Iterator<Item = (Self, Self)>, roundings: usize) -> Self {
         let (mut sum, mut magnitude) = (Self::default(), 0.0);
         for (x, y) in terms {

@@ -2,7 +2,7 @@
 
 use crate::support::{Case, Checker, NestedScales, Scales, quantize_absmax};
 
-/// From so many values on `PyTorch` may split its sum over threads, which changes the order.
+/// The number of values from which on `PyTorch` may split its sum over threads, which changes the order.
 const SPLIT_MEAN: usize = 32_768;
 
 /// A vector of absmax without a tensor.

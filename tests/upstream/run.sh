@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs check.py, or with `--script FILE` another one, with $NF4_UPSTREAM_PYTHON or python3, if that has the packages of requirements.txt. If not:
+# Runs check.py, or with `--script FILE` another one, with $NF4_UPSTREAM_PYTHON or python3, if that has the packages of
+# requirements.txt. If not:
 #
 #     NF4_UPSTREAM_VENV=DIR         makes an environment there (environment.sh; a minute, 1.9 GB), unless it is there
 #     NF4_REQUIRE_UPSTREAM=1        fails; with it, and without a directory, the environment is made in target/upstream

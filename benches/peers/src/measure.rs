@@ -94,7 +94,8 @@ pub trait Peer {
     /// The last product, `[batch, rows]`.
     fn output(&self, batch: usize) -> Vec<f32>;
 
-    /// Quantizes [`Problem::converted`], given here, and keeps the result for dequantizing. False if there is no such operation.
+    /// Quantizes [`Problem::converted`], given here, and keeps the result for dequantizing. False if there is no such
+    /// operation.
     fn quantize(&mut self, _weights: &[f32]) -> bool {
         false
     }

@@ -72,8 +72,8 @@ mod tests {
 
     #[test]
     fn names() {
-        let x86 = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 68\nmodel name\t: AMD Ryzen 9 9950X 16-Core \
-                   Processor\nstepping\t: 0\n";
+        let x86 = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 68\n\
+                   model name\t: AMD Ryzen 9 9950X 16-Core Processor\nstepping\t: 0\n";
         let expected = "AMD Ryzen 9 9950X 16-Core Processor (family 26, model 68, stepping 0)";
         assert_eq!(name(x86, None).unwrap(), expected);
         let arm = "processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: 0xd0b\n";

@@ -43,11 +43,13 @@ impl Kernels {
     /// Computes the f32 product with the transposed matrix, `out = W^T x`, for gradients; [`spec`](crate::spec) defines it.
     /// `inputs` has one element per row of the matrix, `out` one per column.
     ///
-    /// Rows are summed in chunks of [`spec::ROW_CHUNK`](crate::spec::ROW_CHUNK). So if a matrix is split at multiples of it, the results of
-    /// the parts, summed in order, have the same bits.
+    /// Rows are summed in chunks of [`spec::ROW_CHUNK`]. So if a matrix is split at multiples of it, the results of the
+    /// parts, summed in order, have the same bits.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if `inputs` does not have `rows` elements or `out` does not have `cols` elements.
+    ///
+    /// [`spec::ROW_CHUNK`]: crate::spec::ROW_CHUNK
     pub fn gemv_transposed_f32(
         &self,
         matrix: &Nf4Matrix<'_>,

@@ -109,7 +109,9 @@ impl AdaptedTokens {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// [`Self::layer`] joins the adapter of a module with a 4-bit base, and [`MergedModel`](super::super::MergedModel) merges all of it.
+/// [`Self::layer`] joins the adapter of a module with a 4-bit base, and [`MergedModel`] merges all of it.
+///
+/// [`MergedModel`]: super::super::MergedModel
 #[doc(alias = "PeftModel")]
 #[derive(Debug, Clone)]
 pub struct PeftAdapter {

@@ -2,18 +2,16 @@
 
 use alloc::borrow::ToOwned;
 use alloc::format;
-use alloc::string::{String, ToString};
+use alloc::string::String;
 use alloc::vec::Vec;
 
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::super::error::CheckpointError;
-use super::super::json::{Object, from_python, shown, to_strings, to_usize};
+use super::super::json::to_usize;
+use super::CONFIG;
 use super::pattern::{Ordered, Patterns, WORK_LIMIT};
 use crate::LoRAScaling;
-
-pub(super) const CONFIG: &str = "adapter_config.json";
 
 /// The modules that an adapter is meant for: the field `target_modules` of a configuration.
 ///
@@ -42,11 +40,11 @@ pub enum BiasTraining {
 impl BiasTraining {
     const NAMES: [(Self, &'static str); 3] = [(Self::None, "none"), (Self::All, "all"), (Self::LoraOnly, "lora_only")];
 
-    fn from_name(name: &str) -> Option<Self> {
+    pub(super) fn from_name(name: &str) -> Option<Self> {
         Self::NAMES.into_iter().find(|(_, n)| *n == name).map(|(bias, _)| bias)
     }
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         Self::NAMES.into_iter().find(|(bias, _)| *bias == self).map_or("none", |(_, name)| name)
     }
 }
@@ -59,53 +57,26 @@ impl BiasTraining {
 #[doc(alias = "LoraConfig")]
 #[derive(Debug, Clone)]
 pub struct PeftConfig {
-    rank: usize,
-    alpha: f64,
-    scaling: LoRAScaling,
-    rank_pattern: Ordered,
-    alpha_pattern: Ordered,
-    ranks: Patterns<usize>,
-    alphas: Patterns<f64>,
-    target_modules: Option<TargetModules>,
-    fan_in_fan_out: bool,
-    bias: BiasTraining,
-    lora_bias: bool,
-    dora: bool,
-    modules_to_save: Vec<String>,
-    target_parameters: Vec<String>,
-    trainable_tokens: Vec<(String, Vec<usize>)>,
-    ensure_weight_tying: bool,
-    fields: Map<String, Value>,
+    pub(super) rank: usize,
+    pub(super) alpha: f64,
+    pub(super) scaling: LoRAScaling,
+    pub(super) rank_pattern: Ordered,
+    pub(super) alpha_pattern: Ordered,
+    pub(super) ranks: Patterns<usize>,
+    pub(super) alphas: Patterns<f64>,
+    pub(super) target_modules: Option<TargetModules>,
+    pub(super) fan_in_fan_out: bool,
+    pub(super) bias: BiasTraining,
+    pub(super) lora_bias: bool,
+    pub(super) dora: bool,
+    pub(super) modules_to_save: Vec<String>,
+    pub(super) target_parameters: Vec<String>,
+    pub(super) trainable_tokens: Vec<(String, Vec<usize>)>,
+    pub(super) ensure_weight_tying: bool,
+    pub(super) fields: Map<String, Value>,
 }
 
-/// The fields whose order counts.
-#[derive(Deserialize)]
-struct InOrder {
-    #[serde(default)]
-    rank_pattern: Ordered,
-    #[serde(default)]
-    alpha_pattern: Ordered,
-}
-
-/// Variants that change what an adapter computes, or what base it belongs to, and that are off if null (or false, or
-/// empty).
-const VARIANTS: [&str; 10] = [
-    "use_qalora",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "use_bdlora",
-    "enable_lora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-    "megatron_config",
-];
-
-/// Initialisations that leave the base as it is; all others (`pissa`, `olora`, `corda`, `loftq`, `lora_ga`) subtract
-/// something from it, and the adapter is right only on a base so changed.
-const PLAIN_INITIALISATIONS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
-
+/// Construction.
 impl PeftConfig {
     /// A configuration with this rank and alpha for all modules, and PEFT's defaults for the rest.
     #[must_use]
@@ -129,109 +100,6 @@ impl PeftConfig {
             ensure_weight_tying: false,
             fields: Map::new(),
         }
-    }
-
-    /// Parses the text of an `adapter_config.json`.
-    ///
-    /// # Errors
-    /// [`CheckpointError::Json`]; [`CheckpointError::Field`]; [`CheckpointError::Unsupported`] with the name of a
-    /// variant that is not implemented: a `peft_type` other than `LORA`, `use_qalora`, an initialisation that
-    /// changes the base, and so on.
-    pub fn parse(json: &[u8]) -> Result<Self, CheckpointError> {
-        let json = &*from_python(json);
-        let object = Object::parse(CONFIG, json)?;
-        let unsupported = |variant| CheckpointError::Unsupported { what: CONFIG.to_owned(), variant };
-        match object.optional("peft_type", "a string", "LORA", Value::as_str)? {
-            "LORA" => {}
-            other => return Err(unsupported(format!("peft_type {other:?}"))),
-        }
-        for field in VARIANTS {
-            if let Some(value) = object.get(field).filter(|value| is_on(value)) {
-                return Err(unsupported(format!("{field} = {}", shown(value))));
-            }
-        }
-        if let Some(value) = object.get("init_lora_weights")
-            && !value.is_boolean()
-            && !value.as_str().is_some_and(|v| PLAIN_INITIALISATIONS.contains(&v.to_lowercase().as_str()))
-        {
-            let reason = "which changes the base, so that the adapter is right on that alone; PEFT converts it \
-                          (save_pretrained with path_initial_model_for_weight_conversion); as it is, it";
-            return Err(unsupported(format!("init_lora_weights = {}, {reason}", shown(value))));
-        }
-        let in_order: InOrder = serde_json::from_slice(json)
-            .map_err(|e| CheckpointError::Json { what: CONFIG.to_owned(), reason: e.to_string() })?;
-        let InOrder { rank_pattern, alpha_pattern } = in_order;
-        let flag = |field| object.optional(field, "true or false", false, Value::as_bool);
-        let config = Self {
-            rank: object.optional("r", "a rank of at least 1", 8, to_rank)?,
-            alpha: object.optional("lora_alpha", "a finite number", 8.0, to_alpha)?,
-            scaling: if flag("use_rslora")? { LoRAScaling::RsLoRA } else { LoRAScaling::Standard },
-            ranks: Patterns::compile("rank_pattern", &rank_pattern, "a rank of at least 1", to_rank)?,
-            alphas: Patterns::compile("alpha_pattern", &alpha_pattern, "a finite number", to_alpha)?,
-            rank_pattern,
-            alpha_pattern,
-            target_modules: object.optional("target_modules", "a list of names or a string", None, |v| {
-                let text = v.as_str().map(|text| TargetModules::Expression(text.to_owned()));
-                text.or_else(|| to_strings(v).map(TargetModules::List)).map(Some)
-            })?,
-            fan_in_fan_out: flag("fan_in_fan_out")?,
-            bias: object.optional("bias", "none, all or lora_only", BiasTraining::None, |v| {
-                BiasTraining::from_name(v.as_str()?)
-            })?,
-            lora_bias: flag("lora_bias")?,
-            dora: flag("use_dora")?,
-            modules_to_save: object.optional("modules_to_save", "a list of names", Vec::new(), to_strings)?,
-            target_parameters: object.optional("target_parameters", "a list of names", Vec::new(), to_strings)?,
-            trainable_tokens: object.optional(
-                "trainable_token_indices",
-                "a list of tokens, or such lists by module",
-                Vec::new(),
-                to_tokens,
-            )?,
-            ensure_weight_tying: flag("ensure_weight_tying")?,
-            fields: object.into_fields(),
-        };
-        // As in LoraConfig.__post_init__.
-        if config.dora && config.lora_bias {
-            return Err(unsupported("lora_bias with use_dora".to_owned()));
-        }
-        Ok(config)
-    }
-
-    /// The text of an `adapter_config.json`: the fields that [`Self::parse`] was given and the ones of this value,
-    /// sorted and indented as PEFT writes them; patterns in their order.
-    #[must_use]
-    pub fn to_json(&self) -> String {
-        let mut fields = self.fields.clone();
-        let mut set = |field: &str, value: Value| fields.insert(field.to_owned(), value);
-        set("peft_type", "LORA".into());
-        set("r", self.rank.into());
-        set("lora_alpha", number(self.alpha));
-        set("use_rslora", (self.scaling == LoRAScaling::RsLoRA).into());
-        set("use_dora", self.dora.into());
-        set("fan_in_fan_out", self.fan_in_fan_out.into());
-        set("bias", self.bias.name().into());
-        set("lora_bias", self.lora_bias.into());
-        set(
-            "target_modules",
-            match &self.target_modules {
-                None => Value::Null,
-                Some(TargetModules::List(names)) => names.clone().into(),
-                Some(TargetModules::Expression(text)) => text.clone().into(),
-            },
-        );
-        set(
-            "modules_to_save",
-            match &*self.modules_to_save {
-                [] => Value::Null,
-                names => names.into(),
-            },
-        );
-        for (field, default) in [("task_type", Value::Null), ("base_model_name_or_path", Value::Null)] {
-            fields.entry(field).or_insert(default);
-        }
-        fields.entry("inference_mode").or_insert(true.into());
-        super::save::config_text(fields, &self.rank_pattern, &self.alpha_pattern)
     }
 }
 
@@ -373,36 +241,16 @@ impl PeftConfig {
     }
 }
 
-/// Whether a variant is in use.
-fn is_on(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => false,
-        Value::Array(items) => !items.is_empty(),
-        Value::Object(fields) => !fields.is_empty(),
-        _ => true,
-    }
-}
-
-/// A list of tokens, or an object of such lists.
-fn to_tokens(value: &Value) -> Option<Vec<(String, Vec<usize>)>> {
-    let list = |value: &Value| value.as_array()?.iter().map(to_usize).collect::<Option<Vec<usize>>>();
-    match value {
-        Value::Object(fields) => fields.iter().map(|(name, value)| Some((name.clone(), list(value)?))).collect(),
-        Value::Array(items) if items.is_empty() => Some(Vec::new()),
-        value => Some(alloc::vec![(String::new(), list(value)?)]),
-    }
-}
-
-fn to_rank(value: &Value) -> Option<usize> {
+pub(super) fn to_rank(value: &Value) -> Option<usize> {
     to_usize(value).filter(|rank| *rank > 0)
 }
 
-fn to_alpha(value: &Value) -> Option<f64> {
+pub(super) fn to_alpha(value: &Value) -> Option<f64> {
     value.as_f64().filter(|alpha| alpha.is_finite())
 }
 
 /// A number as PEFT has it: an integer if it is one.
-fn number(x: f64) -> Value {
+pub(super) fn number(x: f64) -> Value {
     /// 2^53: up to here every integer is an f64.
     const EXACT: f64 = 9_007_199_254_740_992.0;
     #[allow(clippy::cast_possible_truncation, reason = "the guard makes it exact")]

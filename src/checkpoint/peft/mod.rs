@@ -6,6 +6,7 @@
 
 mod adapter;
 mod config;
+mod config_file;
 mod key;
 mod load;
 mod pattern;
@@ -15,6 +16,9 @@ mod targets;
 pub(super) use adapter::Factors;
 pub use adapter::{AdaptedTokens, PeftAdapter, PeftModule, PeftModuleKind};
 pub use config::{BiasTraining, PeftConfig, TargetModules};
+
+/// The name of the file of a configuration.
+const CONFIG: &str = "adapter_config.json";
 
 /// What PEFT puts before the name of a module.
 const PREFIX: &str = "base_model.model.";

@@ -146,12 +146,8 @@ impl<T: Copy> Patterns<T> {
         expected: &'static str,
         convert: impl Fn(&Value) -> Option<T>,
     ) -> Result<Self, CheckpointError> {
-        let error = |field, expected, got| CheckpointError::Field {
-            what: super::config::CONFIG.to_owned(),
-            field,
-            expected,
-            got,
-        };
+        let error =
+            |field, expected, got| CheckpointError::Field { what: super::CONFIG.to_owned(), field, expected, got };
         let count = entries.0.iter().filter(|(key, _)| Name::parse(key).is_none()).count();
         if count > COUNT_LIMIT {
             let expected = "names and at most 4096 other regular expressions";

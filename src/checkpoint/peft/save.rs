@@ -5,18 +5,15 @@ use alloc::collections::BTreeMap;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use serde::ser::{Serialize, SerializeMap, Serializer};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::super::error::CheckpointError;
 use super::super::float::FloatType;
-use super::super::json::to_python;
 use super::super::source::{TensorData, TensorMap};
 use super::super::write::to_safetensors;
 use super::adapter::{PeftAdapter, PeftModule, PeftModuleKind, tensor_name};
 use super::config::{PeftConfig, TargetModules};
 use super::load::check_any;
-use super::pattern::Ordered;
 use crate::{LoRAAdapter, LoRAScaling};
 
 /// Making.
@@ -194,34 +191,4 @@ impl PeftAdapter {
     pub fn to_files(&self, float: FloatType) -> Result<(String, Vec<u8>), CheckpointError> {
         Ok((self.config.to_json(), to_safetensors(&self.tensors(float)?)?))
     }
-}
-
-/// Fields sorted by name, with the two patterns in the order that counts.
-struct Fields<'a> {
-    fields: &'a Map<String, Value>,
-    rank_pattern: &'a Ordered,
-    alpha_pattern: &'a Ordered,
-}
-
-impl Serialize for Fields<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(self.fields.len()))?;
-        for (name, value) in self.fields {
-            match name.as_str() {
-                "rank_pattern" => map.serialize_entry(name, self.rank_pattern)?,
-                "alpha_pattern" => map.serialize_entry(name, self.alpha_pattern)?,
-                _ => map.serialize_entry(name, value)?,
-            }
-        }
-        map.end()
-    }
-}
-
-/// The text of `adapter_config.json`, as `json.dumps(indent=2, sort_keys=True)` lays it out.
-pub(super) fn config_text(mut fields: Map<String, Value>, rank_pattern: &Ordered, alpha_pattern: &Ordered) -> String {
-    for name in ["rank_pattern", "alpha_pattern"] {
-        fields.insert(name.to_owned(), Value::Null);
-    }
-    let fields = Fields { fields: &fields, rank_pattern, alpha_pattern };
-    to_python(serde_json::to_string_pretty(&fields).expect("every key is a string, and the writer is a vector"))
 }

@@ -16,11 +16,8 @@ use super::super::read::float_type;
 use super::super::vocabulary::{is_embedding, is_head};
 use super::embeddings::Embedding;
 use super::experts::fused_expert;
-use super::matching::ModelNames;
+use super::matching::{ModelNames, Names};
 use super::{Builder, Change, NOT_GATHERED, Note, Origin, Planned, planned};
-
-/// Names of the adapter's modules in the model.
-pub(super) type Names<'n> = BTreeMap<&'n str, String>;
 
 impl Builder<'_> {
     pub(super) fn adapt(&mut self, adapter: &PeftAdapter) -> Result<(), CheckpointError> {

@@ -12,7 +12,7 @@ use super::super::error::CheckpointError;
 use super::super::names::{join, last, module_of};
 use super::super::peft::PeftAdapter;
 use super::super::vocabulary::{EMBEDDINGS, is_embedding, is_head};
-use super::adapt::Names;
+use super::matching::Names;
 use super::{Builder, Note, Planned};
 
 /// The input embedding of a model.

@@ -1,9 +1,9 @@
 //! Which module of the model a module of an adapter is: the same one has other names in files of other savers, classes
 //! and versions of transformers (`model.language_model.layers`, `language_model.model.layers`, `model.layers`, `layers`).
 //!
-//! A name is a prefix and a rest: the rest begins with the part before the first number (`layers.0.mlp.up_proj`), or is
-//! the last part, or what `modules_to_save` names. Modules of one prefix belong together: either the model has that prefix, or all of them must be there
-//! under one other prefix, and under no second one as similar.
+//! A name is a prefix and a rest: the rest begins with the part before the first number (`layers.0.mlp.up_proj`), or is the
+//! last part, or what `modules_to_save` names. Modules of one prefix belong together: either the model has that prefix, or
+//! all of them must be there under one other prefix, and under no second one as similar.
 
 use alloc::borrow::ToOwned;
 use alloc::collections::{BTreeMap, BTreeSet};
@@ -19,6 +19,9 @@ const SYNONYMS: [[&str; 2]; 2] = [["mlp", "block_sparse_moe"], ["lm_head", "embe
 
 /// Prefixes that are tried, so that the time does not grow with the square of the names; no model has as many for one rest.
 const MOST: usize = 64;
+
+/// Names of the adapter's modules in the model.
+pub(super) type Names<'n> = BTreeMap<&'n str, String>;
 
 /// The modules of a model.
 pub(super) struct ModelNames<'a> {

@@ -1,5 +1,7 @@
-//! What a merged model consists of: for every tensor where its values come from, what is added to them, its shape and
-//! its type. All of it is known before a weight is read, and both [`MergedModel`](super::MergedModel) and the tool only do what it says.
+//! What a merged model consists of: for every tensor where its values come from, what is added to them, its shape and its
+//! type. All of it is known before a weight is read, and both [`MergedModel`] and the tool only do what it says.
+//!
+//! [`MergedModel`]: super::MergedModel
 
 mod adapt;
 mod embeddings;
@@ -89,7 +91,9 @@ pub(super) struct Planned {
     pub(super) changes: Vec<Change>,
 }
 
-/// Options of a [`MergedModel`](super::MergedModel): the type of its floats, the `config.json` of its base, and whether values may overflow.
+/// Options of a [`MergedModel`]: the type of its floats, the `config.json` of its base, and whether values may overflow.
+///
+/// [`MergedModel`]: super::MergedModel
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MergeOptions<'a> {
     dtype: Option<FloatType>,

@@ -11,8 +11,8 @@ use super::super::error::CheckpointError;
 use super::super::names::{join, module_of};
 use super::super::peft::PeftAdapter;
 use super::super::read::{bytes_in, len_of};
-use super::adapt::Names;
 use super::embeddings::Embedding;
+use super::matching::Names;
 use super::{Builder, Change, Note, Origin, Pair, Planned};
 
 impl Builder<'_> {
@@ -47,7 +47,10 @@ impl Builder<'_> {
             Some(planned) if self.is_same(adapter, &planned, &now, follows) => {
                 // Both sides are one still.
                 self.plan.remove(&head);
-                self.notes.retain(|note| !matches!(note, Note::Added { tensor, .. } | Note::Untied { head: tensor, .. } if *tensor == head));
+                self.notes.retain(|note| match note {
+                    Note::Added { tensor, .. } | Note::Untied { head: tensor, .. } => *tensor != head,
+                    _ => true,
+                });
                 self.edits.untied = false;
             }
             Some(planned) => {

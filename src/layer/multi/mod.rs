@@ -28,8 +28,8 @@ use set::AdapterSet;
 /// removing adapters is cheap. All forwards take `&self`, so threads can share one layer, each with its own
 /// [`Scratch`](crate::Scratch).
 ///
-/// The arithmetic is that of [`QLoRALayer`](crate::QLoRALayer), and with one adapter of weight 1 the bits are the same too. Adapters
-/// are summed in the order of their names, whatever the order in which they were added.
+/// The arithmetic is that of [`QLoRALayer`], and with one adapter of weight 1 the bits are the same too. Adapters are
+/// summed in the order of their names, whatever the order in which they were added.
 ///
 /// ```
 /// use nf4::{Adapters, BlockSize, LoRAAdapter, LoRAScaling, MultiAdapterLayer, Quantized4Bit, Tensor};
@@ -54,6 +54,8 @@ use set::AdapterSet;
 /// # assert!((each.data()[16] - 64.0).abs() < 0.1, "{:?}", each.data());
 /// # Ok::<(), nf4::Error>(())
 /// ```
+///
+/// [`QLoRALayer`]: crate::QLoRALayer
 #[doc(alias = "Linear4bit")]
 #[derive(Debug, Clone)]
 pub struct MultiAdapterLayer {

@@ -14,12 +14,14 @@ impl QLoRALayer {
     /// Computes `y = W x + scale * B (A x) + bias` for one vector `x`, or for each vector of a batch `[batch, d_in]`. The
     /// result is `[batch, d_out]`.
     ///
-    /// A vector has the same outputs, bit for bit, in every batch. If one of its values is NaN or infinite, all its
-    /// outputs are [`f32::NAN`] (with [`Arithmetic::F32`](crate::Arithmetic::F32), they are what IEEE 754 says). If the layer has no inputs,
-    /// an empty `x` counts as one vector.
+    /// A vector has the same outputs, bit for bit, in every batch. If one of its values is NaN or infinite, all its outputs
+    /// are [`f32::NAN`] (with [`Arithmetic::F32`], they are what IEEE 754 says). If the layer has no inputs, an empty `x`
+    /// counts as one vector.
     ///
     /// # Panics
     /// Where [`Self::try_forward`] returns an error.
+    ///
+    /// [`Arithmetic::F32`]: crate::Arithmetic::F32
     #[must_use]
     #[track_caller]
     pub fn forward(&self, x: &Tensor) -> Tensor {
@@ -68,11 +70,13 @@ impl QLoRALayer {
     }
 
     /// Converts and quantizes inputs `[batch, d_in]` for [`Self::forward_shared`] of this layer, and of every layer with
-    /// the same `d_in`, group ([`BlockSize::activation_group`](nf4_kernels::BlockSize::activation_group)), arithmetic and kernels.
+    /// the same `d_in`, group ([`BlockSize::activation_group`]), arithmetic and kernels.
     ///
     /// # Errors
     /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `buffers` are too small
     /// ([`InputsBuf::reserve`] grows them).
+    ///
+    /// [`BlockSize::activation_group`]: nf4_kernels::BlockSize::activation_group
     pub fn quantize_inputs<'b, X: Float>(
         &self,
         x: &'b [X],

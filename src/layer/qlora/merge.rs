@@ -34,12 +34,15 @@ impl QLoRALayer {
 
     /// Writes some rows of the merged weight, `[rows.len(), d_in]`, to `out`, for merging in little memory.
     ///
-    /// For f32 these are rows of [`Self::merge_to_f32`]; for [`f16`](nf4_kernels::f16) and [`bf16`](nf4_kernels::bf16) they are the
-    /// same values, rounded to nearest even. It allocates one row of f32 per thread.
+    /// For f32 these are rows of [`Self::merge_to_f32`]; for [`f16`] and [`bf16`] they are the same values, rounded to
+    /// nearest even. It allocates one row of f32 per thread.
     ///
     /// # Errors
     /// [`Error::Shape`] if there are no such rows or `out` does not have `rows.len() * d_in` values; and
     /// [those of all layers](crate#errors).
+    ///
+    /// [`f16`]: nf4_kernels::f16
+    /// [`bf16`]: nf4_kernels::bf16
     pub fn merge_rows_into<T: Float>(&self, rows: Range<usize>, out: &mut [T]) -> Result<(), Error> {
         let count = self.linear.weight.try_view()?.row_range(rows.clone())?.rows();
         check_len("merged weights", count * self.d_in(), out.len())?;

@@ -19,11 +19,13 @@ use crate::tensor::Tensor;
 ///
 /// Everything is computed in f32, with every operation rounded on its own in a fixed order, so that the bits are the same
 /// on every machine and with all kernels and threads. `dy W` is computed from the packed bytes
-/// ([`Kernels::gemm_transposed_f32`](nf4_kernels::Kernels::gemm_transposed_f32)); no weight is dequantized in memory. These are the gradients of the f32
-/// forward, from which the 16x4 forward differs only by rounding.
+/// ([`Kernels::gemm_transposed_f32`]); no weight is dequantized in memory. These are the gradients of the f32 forward, from
+/// which the 16x4 forward differs only by rounding.
 ///
 /// The base weight and the bias are frozen, as in `QLoRA`, and have no gradient. There is no dropout; a training loop can
 /// apply it to `x`.
+///
+/// [`Kernels::gemm_transposed_f32`]: nf4_kernels::Kernels::gemm_transposed_f32
 impl QLoRALayer {
     /// Adds the gradients of `A`, `B` and, with `DoRA`, the magnitude to those of the tensors ([`Tensor::grad`]), and
     /// returns the gradient of the input, `[batch, d_in]`. `x` is one vector or a batch `[batch, d_in]`, and `dy` is
@@ -49,8 +51,9 @@ impl QLoRALayer {
     }
 
     /// Like [`Self::try_backward`], but writes the gradient of the input to a buffer that the caller provides, and does not
-    /// allocate once `A` and `B` have gradients (except that a large product of a single vector with `W^T` on several threads does). Without
-    /// `dx`, as in the first layer of a model, the packed weights are read only for the magnitude of `DoRA`.
+    /// allocate once `A` and `B` have gradients (except that a large product of a single vector with `W^T` on several
+    /// threads does). Without `dx`, as in the first layer of a model, the packed weights are read only for the magnitude of
+    /// `DoRA`.
     ///
     /// # Errors
     /// [`Error::Batch`] if the length of `x` is not a multiple of `d_in`; [`Error::Shape`] if `dy` does not have

@@ -29,7 +29,7 @@ fn every_instruction_set_gives_the_committed_hashes() {
     assert!(found || required.is_none(), "no kernels {required:?}");
 }
 
-/// A pool that takes the second half first, on the thread that calls: cuts as so many threads would, also where there are
+/// A pool that takes the second half first, on the thread that calls: cuts as many threads would, also where there are
 /// none.
 struct Backwards(usize);
 

@@ -11,9 +11,9 @@ use super::codes::split_codes;
 use super::registers::{add_products, broadcast, opaque};
 use crate::activations::Activations;
 use crate::isa::simd::batch_16x4;
-use crate::isa::simd::panel_16x4::{self, Panel, PanelLanes};
+use crate::isa::simd::panel_16x4;
 use crate::isa::simd::steps::Steps;
-use crate::isa::simd::steps_16x4::Steps16x4;
+use crate::isa::simd::steps_16x4::{Panel, PanelLanes, Steps16x4};
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 

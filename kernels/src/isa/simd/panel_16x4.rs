@@ -21,29 +21,13 @@
 
 use super::product_16x4::{padded, result};
 use super::steps::Steps;
-use super::steps_16x4::Steps16x4;
+use super::steps_16x4::{PANEL_ROWS as ROWS, PANEL_SPANS as SPANS, Panel, PanelLanes, Steps16x4};
 use crate::activations::Activations;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
-/// Rows of a panel: their lanes are in registers.
-const ROWS: usize = 8;
-
-/// Spans of a panel: 16 KB of decoded weights.
-const SPANS: usize = 16;
-
 /// Vectors whose lanes wait on the stack from one panel of columns to the next: 16 KB.
 const VECTORS: usize = 64;
-
-/// The lanes of a vector in the rows of a panel.
-pub(in crate::isa) type PanelLanes = [[f32; 8]; ROWS];
-
-/// Decoded weights of a tile of the matrix, span by span.
-#[repr(align(64))]
-pub(in crate::isa) struct Panel<const GROUPS: usize> {
-    weights: [[[i16; SPAN]; ROWS]; SPANS],
-    absmax: [[[f32; GROUPS]; ROWS]; SPANS],
-}
 
 /// The product with `GROUPS` activation groups in a span.
 #[inline(always)]

@@ -2,11 +2,26 @@
 
 #![expect(unsafe_code, reason = "declares steps that not every CPU can run, and calls them where this one is known to")]
 
-use super::panel_16x4::{Panel, PanelLanes};
 use super::steps::{Lanes, Steps};
 use crate::activations::Activations;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
+
+/// Rows of a panel: their lanes are in registers.
+pub(super) const PANEL_ROWS: usize = 8;
+
+/// Spans of a panel: 16 KB of decoded weights.
+pub(super) const PANEL_SPANS: usize = 16;
+
+/// The lanes of a vector in the rows of a panel.
+pub(in crate::isa) type PanelLanes = [[f32; 8]; PANEL_ROWS];
+
+/// Decoded weights of a tile of the matrix, span by span.
+#[repr(align(64))]
+pub(in crate::isa) struct Panel<const GROUPS: usize> {
+    pub(super) weights: [[[i16; SPAN]; PANEL_ROWS]; PANEL_SPANS],
+    pub(super) absmax: [[[f32; GROUPS]; PANEL_ROWS]; PANEL_SPANS],
+}
 
 /// The steps of the 16x4 product.
 ///
