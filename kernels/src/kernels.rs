@@ -8,6 +8,7 @@ mod products_16x4;
 mod products_8x8;
 mod products_dense;
 mod products_f32;
+mod products_transposed;
 
 use core::fmt;
 

@@ -7,9 +7,11 @@
 //! [`Kernels::gemm_8x8`]: crate::Kernels::gemm_8x8
 //! [`Kernels::gemm_dense`]: crate::Kernels::gemm_dense
 //! [`Kernels::gemm_f32`]: crate::Kernels::gemm_f32
+//! [`Kernels::gemm_transposed`]: crate::Kernels::gemm_transposed
 //! [`Kernels::gemm_transposed_f32`]: crate::Kernels::gemm_transposed_f32
 //! [`PANEL`]: PANEL
 //! [`ROW_CHUNK`]: ROW_CHUNK
+//! [`ROW_GROUP`]: ROW_GROUP
 //! [`WEIGHT_STEP`]: WEIGHT_STEP
 //! [`WEIGHT_STEP_8X8`]: WEIGHT_STEP_8X8
 //! [`add_lanes`]: add_lanes
@@ -77,6 +79,14 @@ pub const PANEL: usize = 4096;
 
 /// The rows that the transposed f32 product sums before it adds the sum to its output.
 pub const ROW_CHUNK: usize = 512;
+
+/// The rows of a group of the transposed 16x4 product, which share a scale and whose products have one exact sum.
+pub const ROW_GROUP: usize = 32;
+
+const _: () = assert!(
+    ROW_GROUP as i64 * (ACTIVATION_MAX as i64).pow(2) <= i32::MAX as i64 && ROW_CHUNK.is_multiple_of(ROW_GROUP),
+    "the sum of a group of rows is exact, and a chunk has whole groups"
+);
 
 /// The lane of each column of a span in the f32 product, and its place in the lane, as `place * 8 + lane`.
 ///

@@ -16,6 +16,7 @@ mod eight_by_eight;
 mod element_types;
 mod products;
 mod transposed;
+mod transposed_16x4;
 
 use generator::Generator;
 use nf4::{Absmax, Activations, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix};

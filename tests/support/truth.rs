@@ -168,3 +168,27 @@ pub(crate) fn transposed_dense(column: &[f32], x: &[f32], before: f32) -> Truth 
     let bound = gamma(3 + fours + chunks) * (before.abs() + terms().map(f64::abs).sum::<f64>());
     Truth { value: before + terms().sum::<f64>(), bound: bound + column.len() as f64 * 2.0_f64.powi(-150) }
 }
+
+/// The transposed 16x4 product of column `c` of some rows with one input a row.
+pub(crate) fn transposed_16x4(rows: &[Row], c: usize, x: &[f32]) -> Truth {
+    // The scale of a group, and how far what it makes of one of its numbers may be from it.
+    let scale = |largest: f32| if (8191.0 / largest).is_finite() { f64::from(largest / 8191.0) } else { 0.0 };
+    let error = |scale: f64, x: f64, roundings: f64| {
+        if scale > 0.0 { scale * (0.5 + 2.0_f64.powi(-100)) + roundings * U * x.abs() } else { x.abs() }
+    };
+    let (mut value, mut quantization, mut magnitude) = (0.0, 0.0, 0.0);
+    for (rows, x) in rows.chunks(spec::ROW_GROUP).zip(x.chunks(spec::ROW_GROUP)) {
+        let of_weights = scale(rows.iter().fold(0.0, |m, row| row.absmax[c].abs().max(m)));
+        let of_inputs = scale(x.iter().fold(0.0, |m, x| x.abs().max(m)));
+        for (row, x) in rows.iter().zip(x) {
+            let (w, x) = (f64::from(row.absmax[c]) * f64::from(CODEBOOK[usize::from(row.codes[c])]), f64::from(*x));
+            let (of_weight, of_input) = (error(of_weights, w, 9.0), error(of_inputs, x, 8.0));
+            value += w * x;
+            quantization += w.abs() * of_input + of_weight * (x.abs() + of_input);
+            magnitude += (w.abs() + of_weight) * (x.abs() + of_input);
+        }
+    }
+    let (groups, chunks) = (rows.len().div_ceil(spec::ROW_GROUP), rows.len().div_ceil(spec::ROW_CHUNK));
+    let bound = quantization + gamma(2 + groups.min(spec::ROW_CHUNK / spec::ROW_GROUP) + chunks) * magnitude;
+    Truth { value, bound: bound + (groups + 1) as f64 * 2.0_f64.powi(-118) }
+}

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use nf4::{
-    Absmax, Activations, Activations8x8, BlockSize, DYNAMIC_MAP, Float, Kernels, NESTED_BLOCK, NestedAbsmax, Nf4Matrix,
-    bf16, f16,
+    Absmax, Activations, Activations8x8, BlockSize, DYNAMIC_MAP, Float, Gradients, Kernels, NESTED_BLOCK, NestedAbsmax,
+    Nf4Matrix, bf16, f16,
 };
 
 use crate::generator::Generator;
@@ -127,6 +127,11 @@ impl Case {
             let mut columns = vec![0.0; batch * cols];
             kernels.gemm_transposed_f32(&matrix, &y, &mut columns)?;
             results.push(("transposed f32 product of a batch", bits(&columns).collect()));
+            let (mut values, mut scales) =
+                (vec![0; batch * Gradients::values_len(rows)], vec![0.0; batch * Gradients::scales_len(rows)]);
+            let gradients = kernels.quantize_gradients(&y, rows, &mut values, &mut scales)?;
+            kernels.gemm_transposed(&matrix, &gradients, &mut columns)?;
+            results.push(("transposed 16x4 product", bits(&columns).collect()));
         }
         let mut y = vec![0.0; rows];
         kernels.gemv_dense(&weights, &inputs[..cols], &mut y)?;

@@ -13,6 +13,7 @@
 //! | `gemv_8x8`, `gemm_8x8` | `simd/product_8x8.rs`, `batch_8x8.rs` | `steps_8x8.rs`: `add_quads`, `decode_rows`, `add_panel` |
 //! | `gemv_f32`, `gemm_f32`, `gemv_transposed_f32` | `simd/product_f32.rs` | `steps_f32.rs`; `conversions.rs`: `widen` |
 //! | `gemm_transposed_f32`, `gemm_transposed_dense_add` | `simd/product_transposed.rs` | `conversions.rs`: `decode`, `add`, `mul`; in `avx512/` `columns.rs` |
+//! | `gemm_transposed` (16x4) | `simd/transposed_16x4.rs` | `steps_transposed.rs` |
 //! | `gemv_dense`, `gemm_dense` | `simd/product_dense.rs` | `conversions.rs`: `widen` |
 //! | `mean`, `quantize_absmax` | `double_quant.rs`, one for all | |
 //!

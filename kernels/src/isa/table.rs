@@ -6,6 +6,7 @@ use half::{bf16, f16};
 
 use crate::activations::{Activations, Activations8x8};
 use crate::float::sealed::PerFloat;
+use crate::gradients::Gradients;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
@@ -87,6 +88,9 @@ pub(crate) struct Table {
     pub gemv_transposed_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
     /// `inputs` is `[batch, rows]`, `out` `[batch, cols]`; neither is empty.
     pub gemm_transposed_f32: unsafe fn(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]),
+    pub quantize_gradients: unsafe fn(inputs: &[f32], rows: usize, values: &mut [i16], scales: &mut [f32]),
+    /// Only for matrices whose rows are whole groups of columns; `out` is `[batch, cols]`. Nothing is empty.
+    pub gemm_transposed: unsafe fn(matrix: &Nf4Matrix<'_>, gradients: &Gradients<'_>, out: &mut [f32]),
     /// `a` is `[rows, cols]`, `x` `[batch, rows]`, `out` `[batch, cols]`; none is empty.
     pub gemm_transposed_dense_add: unsafe fn(a: &[f32], x: &[f32], batch: usize, out: &mut [f32]),
 }

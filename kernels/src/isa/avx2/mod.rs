@@ -32,6 +32,7 @@ mod registers;
 mod steps_16x4;
 mod steps_8x8;
 mod steps_f32;
+mod steps_transposed;
 
 use core::arch::x86_64::__m256i;
 
@@ -58,6 +59,8 @@ pub(super) static TABLE: Table = Table {
     gemm_8x8: entries::gemm_8x8,
     gemv_transposed_f32: entries::gemv_transposed_f32,
     gemm_transposed_f32: entries::gemm_transposed_f32,
+    quantize_gradients: entries::quantize_gradients,
+    gemm_transposed: entries::gemm_transposed,
     gemm_transposed_dense_add: entries::gemm_transposed_dense_add,
 };
 

@@ -5,17 +5,18 @@
 use core::arch::x86_64::*;
 
 use super::registers::{load_f32, store_f32};
+use crate::gradients::Gradients;
 use crate::isa::avx2::{self, Avx2};
-use crate::isa::simd::product_transposed;
 use crate::isa::simd::steps::{Decode, Steps};
 use crate::isa::simd::steps_transposed::Columns;
+use crate::isa::simd::{product_transposed, transposed_16x4};
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
 /// AVX-512, and AVX2 for what it is not better at.
-struct Avx512(Avx2);
+pub(super) struct Avx512(Avx2);
 
-#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl")]
+#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline]
 fn steps() -> Steps<Avx512> {
     let steps = Avx512(avx2::avx2());
@@ -23,14 +24,19 @@ fn steps() -> Steps<Avx512> {
     unsafe { Steps::new(steps) }
 }
 
-#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl")]
+#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) fn gemm_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     product_transposed::gemm_transposed_f32(&steps(), matrix, inputs, out);
 }
 
-#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl")]
+#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) fn gemm_transposed_dense_add(a: &[f32], x: &[f32], batch: usize, out: &mut [f32]) {
     product_transposed::gemm_transposed_dense_add(&steps(), a, x, batch, out);
+}
+
+#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+pub(super) fn gemm_transposed(matrix: &Nf4Matrix<'_>, gradients: &Gradients<'_>, out: &mut [f32]) {
+    transposed_16x4::gemm_transposed(&steps(), matrix, gradients, out);
 }
 
 impl Decode<f32> for Avx512 {

@@ -50,6 +50,7 @@ mod panel;
 mod panel_f32;
 mod registers;
 mod steps_8x8;
+mod steps_transposed;
 
 use core::arch::x86_64::{__m512i, _mm512_broadcast_i32x4};
 
@@ -72,6 +73,7 @@ pub(super) static TABLE: Table = Table {
     gemm_8x8,
     f32: FloatTable { gemm_f32: panel_f32::gemm_f32, ..avx2::TABLE.f32 },
     gemm_transposed_f32: columns::gemm_transposed_f32,
+    gemm_transposed: columns::gemm_transposed,
     gemm_transposed_dense_add: columns::gemm_transposed_dense_add,
     ..avx2::TABLE
 };

@@ -10,6 +10,7 @@ pub(super) mod product_8x8;
 pub(super) mod product_dense;
 pub(super) mod product_f32;
 pub(super) mod product_transposed;
+pub(super) mod transposed_16x4;
 
 use super::table::{FloatTable, Isa, Table};
 use crate::double_quant;
@@ -30,6 +31,8 @@ pub(super) static TABLE: Table = Table {
     gemm_8x8: product_8x8::gemm,
     gemv_transposed_f32: product_transposed::gemv_transposed_f32,
     gemm_transposed_f32: product_transposed::gemm_transposed_f32,
+    quantize_gradients: transposed_16x4::quantize_gradients,
+    gemm_transposed: transposed_16x4::gemm_transposed,
     gemm_transposed_dense_add: product_transposed::gemm_transposed_dense_add,
 };
 

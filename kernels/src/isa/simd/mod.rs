@@ -23,3 +23,5 @@ pub(super) mod steps_16x4;
 pub(super) mod steps_8x8;
 pub(super) mod steps_f32;
 pub(super) mod steps_transposed;
+pub(super) mod steps_transposed_16x4;
+pub(super) mod transposed_16x4;
