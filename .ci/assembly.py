@@ -63,6 +63,7 @@ TARGETS = {
 }
 
 VNNI = r"(\{vex\} )?vpdpwssd"
+BYTE_VNNI = r"(\{vex\} )?vpdpbusd"
 WASM = r"i32x4\.dot_i16x8_s"
 
 # The loops, by file: an operation, the name of the function, and what the loop has most of among those of the function. Of
@@ -73,6 +74,8 @@ HOT = {
         ("16x4, one vector", r"avx2::entries::gemv$", "vpmaddwd"),
         ("16x4, eight vectors", r"Steps16x4 for .*Avx2<_>>::few_vectors$", "vpmaddwd"),
         ("16x4, a batch", r"Steps16x4 for .*Avx2<_>>::add_panel$", "vpmaddwd"),
+        ("8x8, one vector", r"Steps8x8 for .*Avx2<_>>::add_quads$", "vpmaddubsw", min),
+        ("8x8, a batch", r"Avx2<_>>::add_(panel|groups)$", "vpmaddubsw"),
         ("f32, one vector", r"avx2::entries::gemv_f32$", "vmulps"),
         ("f32, a batch", r"avx2::entries::gemm_f32$", "vmulps"),
         ("Transposed f32, one vector", r"avx2::entries::gemv_transposed_f32$", "vmulps"),
@@ -85,11 +88,15 @@ HOT = {
         ("16x4, one vector", r"avx2::entries::gemv_vnni$", VNNI),
         ("16x4, eight vectors", r"Steps16x4 for .*Avx2<_>>::few_vectors$", VNNI),
         ("16x4, a batch", r"Steps16x4 for .*Avx2<_>>::add_panel$", VNNI),
+        ("8x8, one vector", r"Steps8x8 for .*Avx2<_>>::add_quads$", BYTE_VNNI, min),
+        ("8x8, a batch", r"Avx2<_>>::add_(panel|groups)$", BYTE_VNNI),
     ],
     "avx512-vnni": [
         ("16x4, one vector", r"avx512::(few::)?multiply$", VNNI, min),
         ("16x4, four vectors", r"avx512::(few::)?multiply$", VNNI),
         ("16x4, a batch", r"avx512::panel::add_half$", VNNI),
+        ("8x8, one vector", r"Steps8x8 for .*Avx512>::add_quads$", BYTE_VNNI, min),
+        ("8x8, a batch", r"avx512::steps_8x8::add_groups$", BYTE_VNNI),
         ("f32, a batch", r"avx512::panel_f32::", "vmulps"),
         ("Transposed f32, a batch", r"avx512::columns::gemm_transposed_f32$", "vmulps"),
     ],
@@ -151,6 +158,10 @@ class Loop:
         self.body = body
         multiplies = [operands for mnemonic, operands in body if re.match(rf"vpmaddwd|{VNNI}", mnemonic)]
         self.products = sum(PRODUCTS[operands[0]] for operands in multiplies)
+        if byte := [operands for mnemonic, operands in body if re.match(rf"vpmaddubsw|{BYTE_VNNI}", mnemonic)]:
+            # The weights that one vector looks up, because what sums start with is made of products too.
+            looked_up = [operands for mnemonic, operands in body if mnemonic == "vpshufb"]
+            self.products = sum(2 * PRODUCTS[operands[0]] for operands in looked_up or byte)
 
     def units(self):
         """64 columns of a row and of a vector."""
@@ -192,25 +203,28 @@ def choose(loops, hot):
 
 def rungs(chosen, compiler, mca, digest):
     lines = [
-        "# Rungs of the 16x4 products on x86-64",
+        "# Rungs of the 16x4 and 8x8 products on x86-64",
         "",
         "Which table a CPU gets, and what its inner loops cost for 64 weights of a row and a vector: vector instructions that",
         "compute, and cycles that `llvm-mca` models for the loops in this folder, those of `avx2` beside them. `.ci/assembly.py`",
-        f"makes this table, from {compiler} and {mca}. All rungs give the test vector's hash `{digest}`.",
+        f"makes these tables, from {compiler} and {mca}. All rungs give the test vector's hash `{digest}`.",
         "",
         "The models of CPUs have errors. That of Sapphire Rapids knows one port for 512-bit products, where a Xeon was measured",
-        "to start two in a cycle, as that of Ice Lake says; those of Zen 4 and Zen 5 are one, and take a port that computes for",
-        "each value that a load broadcasts.",
-        "",
-        "| CPU | table | needs | one vector: instructions | cycles | AVX2 | batch: instructions | cycles | AVX2 | tested on |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|---|",
+        "to start two in a cycle, as that of Ice Lake says; those of Zen 4 and Zen 5 are one, take a port that computes for",
+        "each value that a load broadcasts, and start a `vpdpbusd` of 512 bits every second cycle.",
     ]
-    for name, cpu, isa, tested in CPUS:
-        row = [name, f"`{isa}`", NEEDS[isa]]
-        for operation in ("16x4, one vector", "16x4, a batch"):
-            loop, avx2 = (Loop(chosen[table][operation]) for table in (isa, "avx2"))
-            row += [f"{loop.vector_instructions() / loop.units():.1f}", f"{loop.cycles(cpu):.2f}", f"{avx2.cycles(cpu):.2f}"]
-        lines.append("| " + " | ".join(row + [tested]) + " |")
+    for arithmetic in ("16x4", "8x8"):
+        lines += [
+            "",
+            f"| {arithmetic} on | table | needs | one vector: instructions | cycles | AVX2 | batch: instructions | cycles | AVX2 | tested on |",
+            "|---|---|---|--:|--:|--:|--:|--:|--:|---|",
+        ]
+        for name, cpu, isa, tested in CPUS:
+            row = [name, f"`{isa}`", NEEDS[isa]]
+            for operation in (f"{arithmetic}, one vector", f"{arithmetic}, a batch"):
+                loop, avx2 = (Loop(chosen[table][operation]) for table in (isa, "avx2"))
+                row += [f"{loop.vector_instructions() / loop.units():.1f}", f"{loop.cycles(cpu):.2f}", f"{avx2.cycles(cpu):.2f}"]
+            lines.append("| " + " | ".join(row + [tested]) + " |")
     return "\n".join(lines) + "\n"
 
 

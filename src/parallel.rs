@@ -99,7 +99,8 @@ const LEAST: usize = 1 << 21;
 /// The cost of operations per weight, or per weight and vector, by the same measurement.
 pub(crate) mod cost {
     pub(crate) const PRODUCT_16X4: usize = 1;
-    /// 8x8 takes less where the CPU has dot products, which the threshold does not know.
+    /// With AVX2 8x8 takes 0.95 of the time of 16x4 for one vector and 0.77 for a batch of 128, with AVX-512 0.7 and 0.53.
+    /// The threshold does not know the CPU, and counts in whole numbers.
     pub(crate) const PRODUCT_8X8: usize = 1;
     pub(crate) const PRODUCT_F32: usize = 2;
     pub(crate) const TRANSPOSED: usize = 3;

@@ -15,8 +15,8 @@ use generator::Generator;
 use layer_truth::EPS;
 use layer_truth::products::{self as truth, Row, Truth};
 use nf4::{
-    Activations, Adapters, Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, MultiAdapterLayer, Nf4Matrix,
-    QLoRALayer, Quantized4Bit, Tensor, spec,
+    Activations, Activations8x8, Adapters, Arithmetic, BlockSize, Kernels, LoRAAdapter, LoRAScaling, MultiAdapterLayer,
+    Nf4Matrix, QLoRALayer, Quantized4Bit, Tensor, spec,
 };
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -114,6 +114,17 @@ fn gemm(k: Kernels, matrix: &Nf4Matrix<'_>, x: &[f32]) -> Vec<f32> {
     y
 }
 
+fn gemm_8x8(k: Kernels, matrix: &Nf4Matrix<'_>, x: &[f32]) -> Vec<f32> {
+    let cols = matrix.cols();
+    let batch = x.len() / cols;
+    let mut values = vec![0; batch * Activations8x8::values_len(cols)];
+    let mut scales = vec![0.0; batch * Activations8x8::scales_len(cols)];
+    let activations = k.quantize_activations_8x8_batch(x, cols, &mut values, &mut scales).unwrap();
+    let mut y = vec![3.0; matrix.rows() * batch];
+    k.gemm_8x8(matrix, &activations, &mut y).unwrap();
+    y
+}
+
 fn gemm_f32(k: Kernels, matrix: &Nf4Matrix<'_>, x: &[f32]) -> Vec<f32> {
     let mut y = vec![3.0; matrix.rows() * (x.len() / matrix.cols())];
     k.gemm_f32(matrix, x, &mut y).unwrap();
@@ -146,7 +157,7 @@ proptest! {
         // Adding +0 makes one of the two zeros.
         let scaled = |x: &[f32]| x.iter().map(|x| x * factor + 0.0).collect::<Vec<f32>>();
         let x = case.inputs(2 * case.cols);
-        for product in [gemm, gemm_f32] {
+        for product in [gemm, gemm_8x8, gemm_f32] {
             let (y, z) = (product(k, &q.view(), &x), product(k, &q.view(), &scaled(&x)));
             prop_assert_eq!(bits(&z.iter().map(|z| z + 0.0).collect::<Vec<_>>()), bits(&scaled(&y)));
         }
@@ -202,7 +213,7 @@ proptest! {
         cuts.extend([0, case.rows]);
         cuts.sort_unstable();
         let weights = q.dequantize::<f32>();
-        for product in [gemm, gemm_f32] {
+        for product in [gemm, gemm_8x8, gemm_f32] {
             let whole = product(k, &q.view(), &x);
             let mut joined = Vec::new();
             for cut in cuts.windows(2) {
@@ -255,7 +266,7 @@ proptest! {
         let q = case.quantized();
         let p = Quantized4Bit::quantize(&permuted, case.rows, cols, case.block_size, false).unwrap();
         let x = case.inputs(3 * cols);
-        for product in [gemm, gemm_f32] {
+        for product in [gemm, gemm_8x8, gemm_f32] {
             let (y, z) = (product(k, &q.view(), &x), product(k, &p.view(), &x));
             for (r, z) in order.iter().zip(z.chunks(3)) {
                 prop_assert_eq!(bits(z), bits(&y[r * 3..][..3]));

@@ -4,13 +4,14 @@
 
 use core::arch::x86_64::*;
 
-use bytemuck::{Pod, must_cast};
+use bytemuck::must_cast;
 
 use super::Avx512;
 use super::codes::transpose;
+use super::registers::two_spans;
 use crate::isa::avx2::{add_lanes_of_four as add_lanes_of_four_256, prefetch};
 use crate::isa::simd::steps_8x8::{
-    PanelSpan, Quad, QuadAbsmax, QuadSums, ROWS, Steps8x8, Sums, VECTORS, VectorSpan, Weights,
+    PanelSpan, Quad, QuadAbsmax, QuadSums, ROWS, Steps8x8, Sums, VECTORS, VectorSpan, Weights, trimmed, trimmed_vectors,
 };
 use crate::spec::SPAN;
 
@@ -93,19 +94,42 @@ impl Steps8x8 for Avx512 {
         let ([above, below], [absmax_above, absmax_below]) = (&packed[..], &absmax[..]) else {
             return;
         };
-        let mut totals = [[_mm256_setzero_ps(); 2]; N];
+        let (values, scales) = trimmed_vectors(values, scales);
+        let spans = values[0].len();
+        let ([a, b, c, d], [e, f, g, h]) = (trimmed(*above, spans), trimmed(*below, spans));
+        let (absmax_above, absmax_below) = (&absmax_above[..spans], &absmax_below[..spans]);
+        let mut totals = [_mm512_setzero_ps(); N];
         for n in 0..N {
-            totals[n] = [must_cast(sums[n][0]), must_cast(sums[n][Q - 1])];
+            totals[n] = must_cast([sums[n][0], sums[n][Q - 1]]);
         }
-        let (rows, absmax) = ([*above, *below], [*absmax_above, *absmax_below]);
-        self.add_spans::<2, GROUPS, N>(rows, values, absmax, scales, 0, ahead, &mut totals);
-        let first = values[0].len() / 2 * 2;
-        if first < values[0].len() {
-            self.add_spans::<1, GROUPS, N>(rows, values, absmax, scales, first, ahead, &mut totals);
+        for s in 0..spans {
+            for row in [a, b, c, d, e, f, g, h] {
+                prefetch(&row[s], ahead);
+            }
+            let pairs =
+                [two_spans(&a[s], &e[s]), two_spans(&b[s], &f[s]), two_spans(&c[s], &g[s]), two_spans(&d[s], &h[s])];
+            let mut weights = [[_mm512_setzero_si512(); 2]; 4];
+            for r in 0..4 {
+                weights[r] = self.decode(pairs[r]);
+            }
+            let (above, below) = (&absmax_above[s], &absmax_below[s]);
+            let absmax = must_cast([above[0], above[GROUPS - 1], below[0], below[GROUPS - 1]]);
+            for n in 0..N {
+                let [even, odd]: [__m256i; 2] = must_cast(values[n][s]);
+                let x = [_mm512_broadcast_i64x4(even), _mm512_broadcast_i64x4(odd)];
+                let mut products = [self.start(x); 4];
+                for r in 0..4 {
+                    let even = _mm512_dpbusd_epi32(products[r], weights[r][0], x[0]);
+                    products[r] = _mm512_dpbusd_epi32(even, weights[r][1], x[1]);
+                }
+                let products = _mm512_cvtepi32_ps(add_lanes_of_four(products));
+                let scales = scales[n][s];
+                let scales = _mm512_mask_blend_ps(0xf0f0, _mm512_set1_ps(scales[0]), _mm512_set1_ps(scales[1]));
+                totals[n] = _mm512_add_ps(totals[n], _mm512_mul_ps(products, _mm512_mul_ps(absmax, scales)));
+            }
         }
         for n in 0..N {
-            sums[n][0] = must_cast(totals[n][0]);
-            sums[n][Q - 1] = must_cast(totals[n][1]);
+            [sums[n][0], sums[n][Q - 1]] = must_cast(totals[n]);
         }
     }
 }
@@ -160,124 +184,7 @@ fn sums_of(values: &[i8; SPAN]) -> __m256i {
     _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), bias, even), bias, odd)
 }
 
-/// Thirty-two bytes in each half. With one span they are not needed in the second.
-#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-#[inline]
-fn halves<const SPANS: usize, T: Pod>(first: &[T; 32], last: &[T; 32]) -> __m512i {
-    let low = _mm512_castsi256_si512(must_cast(*first));
-    if SPANS == 1 { low } else { _mm512_inserti64x4::<1>(low, must_cast(*last)) }
-}
-
-/// The absmax of four rows in the two groups of one span, then in those of the other.
-#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-#[inline]
-fn absmax_of_groups<const SPANS: usize, const GROUPS: usize>(absmax: &[[[f32; 4]; GROUPS]; SPANS]) -> __m512 {
-    let (first, last) = (absmax[0], absmax[SPANS - 1]);
-    if GROUPS == 1 {
-        let two = _mm512_castps256_ps512(must_cast([first[0], last[0]]));
-        _mm512_shuffle_f32x4::<0b01_01_00_00>(two, two)
-    } else {
-        must_cast([[first[0], first[GROUPS - 1]], [last[0], last[GROUPS - 1]]])
-    }
-}
-
-// Without features of their own, so that their closures are inlined: the compiler does not inline one with features into the
-// function of the standard library that calls it.
-
-/// What each slice has from one span on, `SPANS` by `SPANS`.
-#[inline(always)]
-fn pieces<T, const SPANS: usize, const N: usize>(slices: [&[T]; N], first: usize, len: usize) -> [&[[T; SPANS]]; N] {
-    slices.map(|slice| &slice[first..].as_chunks().0[..len])
-}
-
-/// One piece of each.
-#[inline(always)]
-fn at<T, const N: usize>(slices: [&[T]; N], i: usize) -> [&T; N] {
-    slices.map(|slice| &slice[i])
-}
-
 impl Avx512 {
-    /// Adds the products of eight rows and some vectors from one span on: in each step `SPANS`, of which there may be one or two.
-    #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-    #[inline(never)]
-    #[expect(clippy::too_many_arguments, reason = "those of `add_quads`")]
-    fn add_spans<const SPANS: usize, const GROUPS: usize, const N: usize>(
-        &self,
-        [above, below]: [Quad<'_>; 2],
-        values: [&[[i8; SPAN]]; N],
-        absmax: [QuadAbsmax<'_, GROUPS>; 2],
-        scales: [&[[f32; 2]]; N],
-        first: usize,
-        ahead: usize,
-        totals: &mut [[__m256; 2]; N],
-    ) {
-        let len = (values[0].len() - first) / SPANS;
-        let (above, below) = (pieces::<_, SPANS, 4>(above, first, len), pieces::<_, SPANS, 4>(below, first, len));
-        let (values, scales) = (pieces::<_, SPANS, N>(values, first, len), pieces::<_, SPANS, N>(scales, first, len));
-        let absmax = pieces::<_, SPANS, 2>(absmax, first, len);
-        let mut sums = *totals;
-        if N < 3 {
-            for i in 0..len {
-                let (x, absmax, scales) = (at(values, i), at(absmax, i), at(scales, i));
-                self.add_quad::<SPANS, GROUPS, N, 0>(at(above, i), x, absmax[0], scales, ahead, &mut sums);
-                self.add_quad::<SPANS, GROUPS, N, 1>(at(below, i), x, absmax[1], scales, ahead, &mut sums);
-            }
-        } else {
-            // What rows share of more vectors would not stay in registers.
-            for i in 0..len {
-                let (x, absmax, scales) = (at(values, i), at(absmax, i), at(scales, i));
-                self.add_quad::<SPANS, GROUPS, N, 0>(at(above, i), x, absmax[0], scales, ahead, &mut sums);
-            }
-            for i in 0..len {
-                let (x, absmax, scales) = (at(values, i), at(absmax, i), at(scales, i));
-                self.add_quad::<SPANS, GROUPS, N, 1>(at(below, i), x, absmax[1], scales, ahead, &mut sums);
-            }
-        }
-        *totals = sums;
-    }
-
-    /// Adds the products of the first or the second four rows. Each has a register, and in it the two groups of one span and
-    /// those of the other.
-    #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-    #[inline]
-    fn add_quad<const SPANS: usize, const GROUPS: usize, const N: usize, const QUAD: usize>(
-        &self,
-        rows: [&[[u8; SPAN / 2]; SPANS]; 4],
-        values: [&[[i8; SPAN]; SPANS]; N],
-        absmax: &[[[f32; 4]; GROUPS]; SPANS],
-        scales: [&[[f32; 2]; SPANS]; N],
-        ahead: usize,
-        totals: &mut [[__m256; 2]; N],
-    ) {
-        let mut weights = [[_mm512_setzero_si512(); 2]; 4];
-        for r in 0..4 {
-            prefetch(rows[r], ahead);
-            weights[r] = self.decode(halves::<SPANS, _>(&rows[r][0], &rows[r][SPANS - 1]));
-        }
-        let absmax = absmax_of_groups(absmax);
-        for n in 0..N {
-            let (first, last): ([[i8; 32]; 2], [[i8; 32]; 2]) =
-                (must_cast(values[n][0]), must_cast(values[n][SPANS - 1]));
-            let x = [halves::<SPANS, _>(&first[0], &last[0]), halves::<SPANS, _>(&first[1], &last[1])];
-            let mut products = [self.start(x); 4];
-            for r in 0..4 {
-                let even = _mm512_dpbusd_epi32(products[r], weights[r][0], x[0]);
-                products[r] = _mm512_dpbusd_epi32(even, weights[r][1], x[1]);
-            }
-            let products = _mm512_cvtepi32_ps(add_lanes_of_four(products));
-            // In each 128 bits the scale of their group.
-            let group = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-            let scales =
-                _mm512_permutexvar_ps(group, _mm512_castps128_ps512(must_cast([scales[n][0], scales[n][SPANS - 1]])));
-            let products = _mm512_castps_pd(_mm512_mul_ps(products, _mm512_mul_ps(absmax, scales)));
-            totals[n][QUAD] = _mm256_add_ps(totals[n][QUAD], _mm512_castps512_ps256(_mm512_castpd_ps(products)));
-            if SPANS == 2 {
-                let second = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(products));
-                totals[n][QUAD] = _mm256_add_ps(totals[n][QUAD], second);
-            }
-        }
-    }
-
     /// What the sums of products of a span start with: minus 128 times the activations, because weights are larger by 128.
     #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
     #[inline]

@@ -8,8 +8,8 @@ use crate::format::{NESTED_BLOCK, get_or, get_range};
 /// Pieces whose blocks are looked up at once, where blocks have several.
 const TILE: usize = 32;
 
-/// Writes the absmax of consecutive pieces of four rows, of which there are `1 << shift` in a block. `first` has the numbers of the
-/// rows' first pieces in the tensor.
+/// Writes the absmax of consecutive pieces of four rows, of which there are `1 << shift` in a block. `first` has the numbers
+/// of the rows' first pieces in the tensor.
 #[inline(always)]
 pub(in crate::isa) fn of_rows(absmax: Absmax<'_>, first: [usize; 4], shift: u32, out: &mut [[f32; 4]]) {
     if shift == 0 {
