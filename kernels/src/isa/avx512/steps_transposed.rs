@@ -11,8 +11,8 @@ use super::registers::{add_products, load_f32};
 use crate::format::CODEBOOK;
 use crate::gradients::Gradients;
 use crate::isa::simd::steps::Steps;
-use crate::isa::simd::steps_transposed_16x4::{IntegerColumns, RowPair};
-use crate::isa::simd::transposed_16x4::{self, Near};
+use crate::isa::simd::steps_transposed_16x4::{IntegerColumns, Near, RowPair};
+use crate::isa::simd::transposed_16x4;
 use crate::spec::{HALF_SPAN, SPAN};
 
 impl IntegerColumns for Avx512 {

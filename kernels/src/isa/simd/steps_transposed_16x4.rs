@@ -2,14 +2,23 @@
 
 #![expect(unsafe_code, reason = "declares steps that not every CPU can run, and calls them where this one is known to")]
 
+use core::ops::Range;
+
 use super::steps::Steps;
 use super::steps_transposed::Columns;
-use super::transposed_16x4::Near;
 use crate::gradients::Gradients;
-use crate::spec::{HALF_SPAN, SPAN};
+use crate::spec::{HALF_SPAN, ROW_GROUP, SPAN};
 
 /// Two rows of half a span, in an order of the instruction set.
 pub(in crate::isa) type RowPair = [i16; 2 * HALF_SPAN];
+
+/// Some groups of half a panel.
+pub(in crate::isa) struct Near<'a> {
+    pub(super) weights: &'a [[RowPair; ROW_GROUP / 2]],
+    pub(super) scales: &'a [f32],
+    pub(super) groups: Range<usize>,
+    pub(super) half: usize,
+}
 
 /// Integers in registers, whose lanes are the columns of [`Columns`].
 ///

@@ -22,7 +22,7 @@
 use core::ops::Range;
 
 use super::steps::Steps;
-use super::steps_transposed_16x4::{IntegerColumns, RowPair};
+use super::steps_transposed_16x4::{IntegerColumns, Near, RowPair};
 use crate::format::canonical;
 use crate::gradients::Gradients;
 use crate::isa::scalar::transposed_16x4::weight_scale;
@@ -82,14 +82,6 @@ pub(in crate::isa) fn gemm_transposed<S: IntegerColumns>(
             }
         }
     }
-}
-
-/// Some groups of half a panel.
-pub(in crate::isa) struct Near<'a> {
-    weights: &'a [[RowPair; ROW_GROUP / 2]],
-    scales: &'a [f32],
-    groups: Range<usize>,
-    half: usize,
 }
 
 /// Adds the products of some groups and the vectors of a tile, from `first` on, to their sums.
