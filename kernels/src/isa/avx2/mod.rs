@@ -36,8 +36,8 @@ mod steps_transposed;
 
 use core::arch::x86_64::__m256i;
 
-pub(super) use entries::{avx2, gemm_f32};
-pub(super) use registers::prefetch;
+pub(super) use entries::{avx2, gemm, gemm_f32};
+pub(super) use registers::{prefetch, prefetch_second};
 pub(super) use steps_8x8::add_lanes_of_four;
 
 use super::table::{FloatTable, Isa, Table};

@@ -72,6 +72,8 @@ pub(super) static TABLE: Table = Table {
     gemv_8x8,
     gemm_8x8,
     f32: FloatTable { gemm_f32: panel_f32::gemm_f32, ..avx2::TABLE.f32 },
+    f16: FloatTable { gemm_f32: panel_f32::gemm_f32, ..avx2::TABLE.f16 },
+    bf16: FloatTable { gemm_f32: panel_f32::gemm_f32, ..avx2::TABLE.bf16 },
     gemm_transposed_f32: columns::gemm_transposed_f32,
     gemm_transposed: columns::gemm_transposed,
     gemm_transposed_dense_add: columns::gemm_transposed_dense_add,
@@ -111,6 +113,8 @@ const PANEL_BATCH: usize = 12;
 fn multiply(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
     if matrix.cols() == 0 {
         out.fill(0.0);
+    } else if activations.batch() < PANEL_BATCH && !few::is_worthwhile(matrix) {
+        avx2::gemm(matrix, activations, out);
     } else if activations.group() == SPAN {
         multiply_groups::<1>(matrix, activations, out);
     } else {

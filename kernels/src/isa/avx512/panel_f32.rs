@@ -12,6 +12,10 @@
 //!         p[j] = w[j] * broadcast(x[j])     for the column of each place
 //!         lane += (((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7]))) * absmax
 //! ```
+//!
+//! Inputs of 16 bits are widened for the columns of a panel, once for all its lanes.
+
+#![expect(unsafe_code, reason = "the steps of a trait are `unsafe fn`: the CPU must have AVX2")]
 
 use core::arch::x86_64::*;
 use core::ops::Range;
@@ -19,10 +23,12 @@ use core::ops::Range;
 use super::PANEL_BATCH;
 use super::codes::transpose;
 use super::registers::{load_f32, store_f32};
+use crate::float::Float;
 use crate::format::{CODEBOOK, canonical};
-use crate::isa::avx2;
+use crate::isa::avx2::{self, Avx2};
 use crate::isa::scalar::product_f32;
 use crate::isa::simd::product_16x4::padded;
+use crate::isa::simd::steps::{Decode, Widen};
 use crate::matrix::Nf4Matrix;
 use crate::spec::{HALF_SPAN, PANEL, SPAN};
 
@@ -51,9 +57,19 @@ struct Panel {
 #[repr(align(64))]
 struct Tile([Lanes; VECTORS]);
 
+/// Inputs of the vectors of a tile for a panel, 64 KB. Each vector has a line more than it needs, because rows that are a
+/// power of two apart share few places of the nearest cache.
+#[repr(align(64))]
+struct Wide([[f32; WIDE]; VECTORS]);
+
+const WIDE: usize = SPANS * SPAN + 16;
+
 /// The f32 product of a batch.
 #[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl")]
-pub(super) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+pub(super) fn gemm_f32<T: Float>(matrix: &Nf4Matrix<'_>, inputs: &[T], out: &mut [f32])
+where
+    Avx2: Widen<T> + Decode<T>,
+{
     if !matrix.has_whole_groups() {
         return product_f32::gemm_f32(matrix, inputs, out);
     }
@@ -69,12 +85,16 @@ pub(super) fn gemm_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) 
 }
 
 /// The products of sixteen rows and all vectors.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl")]
 #[inline]
-fn multiply(matrix: &Nf4Matrix<'_>, first_row: usize, inputs: &[f32], out: &mut [f32]) {
+fn multiply<T: Float>(matrix: &Nf4Matrix<'_>, first_row: usize, inputs: &[T], out: &mut [f32])
+where
+    Avx2: Widen<T>,
+{
     let (cols, batch) = (matrix.cols(), inputs.len() / matrix.cols());
     let mut panel = Panel { weights: [[[[0.0; ROWS]; 8]; SPANS]; 8], absmax: [[[0.0; ROWS]; SPANS]; 2] };
     let mut tile = Tile([[[0.0; ROWS]; 8]; VECTORS]);
+    let mut wide = Wide([[0.0; WIDE]; VECTORS]);
     out.fill(0.0);
     for (first, inputs) in (0..batch).step_by(VECTORS).zip(inputs.chunks(VECTORS * cols)) {
         let lanes = &mut tile.0[..inputs.len() / cols];
@@ -84,8 +104,17 @@ fn multiply(matrix: &Nf4Matrix<'_>, first_row: usize, inputs: &[f32], out: &mut 
                 lanes.fill([[0.0; ROWS]; 8]);
             }
             fill_panel(&mut panel, matrix, first_row, column, end - column);
+            let (x, stride, columns) = match T::as_f32(inputs) {
+                Some(inputs) => (inputs, cols, column..end),
+                None => {
+                    for (inputs, wide) in inputs.chunks(cols).zip(&mut wide.0) {
+                        widen(&inputs[column..end], wide);
+                    }
+                    (wide.0.as_flattened(), WIDE, 0..end - column)
+                }
+            };
             for lane in 0..8 {
-                add_lane(&panel, lane, inputs, cols, column..end, lanes);
+                add_lane(&panel, lane, x, stride, columns.clone(), lanes);
             }
             if end == cols || end.is_multiple_of(PANEL) {
                 for (vector, lanes) in (first..).zip(&*lanes) {
@@ -97,6 +126,20 @@ fn multiply(matrix: &Nf4Matrix<'_>, first_row: usize, inputs: &[f32], out: &mut 
         }
     }
     out.iter_mut().for_each(|y| *y = canonical(*y));
+}
+
+/// Inputs as f32, of which there are a multiple of eight.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn widen<T: Float>(inputs: &[T], out: &mut [f32; WIDE])
+where
+    Avx2: Widen<T>,
+{
+    let steps: Avx2 = avx2::avx2();
+    for (inputs, out) in inputs.as_chunks().0.iter().zip(out.as_chunks_mut::<8>().0) {
+        // SAFETY: this function has the features of the step.
+        *out = bytemuck::must_cast(unsafe { Widen::<T>::widen(&steps, inputs) });
+    }
 }
 
 /// Decodes columns of sixteen rows, without absmax.
