@@ -34,7 +34,7 @@ check_llama_model() {
     local models=examples/llama/models/SmolLM2-135M-Instruct reference
     bash examples/llama/get-model.sh
     reference=$(mktemp -d)
-    NF4_REQUIRE_UPSTREAM=1 bash tests/upstream/run.sh --script examples/llama/reference.py "$models" "$reference" \
+    TQDM_DISABLE=1 NF4_REQUIRE_UPSTREAM=1 bash tests/upstream/run.sh --script examples/llama/reference.py "$models" "$reference" \
         --text examples/llama/tests/data/smollm2/gpl3.txt --tokens 512 --steps 16 --cases nf4 lora dora
     cargo run -q --release --locked --manifest-path $llama --bin compare -- "$models-nf4" "$reference" \
         --adapter "lora=$reference/adapters/lora" --adapter "dora=$reference/adapters/dora"
