@@ -9,7 +9,9 @@ use alloc::sync::Arc;
 use core::fmt;
 use core::ops::Range;
 
-use nf4_kernels::{Activations, Activations8x8, BlockSize, Float, Kernels, Nf4Matrix, ShapeError, spec::ROW_CHUNK};
+use nf4_kernels::{
+    Activations, Activations8x8, BlockSize, Float, Gradients, Kernels, Nf4Matrix, ShapeError, spec::ROW_CHUNK,
+};
 
 use crate::buffer::zeros;
 use crate::error::Error;
@@ -302,6 +304,35 @@ impl Executor {
         })?)
     }
 
+    /// [`Kernels::gemm_transposed`] of vectors and outputs that are not empty, which are quantized in buffers of the lengths that
+    /// [`Gradients`] says. Threads share the work as in [`Self::gemm_transposed_f32`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] as in [`Kernels::quantize_gradients`] and [`Kernels::gemm_transposed`]; [`Error::OutOfMemory`] for a
+    /// single vector.
+    pub(crate) fn gemm_transposed(
+        &self,
+        m: &Nf4Matrix<'_>,
+        x: &[f32],
+        (values, scales): (&mut [i16], &mut [f32]),
+        out: &mut [f32],
+    ) -> Result<(), Error> {
+        let kernels = self.kernels;
+        if x.len() == m.rows() && self.splits_one(m, x, out) {
+            return self.by_chunks(m, x, out, &|m, x, out| {
+                let (mut values, mut scales) = ([0; ROW_CHUNK], [0.0; Gradients::scales_len(ROW_CHUNK)]);
+                let (values, scales) =
+                    (&mut values[..Gradients::values_len(x.len())], &mut scales[..Gradients::scales_len(x.len())]);
+                kernels.gemm_transposed(m, &kernels.quantize_gradients(x, m.rows(), values, scales)?, out)
+            });
+        }
+        let gradients = kernels.quantize_gradients(x, m.rows(), values, scales)?;
+        let work = work(m, gradients.batch(), cost::TRANSPOSED_BATCH);
+        Ok(self.by_rows(work, 0..gradients.batch(), m.cols(), out, &|vectors: Range<usize>, out: &mut [f32]| {
+            kernels.gemm_transposed(m, &gradients.range(vectors), out)
+        })?)
+    }
+
     /// [`Kernels::gemm_transposed_dense_add`]. Threads take vectors.
     pub(crate) fn gemm_transposed_dense_add(
         &self,
@@ -327,24 +358,45 @@ impl Executor {
         self.by_rows(work(m, 1, cost::DEQUANTIZE), 0..m.rows(), m.cols(), out, &run)
     }
 
-    /// [`Kernels::gemv_transposed_f32`]. Threads take row chunks, whose sums are then added in order. Several threads need a
-    /// vector of outputs for each chunk.
+    /// [`Kernels::gemv_transposed_f32`].
     ///
     /// # Errors
     /// [`Error::Shape`] if `x` does not have `rows` values or `out` not `cols`; [`Error::OutOfMemory`] for the sums of
     /// several threads.
     pub(crate) fn gemv_transposed_f32(&self, m: &Nf4Matrix<'_>, x: &[f32], out: &mut [f32]) -> Result<(), Error> {
+        if self.splits_one(m, x, out) {
+            self.by_chunks(m, x, out, &|m, x, out| self.kernels.gemv_transposed_f32(m, x, out))
+        } else {
+            Ok(self.kernels.gemv_transposed_f32(m, x, out)?)
+        }
+    }
+
+    /// Whether several threads pay for the transposed product of one vector, whose lengths fit.
+    fn splits_one(&self, m: &Nf4Matrix<'_>, x: &[f32], out: &[f32]) -> bool {
+        let fits = x.len() == m.rows() && out.len() == m.cols();
+        fits && m.rows() > ROW_CHUNK && self.parts(work(m, 1, cost::TRANSPOSED)) > 1
+    }
+
+    /// A transposed product of one vector, from the products of row chunks, whose sums are added in order. Threads take chunks,
+    /// and need a vector of outputs for each.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] for the sums.
+    fn by_chunks(
+        &self,
+        m: &Nf4Matrix<'_>,
+        x: &[f32],
+        out: &mut [f32],
+        product: &(impl Fn(&Nf4Matrix<'_>, &[f32], &mut [f32]) -> Result<(), ShapeError> + Sync),
+    ) -> Result<(), Error> {
         let (chunks, cols) = (m.rows().div_ceil(ROW_CHUNK), m.cols());
         let work = work(m, 1, cost::TRANSPOSED);
-        if self.parts(work) == 1 || chunks <= 1 || x.len() != m.rows() || out.len() != cols {
-            return Ok(self.kernels.gemv_transposed_f32(m, x, out)?);
-        }
         let mut sums = zeros(chunks, cols)?;
         self.by_rows(work, 0..chunks, cols, &mut sums, &|chunks: Range<usize>, sums: &mut [f32]| {
             chunks.zip(sums.chunks_mut(cols)).try_for_each(|(chunk, sums)| {
                 let start = chunk * ROW_CHUNK;
                 let rows = start..m.rows().min(start.saturating_add(ROW_CHUNK));
-                self.kernels.gemv_transposed_f32(&m.row_range(rows.clone())?, &x[rows], sums)
+                product(&m.row_range(rows.clone())?, &x[rows], sums)
             })
         })?;
         out.fill(0.0);

@@ -213,7 +213,9 @@ fn backwards_into_buffers_allocate_nothing_once_there_are_gradients() {
                 let mut layer = layer.with_kernels(kernels);
                 let name = format!("{d_out}x{d_in}, DoRA {dora}, {}", kernels.isa());
                 let mut scratch = layer.backward_scratch(20);
-                assert_eq!(scratch.memory_bytes(), (3 * 20 * RANK + (d_out * RANK.max(21)).max(d_in)) * 4);
+                // Gradients in groups of 32, each with a scale.
+                let (floats, groups) = (3 * 20 * RANK + (d_out * RANK.max(21)).max(d_in), 20 * d_out.div_ceil(32));
+                assert_eq!(scratch.memory_bytes(), floats * 4 + groups * (32 * 2 + 4));
                 let (x, dy, mut dx) = (values(20 * d_in), values(20 * d_out), vec![0.0; 20 * d_in]);
                 layer.backward_into(&x, &dy, &mut scratch, Some(&mut dx)).unwrap();
                 for batch in [1, 20] {

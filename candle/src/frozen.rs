@@ -7,7 +7,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use candle_nn::Module;
 use nf4::checkpoint::Linear4bit;
-use nf4::{Adapters, Arithmetic, Kernels, MultiAdapterLayer, Quantized4Bit, ShapeError, Threads};
+use nf4::{Adapters, Arithmetic, Gradients, Kernels, MultiAdapterLayer, Quantized4Bit, ShapeError, Threads};
 use rayon::prelude::*;
 
 use crate::values::{Element, Fill, filled, floats, output_shape, with_floats, wrap};
@@ -16,7 +16,8 @@ const OP: &str = "nf4-linear";
 
 /// `y = W x + bias` with a frozen NF4 weight `W` `[d_out, d_in]`, multiplied on its packed bytes.
 ///
-/// The gradient of the input is `dy W`, in f32 from the packed bytes. Weight and bias get none. See the crate for types
+/// The gradient of the input is `dy W`, from the packed bytes: in f32 if that is the arithmetic of the layer, and else by the
+/// transposed 16x4 product. Weight and bias get none. See the crate for types
 /// and shapes.
 #[derive(Clone)]
 pub struct Nf4Linear(Arc<MultiAdapterLayer>);
@@ -145,5 +146,13 @@ fn transposed(layer: &MultiAdapterLayer, dy: &[f32], dx: &mut [f32]) -> std::res
     let (matrix, kernels) = (layer.base_weight_quantized().view(), Kernels::detect());
     let part = (dy.len() / d_out).div_ceil(rayon::current_num_threads());
     let parts = dy.par_chunks(part * d_out).zip(dx.par_chunks_mut(part * d_in));
-    parts.try_for_each(|(dy, dx)| kernels.gemm_transposed_f32(&matrix, dy, dx))
+    if layer.arithmetic() == Arithmetic::F32 {
+        return parts.try_for_each(|(dy, dx)| kernels.gemm_transposed_f32(&matrix, dy, dx));
+    }
+    parts.try_for_each(|(dy, dx)| {
+        let batch = dy.len() / d_out;
+        let mut values = vec![0; batch * Gradients::values_len(d_out)];
+        let mut scales = vec![0.0; batch * Gradients::scales_len(d_out)];
+        kernels.gemm_transposed(&matrix, &kernels.quantize_gradients(dy, d_out, &mut values, &mut scales)?, dx)
+    })
 }

@@ -1,5 +1,7 @@
 //! Gradients prepared for the transposed 16x4 product.
 
+use core::ops::Range;
+
 use crate::error::{ShapeError, check_len};
 use crate::spec::ROW_GROUP;
 
@@ -16,7 +18,10 @@ pub struct Gradients<'a> {
     /// `[batch, rows]`.
     inputs: &'a [f32],
     rows: usize,
+    /// These vectors of those that were quantized together.
+    first: usize,
     batch: usize,
+    together: usize,
     /// Group by group those of all vectors, padded with zeros to whole groups.
     values: &'a [i16],
     /// In the same order.
@@ -49,7 +54,7 @@ impl<'a> Gradients<'a> {
         check_len("gradients", batch * rows, inputs.len())?;
         check_len("values of gradients", batch.saturating_mul(Self::values_len(rows)), values.len())?;
         check_len("scales of gradients", batch * Self::scales_len(rows), scales.len())?;
-        Ok(Self { inputs, rows, batch, values, scales })
+        Ok(Self { inputs, rows, first: 0, batch, together: batch, values, scales })
     }
 
     /// Number of inputs per vector.
@@ -64,6 +69,16 @@ impl<'a> Gradients<'a> {
         self.batch
     }
 
+    /// Some vectors of the batch, for instance to share work among threads.
+    ///
+    /// # Panics
+    /// If `vectors` does not lie in `0..self.batch()`.
+    #[must_use]
+    pub fn range(&self, vectors: Range<usize>) -> Self {
+        let inputs = &self.inputs[vectors.start * self.rows..vectors.end * self.rows];
+        Self { inputs, first: self.first + vectors.start, batch: vectors.len(), ..*self }
+    }
+
     /// The inputs, `[batch, rows]`.
     #[must_use]
     pub fn inputs(&self) -> &'a [f32] {
@@ -75,20 +90,20 @@ impl<'a> Gradients<'a> {
     pub fn get(&self, vector: usize, row: usize) -> Option<i16> {
         let (group, place) = (row / ROW_GROUP, row % ROW_GROUP);
         let inside = vector < self.batch && row < self.rows;
-        inside.then(|| self.values[(group * self.batch + vector) * ROW_GROUP + place])
+        inside.then(|| self.values[(group * self.together + self.first + vector) * ROW_GROUP + place])
     }
 
     /// The scale of the group of input `row` of vector `vector`, or `None` if there is no such input.
     #[must_use]
     pub fn scale(&self, vector: usize, row: usize) -> Option<f32> {
         let inside = vector < self.batch && row < self.rows;
-        inside.then(|| self.scales[row / ROW_GROUP * self.batch + vector])
+        inside.then(|| self.scales[row / ROW_GROUP * self.together + self.first + vector])
     }
 
     /// The values and the scales of the `N` vectors from one on, which must exist, in a group of rows.
     #[inline(always)]
     pub(crate) fn group<const N: usize>(&self, group: usize, first: usize) -> ([&'a [i16; ROW_GROUP]; N], [f32; N]) {
-        let start = group * self.batch + first;
+        let start = group * self.together + self.first + first;
         let (values, scales) = (&self.values.as_chunks().0[start..start + N], &self.scales[start..start + N]);
         (core::array::from_fn(|v| &values[v]), core::array::from_fn(|v| scales[v]))
     }

@@ -23,16 +23,18 @@ use crate::buffer::{grow, take};
 use crate::error::{Error, check_batch, check_len};
 use crate::tensor::Tensor;
 use crate::weight::base::Base;
+use crate::weight::gradients::GradientsBuf;
 
 /// Working memory for [`QLoRALayer::backward_into`]; any number of steps and layers can use it in turn.
 ///
 /// A batch of `n` vectors on a layer `[d_out, d_in]` of rank `r` needs `3 * n * r + max(d_out * max(r, min(n, 64) + 1),
-/// d_in)` f32. A backward reads nothing that an earlier one left behind.
+/// d_in)` f32, and `n * d_out` i16 with an f32 for each 32. A backward reads nothing that an earlier one left behind.
 ///
 /// [`QLoRALayer::backward_into`]: crate::QLoRALayer::backward_into
 #[derive(Debug, Clone, Default)]
 pub struct BackwardScratch {
     values: Vec<f32>,
+    gradients: GradientsBuf,
 }
 
 impl BackwardScratch {
@@ -41,7 +43,7 @@ impl BackwardScratch {
     /// [`QLoRALayer::backward_scratch`]: crate::QLoRALayer::backward_scratch
     #[must_use]
     pub const fn new() -> Self {
-        Self { values: Vec::new() }
+        Self { values: Vec::new(), gradients: GradientsBuf::new() }
     }
 
     /// Grows the scratch, if necessary, for batches of `batch` vectors on a layer `[d_out, d_in]` of this rank.
@@ -49,23 +51,29 @@ impl BackwardScratch {
     /// # Errors
     /// [`Error::OutOfMemory`].
     pub fn reserve(&mut self, d_out: usize, d_in: usize, rank: usize, batch: usize) -> Result<(), Error> {
-        grow(&mut self.values, low_rank_len(rank, batch).saturating_add(buffer_len(d_out, d_in, rank, batch)))
+        grow(&mut self.values, low_rank_len(rank, batch).saturating_add(buffer_len(d_out, d_in, rank, batch)))?;
+        self.gradients.reserve(d_out, batch)
     }
 
     /// Bytes on the heap.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        self.values.capacity() * size_of::<f32>()
+        self.values.capacity() * size_of::<f32>() + self.gradients.memory_bytes()
     }
 
     /// Three low-rank matrices of a batch, and a buffer for what is larger.
-    fn parts(&mut self, base: &Base<'_>, rank: usize, batch: usize) -> Result<(LowRank<'_>, &mut [f32]), Error> {
+    fn parts(
+        &mut self,
+        base: &Base<'_>,
+        rank: usize,
+        batch: usize,
+    ) -> Result<(LowRank<'_>, &mut [f32], &mut GradientsBuf), Error> {
         let (low_rank, buffer) = (low_rank_len(rank, batch), buffer_len(base.d_out(), base.d_in(), rank, batch));
         let values = take("scratch for the backward", &mut self.values, low_rank.saturating_add(buffer))?;
         let (low_rank, buffer) = values.split_at_mut(low_rank);
         let (u, rest) = low_rank.split_at_mut(batch * rank);
         let (v, transposed) = rest.split_at_mut(batch * rank);
-        Ok((LowRank { u, v, transposed }, buffer))
+        Ok((LowRank { u, v, transposed }, buffer, &mut self.gradients))
     }
 }
 
@@ -125,7 +133,7 @@ impl Joined {
         if let Some(dx) = &dx {
             check_len("input gradient", x.len(), dx.len())?;
         }
-        let (mut low_rank, buffer) = scratch.parts(base, rank, batch)?;
+        let (mut low_rank, buffer, gradients) = scratch.parts(base, rank, batch)?;
         if d_in == 0 || d_out == 0 {
             dx.into_iter().for_each(|dx| dx.fill(0.0));
             return Ok(());
@@ -144,7 +152,7 @@ impl Joined {
             v.iter_mut().for_each(|v| *v *= pair.scale);
             if let Some(dx) = &mut dx {
                 let dx = &mut dx[i * tile * d_in..][..n * d_in];
-                base.transposed(dy, dx)?;
+                base.transposed(dy, gradients, dx)?;
                 base.executor().gemm_transposed_dense_add(pair.a, v, n, dx)?;
             }
         }

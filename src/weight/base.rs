@@ -4,6 +4,7 @@ use nf4_kernels::{Float, Kernels, Nf4Matrix};
 
 use crate::error::Error;
 use crate::parallel::Executor;
+use crate::weight::gradients::GradientsBuf;
 use crate::weight::inputs::{Arithmetic, Inputs, InputsBuf};
 
 /// A weight `[d_out, d_in]`, and how to multiply by it.
@@ -96,10 +97,15 @@ impl<'a> Base<'a> {
         }
     }
 
-    /// `dx = W^T dy` for a batch, in f32: `dy` is `[batch, d_out]`, `dx` `[batch, d_in]`, neither of them empty.
-    pub(crate) fn transposed(&self, dy: &[f32], dx: &mut [f32]) -> Result<(), Error> {
+    /// `dx = W^T dy` for a batch: `dy` is `[batch, d_out]`, `dx` `[batch, d_in]`, neither of them empty. It is computed in f32 if
+    /// the arithmetic of the layer is, and else with integers, for which `quantized` has room.
+    pub(crate) fn transposed(&self, dy: &[f32], quantized: &mut GradientsBuf, dx: &mut [f32]) -> Result<(), Error> {
         match &self.weight {
-            Weight::Packed(weight, _) => self.executor.gemm_transposed_f32(weight, dy, dx)?,
+            Weight::Packed(weight, Arithmetic::F32) => self.executor.gemm_transposed_f32(weight, dy, dx)?,
+            Weight::Packed(weight, Arithmetic::SixteenByFour | Arithmetic::EightByEight) => {
+                let buffers = quantized.take(self.d_out, dy.len() / self.d_out)?;
+                self.executor.gemm_transposed(weight, dy, buffers, dx)?;
+            }
             Weight::Dense(weight) => {
                 dx.fill(0.0);
                 self.executor.gemm_transposed_dense_add(weight, dy, dy.len() / self.d_out, dx)?;

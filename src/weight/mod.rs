@@ -2,6 +2,7 @@
 
 pub(crate) mod absmax;
 pub(crate) mod base;
+pub(crate) mod gradients;
 pub(crate) mod inputs;
 pub(crate) mod quantized;
 pub(crate) mod store;

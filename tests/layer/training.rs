@@ -1,7 +1,9 @@
 //! Gradients against f64 and against finite differences, and the optimizers against their formulas.
 
 use nf4::optim::{AdamW, Sgd};
-use nf4::{BackwardScratch, BlockSize, LoRAAdapter, LoRALayer, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor};
+use nf4::{
+    Arithmetic, BackwardScratch, BlockSize, LoRAAdapter, LoRALayer, LoRAScaling, QLoRALayer, Quantized4Bit, Tensor,
+};
 
 use crate::truth::EPS;
 use crate::{adapter, all_kernels, bits, layer, normal};
@@ -112,7 +114,7 @@ fn gradients_are_near_f64_with_the_same_bits_on_every_instruction_set() {
         for (block, double_quant) in [(BlockSize::B32, false), (BlockSize::B64, true), (BlockSize::B128, false)] {
             let name = format!("{d_out}x{d_in}, rank {rank}, batch {batch}, block {}", block.get());
             let (x, dy) = (normal(batch * d_in, 1.0, 4), normal(batch * d_out, 1.0, 5));
-            let fresh = layer(d_out, d_in, rank, block, double_quant);
+            let fresh = layer(d_out, d_in, rank, block, double_quant).with_arithmetic(Arithmetic::F32);
             let expected = gradients(&fresh.base_weight_quantized().dequantize(), fresh.adapter(), &x, &dy);
             let (x, dy) = (Tensor::from_vec(x, false), Tensor::from_vec(dy, false));
             let mut first: Option<[Vec<u32>; 3]> = None;
@@ -126,6 +128,59 @@ fn gradients_are_near_f64_with_the_same_bits_on_every_instruction_set() {
                 check(&format!("{name}: dx"), &expected.x, dx.data());
                 let got = [bits(&da), bits(&db), bits(dx.data())];
                 assert_eq!(&got, first.get_or_insert_with(|| got.clone()), "{name}, {}", k.isa());
+            }
+        }
+    }
+}
+
+/// What the integers of the transposed 16x4 product change of a column at most: half a step, 8191 of which are the largest
+/// weight or gradient, for each number of a sum.
+fn rounding_to_integers(weight: &[f32], d_in: usize, dy: &[f32], column: usize) -> f64 {
+    let largest = |x: &[f32]| f64::from(x.iter().fold(0.0_f32, |m, x| m.max(x.abs())));
+    let (of_weights, of_gradients) = (largest(weight) / 16382.0, largest(dy) / 16382.0);
+    let terms = weight.chunks(d_in).zip(dy).map(|(row, dy)| {
+        let (w, dy) = (f64::from(row[column].abs()), f64::from(dy.abs()));
+        w * of_gradients + dy * of_weights + of_weights * of_gradients
+    });
+    1.001 * terms.sum::<f64>()
+}
+
+/// They take integers where rows are whole groups of columns; nothing but the gradient of the input depends on it.
+#[test]
+fn input_gradients_of_integers_are_near_f64_with_the_same_bits_on_every_instruction_set() {
+    let kernels = all_kernels();
+    for (d_out, d_in, rank, batch) in SHAPES {
+        for (block, double_quant) in [(BlockSize::B32, false), (BlockSize::B64, true), (BlockSize::B128, false)] {
+            let name = format!("{d_out}x{d_in}, rank {rank}, batch {batch}, block {}", block.get());
+            let (x, dy) = (normal(batch * d_in, 1.0, 4), normal(batch * d_out, 1.0, 5));
+            let fresh = layer(d_out, d_in, rank, block, double_quant);
+            let weight = fresh.base_weight_quantized().dequantize::<f32>();
+            let expected = gradients(&weight, fresh.adapter(), &x, &dy);
+            let run = |mut layer: QLoRALayer| {
+                let dx = layer.backward(&Tensor::from_vec(x.clone(), false), &Tensor::from_vec(dy.clone(), false));
+                let grad = |t: &Tensor| bits(t.grad().unwrap());
+                (dx.data().to_vec(), grad(layer.lora_a()), grad(layer.lora_b()))
+            };
+            let exact = run(fresh.clone().with_arithmetic(Arithmetic::F32));
+            let mut first: Option<Vec<u32>> = None;
+            for k in &kernels {
+                for arithmetic in [Arithmetic::SixteenByFour, Arithmetic::EightByEight] {
+                    let name = format!("{name}, {}, {arithmetic:?}", k.isa());
+                    let (dx, da, db) = run(fresh.clone().with_arithmetic(arithmetic).with_kernels(*k));
+                    assert_eq!((&da, &db), (&exact.1, &exact.2), "{name}");
+                    assert_eq!(&bits(&dx), first.get_or_insert_with(|| bits(&dx)), "{name}");
+                    if !d_in.is_multiple_of(32) {
+                        assert_eq!(bits(&dx), bits(&exact.0), "{name}");
+                        continue;
+                    }
+                    assert_ne!(bits(&dx), bits(&exact.0), "{name}");
+                    for (i, (e, g)) in expected.x.iter().zip(&dx).enumerate() {
+                        let bound =
+                            e.bound + rounding_to_integers(&weight, d_in, &dy[i / d_in * d_out..][..d_out], i % d_in);
+                        let error = (f64::from(*g) - e.value).abs();
+                        assert!(error <= bound, "{name}: value {i}: got {g}, off {error:e} > {bound:e}");
+                    }
+                }
             }
         }
     }
@@ -224,7 +279,8 @@ fn a_batch_gives_the_input_gradients_of_its_vectors() {
     let (x, dy) = (normal(batch * d_in, 1.0, 4), normal(batch * d_out, 1.0, 5));
     let (mut scratch, mut dx) = (BackwardScratch::new(), vec![f32::NAN; x.len()]);
     scratch.reserve(d_out, d_in, rank, batch).unwrap();
-    assert_eq!(scratch.memory_bytes(), (3 * batch * rank + d_out * rank) * 4);
+    // 33 gradients are two groups of 32, each with a scale.
+    assert_eq!(scratch.memory_bytes(), (3 * batch * rank + d_out * rank) * 4 + batch * (64 * 2 + 2 * 4));
     layer.backward_into(&x, &dy, &mut scratch, Some(&mut dx)).unwrap();
     let with_dx = bits(layer.lora_a().grad().unwrap());
     for ((x, dy), dx) in x.chunks(d_in).zip(dy.chunks(d_out)).zip(dx.chunks(d_in)) {

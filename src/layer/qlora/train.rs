@@ -17,22 +17,26 @@ use crate::tensor::Tensor;
 /// `dm = sum over the batch of dy * (W x + scale * B (A x)) / norm`, from the f32 product; the norm counts as a
 /// constant.
 ///
-/// Everything is computed in f32, with every operation rounded on its own in a fixed order, so that the bits are the same
-/// on every machine and with all kernels and threads. `dy W` is computed from the packed bytes
-/// ([`Kernels::gemm_transposed_f32`]); no weight is dequantized in memory. These are the gradients of the f32 forward, from
-/// which the 16x4 forward differs only by rounding.
+/// Every operation is rounded on its own in a fixed order, so that the bits are the same on every machine and with all kernels
+/// and threads. `dy W` is computed from the packed bytes; no weight is dequantized in memory. If the arithmetic of the layer is
+/// [`Arithmetic::F32`], it is computed in f32 ([`Kernels::gemm_transposed_f32`]), and else with integers
+/// ([`Kernels::gemm_transposed`]), with a relative error of about `1.3e-4` in about half the time. Everything else is f32. These
+/// are the gradients of the f32 forward, from which the 16x4 forward differs only by rounding.
 ///
 /// The base weight and the bias are frozen, as in `QLoRA`, and have no gradient. There is no dropout; a training loop can
 /// apply it to `x`.
 ///
+/// [`Arithmetic::F32`]: crate::Arithmetic::F32
+/// [`Kernels::gemm_transposed`]: nf4_kernels::Kernels::gemm_transposed
 /// [`Kernels::gemm_transposed_f32`]: nf4_kernels::Kernels::gemm_transposed_f32
 impl QLoRALayer {
     /// Adds the gradients of `A`, `B` and, with `DoRA`, the magnitude to those of the tensors ([`Tensor::grad`]), and
     /// returns the gradient of the input, `[batch, d_in]`. `x` is one vector or a batch `[batch, d_in]`, and `dy` is
     /// `[batch, d_out]`.
     ///
-    /// Gradients accumulate over calls until [`Self::zero_grad`]. NaN and infinity give what IEEE 754 says; every NaN is
-    /// [`f32::NAN`]. The optimizers of this crate refuse such gradients. Stale norms of `DoRA` are recomputed.
+    /// Gradients accumulate over calls until [`Self::zero_grad`]. NaN and infinity give what IEEE 754 and the specification
+    /// of the product say; every NaN is [`f32::NAN`]. The optimizers of this crate refuse such gradients. Stale norms of
+    /// `DoRA` are recomputed.
     ///
     /// # Panics
     /// Where [`Self::try_backward`] returns an error.

@@ -10,11 +10,13 @@ use super::i8mm::I8mm;
 use super::steps_8x8::{Plain, book};
 use crate::activations::{Activations, Activations8x8};
 use crate::float::Float;
+use crate::gradients::Gradients;
+use crate::isa::scalar;
 use crate::isa::simd::planes::{PLANES_F32, PLANES_I16};
 use crate::isa::simd::steps::{Decode, Steps, Widen};
 use crate::isa::simd::{
     activations, batch_8x8, batch_16x4, dequantize, product_8x8, product_16x4, product_dense, product_f32,
-    product_transposed, quantize,
+    product_transposed, quantize, transposed_16x4,
 };
 use crate::isa::table::FloatTable;
 use crate::matrix::Nf4Matrix;
@@ -180,4 +182,14 @@ where
     Neon: Widen<T>,
 {
     product_dense::gemm_dense(&steps(), a, x, batch, out);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn quantize_gradients(inputs: &[f32], rows: usize, values: &mut [i16], scales: &mut [f32]) {
+    scalar::transposed_16x4::quantize_gradients(inputs, rows, values, scales);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn gemm_transposed(matrix: &Nf4Matrix<'_>, gradients: &Gradients<'_>, out: &mut [f32]) {
+    transposed_16x4::gemm_transposed(&steps(), matrix, gradients, out);
 }

@@ -69,10 +69,10 @@ mod registers;
 mod steps_16x4;
 mod steps_8x8;
 mod steps_f32;
+mod steps_transposed;
 
 use core::arch::aarch64::uint8x16_t;
 
-use super::scalar;
 use super::table::{Isa, Table};
 use crate::double_quant;
 use crate::spec::SPAN;
@@ -92,8 +92,8 @@ pub(super) static TABLE: Table = Table {
     gemm_8x8: entries::gemm_8x8,
     gemv_transposed_f32: entries::gemv_transposed_f32,
     gemm_transposed_f32: entries::gemm_transposed_f32,
-    quantize_gradients: scalar::transposed_16x4::quantize_gradients,
-    gemm_transposed: scalar::transposed_16x4::gemm_transposed,
+    quantize_gradients: entries::quantize_gradients,
+    gemm_transposed: entries::gemm_transposed,
     gemm_transposed_dense_add: entries::gemm_transposed_dense_add,
 };
 

@@ -171,7 +171,7 @@ fn abs_bits(x: v128) -> v128 {
 /// The nearest integers, ties to even: adding 1.5 * 2^23 leaves them in the low bits. (Converting with saturation, the
 /// only conversion to integers there is, takes several instructions on x86-64.)
 #[inline]
-fn round_i16(x: F32x8) -> v128 {
+pub(super) fn round_i16(x: F32x8) -> v128 {
     let [a, b] = add(x, [f32x4_splat(12_582_912.0); 2]);
     i16x8_shuffle::<0, 2, 4, 6, 8, 10, 12, 14>(a, b)
 }

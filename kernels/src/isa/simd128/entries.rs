@@ -7,11 +7,13 @@ use bytemuck::must_cast;
 use super::Simd128;
 use crate::activations::{Activations, Activations8x8};
 use crate::float::Float;
+use crate::gradients::Gradients;
+use crate::isa::scalar;
 use crate::isa::simd::planes::{PLANES_F32, PLANES_I16};
 use crate::isa::simd::steps::{Decode, Steps, Widen};
 use crate::isa::simd::{
     activations, batch_8x8, batch_16x4, dequantize, product_8x8, product_16x4, product_dense, product_f32,
-    product_transposed, quantize,
+    product_transposed, quantize, transposed_16x4,
 };
 use crate::isa::table::FloatTable;
 use crate::matrix::Nf4Matrix;
@@ -123,4 +125,12 @@ where
     Simd128: Widen<T>,
 {
     product_dense::gemm_dense(&steps(), a, x, batch, out);
+}
+
+pub(super) fn quantize_gradients(inputs: &[f32], rows: usize, values: &mut [i16], scales: &mut [f32]) {
+    scalar::transposed_16x4::quantize_gradients(inputs, rows, values, scales);
+}
+
+pub(super) fn gemm_transposed(matrix: &Nf4Matrix<'_>, gradients: &Gradients<'_>, out: &mut [f32]) {
+    transposed_16x4::gemm_transposed(&steps(), matrix, gradients, out);
 }
