@@ -304,8 +304,8 @@ impl Executor {
         })?)
     }
 
-    /// [`Kernels::gemm_transposed`] of vectors and outputs that are not empty, which are quantized in buffers of the lengths that
-    /// [`Gradients`] says. Threads share the work as in [`Self::gemm_transposed_f32`].
+    /// [`Kernels::gemm_transposed`] of vectors and outputs that are not empty, which are quantized in buffers of the lengths
+    /// that [`Gradients`] says. Threads share the work as in [`Self::gemm_transposed_f32`].
     ///
     /// # Errors
     /// [`Error::Shape`] as in [`Kernels::quantize_gradients`] and [`Kernels::gemm_transposed`]; [`Error::OutOfMemory`] for a

@@ -17,8 +17,7 @@ const OP: &str = "nf4-linear";
 /// `y = W x + bias` with a frozen NF4 weight `W` `[d_out, d_in]`, multiplied on its packed bytes.
 ///
 /// The gradient of the input is `dy W`, from the packed bytes: in f32 if that is the arithmetic of the layer, and else by the
-/// transposed 16x4 product. Weight and bias get none. See the crate for types
-/// and shapes.
+/// transposed 16x4 product. Weight and bias get none. See the crate for types and shapes.
 #[derive(Clone)]
 pub struct Nf4Linear(Arc<MultiAdapterLayer>);
 

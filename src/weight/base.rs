@@ -97,8 +97,8 @@ impl<'a> Base<'a> {
         }
     }
 
-    /// `dx = W^T dy` for a batch: `dy` is `[batch, d_out]`, `dx` `[batch, d_in]`, neither of them empty. It is computed in f32 if
-    /// the arithmetic of the layer is, and else with integers, for which `quantized` has room.
+    /// `dx = W^T dy` for a batch: `dy` is `[batch, d_out]`, `dx` `[batch, d_in]`, neither of them empty. It is computed in f32
+    /// if the arithmetic of the layer is, and else with integers, for which `quantized` has room.
     pub(crate) fn transposed(&self, dy: &[f32], quantized: &mut GradientsBuf, dx: &mut [f32]) -> Result<(), Error> {
         match &self.weight {
             Weight::Packed(weight, Arithmetic::F32) => self.executor.gemm_transposed_f32(weight, dy, dx)?,

@@ -17,11 +17,11 @@ use crate::tensor::Tensor;
 /// `dm = sum over the batch of dy * (W x + scale * B (A x)) / norm`, from the f32 product; the norm counts as a
 /// constant.
 ///
-/// Every operation is rounded on its own in a fixed order, so that the bits are the same on every machine and with all kernels
-/// and threads. `dy W` is computed from the packed bytes; no weight is dequantized in memory. If the arithmetic of the layer is
-/// [`Arithmetic::F32`], it is computed in f32 ([`Kernels::gemm_transposed_f32`]), and else with integers
-/// ([`Kernels::gemm_transposed`]), with a relative error of about `1.3e-4` in about half the time. Everything else is f32. These
-/// are the gradients of the f32 forward, from which the 16x4 forward differs only by rounding.
+/// Every operation is rounded on its own in a fixed order, so that the bits are the same on every machine and with all
+/// kernels and threads. `dy W` is computed from the packed bytes; no weight is dequantized in memory. If the arithmetic of
+/// the layer is [`Arithmetic::F32`], it is computed in f32 ([`Kernels::gemm_transposed_f32`]), and else with integers
+/// ([`Kernels::gemm_transposed`]), with a relative error of about `1.3e-4` in about half the time. Everything else is f32.
+/// These are the gradients of the f32 forward, from which the 16x4 forward differs only by rounding.
 ///
 /// The base weight and the bias are frozen, as in `QLoRA`, and have no gradient. There is no dropout; a training loop can
 /// apply it to `x`.

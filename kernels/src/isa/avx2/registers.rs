@@ -101,8 +101,8 @@ pub(in crate::isa) fn prefetch<T>(data: &[T], ahead: usize) {
     unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().wrapping_add(ahead)) };
 }
 
-/// As [`prefetch`], into the second cache. Lines from memory wait there in greater number than at the first: on Zen 4 a product
-/// of four rows at a time was 1.55 times as fast from DRAM, and 1.2 times from the last cache.
+/// As [`prefetch`], into the second cache. Lines from memory wait there in greater number than at the first, so a product of
+/// four rows at a time is faster from DRAM.
 #[inline(always)]
 pub(in crate::isa) fn prefetch_second<T>(data: &[T], ahead: usize) {
     // SAFETY: as in `prefetch`.
