@@ -14,7 +14,8 @@ use crate::error::Error;
 /// take [`EightByEight`](Self::EightByEight). It gains most on CPUs with dot products of 8-bit integers (`dotprod`, `i8mm`,
 /// VNNI), and from batches more than from one vector. Weights whose blocks straddle rows are much faster with it, too.
 ///
-/// Adapters and bias are always f32.
+/// Adapters and bias are always f32. In training, the gradient of the input is the transposed 16x4 product, or with
+/// [`F32`](Self::F32) that in f32.
 #[doc(alias = "bnb_4bit_compute_dtype")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Arithmetic {
