@@ -99,8 +99,9 @@ check_example() {
 check_package() {
     local dirty=()
     [[ ${CI:-} == true ]] || dirty=(--allow-dirty)
-    # Without `--offline` it asks the registry anew for each dependency of each crate, and fails with the first that fails.
-    cargo fetch -q --locked
-    cargo package -q --offline --locked -p nf4-kernels -p nf4 -p nf4-cli ${dirty[@]+"${dirty[@]}"}
-    ls -l target/package/*.crate
+    # Cargo takes a version of a package for something that never changes: what it unpacked and compiled of nf4-kernels in an
+    # earlier run, it would take again.
+    rm -rf target/packages "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/nf4{,-kernels,-cli}-[0-9]*
+    cargo package -q --locked --target-dir target/packages -p nf4-kernels -p nf4 -p nf4-cli ${dirty[@]+"${dirty[@]}"}
+    ls -l target/packages/package/*.crate
 }
