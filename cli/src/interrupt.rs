@@ -2,12 +2,21 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 
 /// Directories that hold what is unfinished.
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Whether the output is in its place, which no interrupt takes back.
+static FINISHED: AtomicBool = AtomicBool::new(false);
+
+/// From now on, which is while [`hold`] is held, an interrupt comes too late: the program ends by itself, and with success.
+pub(crate) fn finished() {
+    FINISHED.store(true, Ordering::Relaxed);
+}
 
 /// No interrupt ends the program while this is held. It lists what an interrupt removes.
 pub(crate) fn hold() -> MutexGuard<'static, Vec<PathBuf>> {
@@ -17,8 +26,11 @@ pub(crate) fn hold() -> MutexGuard<'static, Vec<PathBuf>> {
 /// Handles interrupts from now on.
 pub(crate) fn handle() -> Result<()> {
     let end = || {
-        hold().iter().for_each(|path| remove(path));
-        std::process::exit(130);
+        let unfinished = hold();
+        if !FINISHED.load(Ordering::Relaxed) {
+            unfinished.iter().for_each(|path| remove(path));
+            std::process::exit(130);
+        }
     };
     ctrlc::set_handler(end).context("no handler for interrupts")
 }

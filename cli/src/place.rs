@@ -82,6 +82,9 @@ impl Place {
     pub(crate) fn put(&self, staging: &mut Staging) -> Result<()> {
         let mut unfinished = interrupt::hold();
         let put = self.put_uninterrupted(staging);
+        if put.is_ok() {
+            interrupt::finished();
+        }
         staging.unlist_if_kept(&mut unfinished);
         put
     }
