@@ -114,15 +114,21 @@ mod tests {
             let mut cache = Cache::new(model.config(), 128, CacheType::F32).unwrap();
             let mut token = argmax(model.extend(&mut cache, &[1], None, &mut workspace).unwrap());
             threads.allocations.store(0, Ordering::Relaxed);
-            let mine = awake(|| {
-                measure(|| {
-                    for _ in 0..100 {
-                        token = argmax(model.extend(&mut cache, &[token], None, &mut workspace).unwrap());
-                    }
-                })
-            });
-            assert_eq!((mine.count_total, threads.allocations.load(Ordering::Relaxed)), (0, 0));
-            assert!(threads.on_others.load(Ordering::Relaxed) > 0, "one thread did all the work");
+            let mut tokens = || {
+                cache.truncate(0);
+                for _ in 0..100 {
+                    token = argmax(model.extend(&mut cache, &[token], None, &mut workspace).unwrap());
+                }
+            };
+            // On a busy machine, other threads may not get to it at once.
+            for _ in 0..100 {
+                let mine = awake(|| measure(&mut tokens));
+                assert_eq!((mine.count_total, threads.allocations.load(Ordering::Relaxed)), (0, 0));
+                if threads.on_others.load(Ordering::Relaxed) > 0 {
+                    return;
+                }
+            }
+            panic!("one thread did all the work");
         });
     }
 }
