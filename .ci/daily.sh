@@ -77,11 +77,10 @@ check_test() {
     readme_command cargo test --workspace
 }
 
-# `asan` runs the other tests with all features.
 check_features() {
     cargo test --locked -p nf4 --no-default-features --lib --test exactness --test vectors --test views
     cargo build -q --locked -p nf4-kernels
-    cargo test --locked -p nf4 --all-features --test allocation --test threads
+    cargo test --locked -p nf4 --all-features --lib --test allocation --test threads --test checkpoint
 }
 
 check_release() {

@@ -29,15 +29,15 @@ check_llama_isa() {
 }
 
 # A real model: made, quantized, and compared with what transformers, bitsandbytes and PEFT make of it in f32 and in f64. A
-# short text, few tokens and one adapter: f64 is slow. The build is that of `llama`.
+# short text and few tokens: f64 is slow. The build is that of `llama`.
 check_llama_model() {
     needs python3 python3-venv
     local models=examples/llama/models/SmolLM2-135M-Instruct reference
     bash examples/llama/get-model.sh
     reference=$(mktemp -d)
     TQDM_DISABLE=1 NF4_REQUIRE_UPSTREAM=1 bash tests/upstream/run.sh --script examples/llama/reference.py "$models" "$reference" \
-        --text examples/llama/tests/data/smollm2/gpl3.txt --tokens 128 --steps 8 --cases nf4 lora
+        --text examples/llama/tests/data/smollm2/gpl3.txt --tokens 128 --steps 8 --cases nf4 lora dora
     cargo run -q --profile test --locked --manifest-path $llama --bin compare -- "$models-nf4" "$reference" \
-        --adapter "lora=$reference/adapters/lora"
+        --adapter "lora=$reference/adapters/lora" --adapter "dora=$reference/adapters/dora"
     rm -r "$reference"
 }

@@ -152,11 +152,7 @@ class Loop8x8:
         products = 16 * counts["sdot"] + 32 * counts["smmla"] + 8 * wide
         self.is_product = products > 0 and (counts["sdot"] + counts["smmla"] > 0 or counts["sadalp"] > 0)
         self.units = products / 64
-        # Four rows of one vector have more addresses than there are registers: one, for a prefetch, is loaded again.
-        reload = r"x\d+, \[(sp|x29)\b"
-        near = [(mnemonic, operands) for mnemonic, operands in self.body if re.search(r"\[(sp|x29)\b", operands)]
-        spared = self.kind == "one vector" and len(near) == 1 and near[0][0] == "ldr" and re.match(reload, near[0][1])
-        self.stack = 0 if spared else len(near)
+        self.stack = sum(bool(re.search(r"\[(sp|x29)\b", operands)) for _, operands in self.body)
         self.vector = sum(
             bool(re.search(r"\b[vqd]\d+\b", operands)) and not re.match(r"(ld|st|prf)", mnemonic)
             for mnemonic, operands in self.body

@@ -44,6 +44,9 @@ fn results(block_size: BlockSize, arithmetic: Arithmetic, pool: Option<Arc<dyn T
     let y = layer.forward(&x);
     let dx = layer.backward(&x, &Tensor::from_vec(values(BATCH * D_OUT, 4), false));
     let gradients = [layer.lora_a(), layer.lora_b()].map(|t| bits(t.grad().unwrap()));
+    // A vector alone, whose chunks of rows are shared.
+    let one = Tensor::from_vec(x.data()[..D_IN].to_vec(), false);
+    let dx_of_one = layer.backward(&one, &Tensor::from_vec(values(D_OUT, 4), false));
     let single = layer.forward(&Tensor::from_vec(x.data()[..D_IN].to_vec(), false));
     let mut merged = vec![bf16::ZERO; 700 * D_IN];
     layer.merge_rows_into(3..703, &mut merged).unwrap();
@@ -55,6 +58,7 @@ fn results(block_size: BlockSize, arithmetic: Arithmetic, pool: Option<Arc<dyn T
         bits(y.data()),
         bits(single.data()),
         bits(dx.data()),
+        bits(dx_of_one.data()),
         a,
         b,
         merged,

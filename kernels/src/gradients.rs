@@ -75,6 +75,8 @@ impl<'a> Gradients<'a> {
     /// If `vectors` does not lie in `0..self.batch()`.
     #[must_use]
     pub fn range(&self, vectors: Range<usize>) -> Self {
+        let (start, end, batch) = (vectors.start, vectors.end, self.batch);
+        assert!(start <= end && end <= batch, "vectors {start}..{end} of a batch of {batch}");
         let inputs = &self.inputs[vectors.start * self.rows..vectors.end * self.rows];
         Self { inputs, first: self.first + vectors.start, batch: vectors.len(), ..*self }
     }

@@ -253,3 +253,37 @@ fn only_what_meets_nan_or_infinity_is_nan() {
         }
     }
 }
+
+/// What [`Gradients::range`] leaves of a batch has the bits of its vectors, also if it is left of what was left before.
+#[test]
+fn some_vectors_of_a_batch_have_their_bits() {
+    let (rows, cols, batch) = (70, 96, 9);
+    let g = &mut Generator(16);
+    for k in Kernels::available() {
+        let q = Quantized::new(k, &inputs("bell", rows * cols, g), rows, cols, BlockSize::B64);
+        let (matrix, x) = (q.plain(), inputs("bell", batch * rows, g));
+        let all = product(k, &matrix, &x);
+        let mut buffers = Buffers::new(batch, rows);
+        let gradients = buffers.quantize(k, &x, rows);
+        for range in [0..9, 0..1, 2..7, 8..9, 4..4] {
+            let some = gradients.range(range.start..9).range(0..range.len());
+            assert_eq!((some.batch(), some.rows()), (range.len(), rows));
+            assert_eq!(some.inputs(), &x[range.start * rows..range.end * rows]);
+            for v in 0..range.len() {
+                assert_eq!(some.get(v, 69), gradients.get(range.start + v, 69));
+                assert_eq!(some.scale(v, 69), gradients.scale(range.start + v, 69));
+            }
+            assert_eq!((some.get(range.len(), 0), some.scale(range.len(), 0)), (None, None));
+            let mut out = vec![3.0; range.len() * cols];
+            k.gemm_transposed(&matrix, &some, &mut out).unwrap();
+            assert_eq!(bits(&out), bits(&all[range.start * cols..range.end * cols]), "{range:?}, {}", k.isa());
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "vectors 1..4 of a batch of 3")]
+fn vectors_that_are_not_there_are_a_panic() {
+    let mut buffers = Buffers::new(3, 32);
+    let _ = buffers.quantize(Kernels::detect(), &[1.0; 96], 32).range(1..4);
+}

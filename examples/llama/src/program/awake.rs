@@ -131,4 +131,13 @@ mod tests {
             panic!("one thread did all the work");
         });
     }
+
+    /// The caller need not be a thread of the pool: it waits for nothing, and what it returns is returned.
+    #[test]
+    fn it_may_be_called_from_outside_the_pool() {
+        assert_eq!(rayon::current_thread_index(), None);
+        assert_eq!(awake(|| 7), 7);
+        let ended = std::panic::catch_unwind(|| awake(|| -> () { panic!("planted") }));
+        assert!(ended.is_err());
+    }
 }

@@ -73,8 +73,9 @@ impl Steps8x8 for I8mm {
         }
     }
 
+    // Not inlined: beside the loops of a batch, there are too few registers for the addresses of four rows.
     #[target_feature(enable = "neon,dotprod")]
-    #[inline]
+    #[inline(never)]
     unsafe fn add_quads<const GROUPS: usize, const Q: usize, const N: usize>(
         &self,
         packed: [Quad<'_>; Q],
