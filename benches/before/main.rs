@@ -94,6 +94,7 @@ const CASES: &[Case] = &[
     Case { name: "8x8, batch of 2", batch: 2, ..EIGHT },
     Case { name: "8x8, batch of 4", batch: 4, ..EIGHT },
     Case { name: "8x8, batch of 8", batch: 8, ..EIGHT },
+    Case { name: "8x8, batch of 16, 576 x 576", rows: 576, cols: 576, batch: 16, ..EIGHT },
     Case { name: "8x8, batch of 128", batch: 128, ..EIGHT },
     Case { name: "8x8, batch of 128, 8 MB", rows: 4096, batch: 128, ..EIGHT },
 ];

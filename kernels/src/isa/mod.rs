@@ -17,8 +17,8 @@
 //! | `gemv_dense`, `gemm_dense` | `simd/product_dense.rs` | `conversions.rs`: `widen` |
 //! | `mean`, `quantize_absmax` | `double_quant.rs`, one for all | |
 //!
-//! `avx512/` multiplies 16x4 by loops of its own, which put rows into the lanes of a register, has wider steps for 8x8 and
-//! for the f32 products of batches (`panel_f32.rs`, `columns.rs`), and takes all else from `avx2/`. `neon/` has three kinds of
+//! `avx512/` multiplies a batch by loops of its own, which put rows into the lanes of a register (`panel.rs`, `panel_f32.rs`),
+//! has wider steps for 8x8 and the transposed products (`columns.rs`), and takes all else from `avx2/`. `neon/` has three kinds of
 //! steps for 8x8: `steps_8x8.rs`, and for CPUs with more than NEON `dotprod.rs` and `i8mm.rs`. `cortex_m_dsp/` multiplies both
 //! kinds of integers by loops of its own, two rows at a time, and takes all else from `scalar/`. The inner loops, as
 //! they are compiled, stand in `asm/`, those of the 16x4 products of x86-64 with the cycles that they are modelled to take.
@@ -48,8 +48,9 @@ cfg_if! {
         mod avx512;
         mod simd;
         mod x86_features;
-        use x86_features::{has_avx_vnni, has_avx2, has_avx512_vnni};
+        use x86_features::{has_avx_vnni, has_avx2, has_avx512_vnni, has_avx512_vnni_of_intel};
         pub(crate) static TABLES: &[Entry] = &[
+            (&avx512::INTEL, Some(has_avx512_vnni_of_intel)),
             (&avx512::TABLE, Some(has_avx512_vnni)),
             (&avx2::AVX_VNNI, Some(has_avx_vnni)),
             (&avx2::TABLE, Some(has_avx2)),

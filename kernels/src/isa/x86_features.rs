@@ -13,6 +13,8 @@ cpufeatures::new!(avx512, "avx512f", "avx512bw", "avx512vl");
 /// Every CPU with AVX2 has F16C, which converts f16, but nothing says that it must.
 static F16C: Feature = Feature::new(1, 0, |leaf| leaf.ecx, 29);
 static AVX512_VNNI: Feature = Feature::new(7, 0, |leaf| leaf.ecx, 11);
+/// The first four letters of `GenuineIntel`.
+static INTEL: Feature = Feature::new(0, 0, |leaf| u32::from(leaf.ebx == u32::from_le_bytes(*b"Genu")), 0);
 static AVX_VNNI: Feature = Feature::new(7, 1, |leaf| leaf.eax, 4);
 
 /// Whether the CPU has AVX2 and F16C.
@@ -28,6 +30,11 @@ pub(super) fn has_avx_vnni() -> bool {
 /// Whether the CPU has AVX2, F16C and, of AVX-512, F, BW, VL and VNNI.
 pub(super) fn has_avx512_vnni() -> bool {
     has_avx2() && avx512::get() && (cfg!(target_feature = "avx512vnni") || AVX512_VNNI.get())
+}
+
+/// As [`has_avx512_vnni`], and whether it is one of Intel's, where `vpermw` is slow.
+pub(super) fn has_avx512_vnni_of_intel() -> bool {
+    has_avx512_vnni() && INTEL.get()
 }
 
 /// A bit of what `cpuid` returns, that `cpufeatures` does not know.

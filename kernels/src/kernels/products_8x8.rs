@@ -65,7 +65,7 @@ impl Kernels {
     /// Computes the 8x8 product of a matrix and a batch of vectors. Every output has the bits that [`Self::gemv_8x8`] returns
     /// for its row and vector, whatever the batch.
     ///
-    /// `out` is `[rows, batch]`, as in [`Self::gemm`]. A tile takes up to 100 KB of stack.
+    /// `out` is `[rows, batch]`, as in [`Self::gemm`]. A tile takes up to 240 KB of stack.
     ///
     /// # Errors
     /// [`ShapeError::Length`] if the activations do not have `cols` inputs or `out` does not have `rows * batch` elements;

@@ -112,7 +112,7 @@ pub(super) fn gemv(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &
 }
 
 #[target_feature(enable = "avx2,f16c")]
-pub(in crate::isa) fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+pub(super) fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
     if activations.batch() == 1 {
         return gemv(matrix, activations, out);
     }

@@ -36,9 +36,10 @@ mod steps_transposed;
 
 use core::arch::x86_64::__m256i;
 
-pub(super) use entries::{avx2, gemm, gemm_f32};
-pub(super) use registers::{prefetch, prefetch_second};
+pub(super) use entries::{avx2, gemm_f32};
+pub(super) use registers::{broadcast, prefetch, prefetch_second};
 pub(super) use steps_8x8::add_lanes_of_four;
+pub(super) use steps_16x4::spread_products;
 
 use super::table::{FloatTable, Isa, Table};
 use crate::double_quant;

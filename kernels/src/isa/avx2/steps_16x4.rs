@@ -96,7 +96,7 @@ impl<const VNNI: bool> Steps16x4 for Avx2<VNNI> {
 /// The products of absmax and activation scale for each lane: of one group, or of two for the two halves.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn spread_products<const GROUPS: usize>(absmax: &[f32; GROUPS], scales: &[f32; GROUPS]) -> __m256 {
+pub(in crate::isa) fn spread_products<const GROUPS: usize>(absmax: &[f32; GROUPS], scales: &[f32; GROUPS]) -> __m256 {
     if GROUPS == 1 {
         // Two broadcasts from memory, which are free, and a product. The compiler would rather multiply the scalars and
         // broadcast from a register, which takes one instruction more.

@@ -8,7 +8,7 @@ use bytemuck::must_cast;
 
 use super::Avx2;
 use super::codes::split_codes;
-use super::registers::{add_byte_products, load_f32, prefetch, store_f32};
+use super::registers::{add_byte_products, broadcast, load_f32, prefetch, prefetch_second, store_f32};
 use crate::isa::simd::steps_8x8::{
     PanelSpan, Quad, QuadAbsmax, QuadSums, ROWS, Steps8x8, Sums, VECTORS, VectorSpan, trimmed, trimmed_vectors,
 };
@@ -28,6 +28,8 @@ pub(in crate::isa) struct EightRows {
 impl<const VNNI: bool> Steps8x8 for Avx2<VNNI> {
     const QUADS: usize = 1;
     const FEW: usize = 8;
+    /// Measured on Zen 4 with 4096 columns, from DRAM: as fast as 32 KB, and 1.06 times as fast as 8 KB.
+    const AHEAD: usize = 16 << 10;
     const EMPTY: [EightRows; ROWS / 8] = [EightRows { weights: [[0; 64]; 16], starts: [[0; 8]; 2] }; ROWS / 8];
 
     type Weights = [EightRows; ROWS / 8];
@@ -117,8 +119,10 @@ impl<const VNNI: bool> Steps8x8 for Avx2<VNNI> {
                 totals[n] = load_f32(&sums[n][q]);
             }
             for s in 0..spans {
-                for row in [a, b, c, d] {
-                    prefetch(&row[s], ahead);
+                if s.is_multiple_of(2) {
+                    for row in [a, b, c, d] {
+                        prefetch_second(&row[s], ahead);
+                    }
                 }
                 let mut starts = [_mm256_setzero_si256(); N];
                 for n in 0..N {
@@ -130,9 +134,8 @@ impl<const VNNI: bool> Steps8x8 for Avx2<VNNI> {
                 let absmax = groups(&absmax[s]);
                 for n in 0..N {
                     let products = _mm256_cvtepi32_ps(join_pairs(ab[n], cd[n]));
-                    let scales = scales[n][s];
-                    let scales = _mm256_blend_ps::<0xf0>(_mm256_set1_ps(scales[0]), _mm256_set1_ps(scales[1]));
-                    totals[n] = _mm256_add_ps(totals[n], _mm256_mul_ps(products, _mm256_mul_ps(absmax, scales)));
+                    let factors = _mm256_mul_ps(absmax, broadcast(&scales[n][s]));
+                    totals[n] = _mm256_add_ps(totals[n], _mm256_mul_ps(products, factors));
                 }
             }
             for n in 0..N {

@@ -4,8 +4,10 @@
 
 use core::arch::x86_64::*;
 
+use bytemuck::must_cast;
+
 use super::registers::*;
-use crate::spec::CODEBOOK_I16;
+use crate::spec::{CODEBOOK_I16, SPAN};
 
 /// The codebook twice, because `vpermw` takes five bits and a code has four.
 #[target_feature(enable = "avx512f")]
@@ -23,7 +25,7 @@ pub(super) fn codebook() -> __m512i {
     load_i16(&TWICE)
 }
 
-/// The weights of a span of two rows, each in a half, in the order of the activations.
+/// The weights of a span, in the order of the activations.
 ///
 /// ```text
 /// low  = unpacklo(bytes, bytes)     words b0 b0, b1 b1, .. b7 b7 of each 128 bits
@@ -31,12 +33,13 @@ pub(super) fn codebook() -> __m512i {
 /// BOOK[low >> 4], BOOK[high >> 4]   even columns: 0 2 .. 14 and 16 18 .. 30 of each 128 bits
 /// BOOK[low], BOOK[high]             odd columns
 /// ```
-#[target_feature(enable = "avx512bw")]
+#[target_feature(enable = "avx512bw,avx512vl")]
 #[inline]
-pub(super) fn look_up_columns(packed: __m512i, book: __m512i) -> [__m512i; 4] {
-    let (low, high) = (_mm512_unpacklo_epi8(packed, packed), _mm512_unpackhi_epi8(packed, packed));
-    [_mm512_srli_epi16::<4>(low), _mm512_srli_epi16::<4>(high), low, high]
-        .map(|index| _mm512_permutexvar_epi16(index, book))
+pub(super) fn look_up_columns(packed: &[u8; SPAN / 2], book: __m256i) -> [__m256i; 4] {
+    let packed = must_cast(*packed);
+    let (low, high) = (_mm256_unpacklo_epi8(packed, packed), _mm256_unpackhi_epi8(packed, packed));
+    [_mm256_srli_epi16::<4>(low), _mm256_srli_epi16::<4>(high), low, high]
+        .map(|index| _mm256_permutexvar_epi16(index, book))
 }
 
 /// The eight 32-bit words of a span of sixteen rows: word `i` of the result has that of row `r` in lane `r`.

@@ -4,40 +4,12 @@
 
 use core::arch::x86_64::*;
 
+use super::Avx512;
 use super::registers::{load_f32, store_f32};
-use crate::gradients::Gradients;
-use crate::isa::avx2::{self, Avx2};
-use crate::isa::simd::steps::{Decode, Steps};
+use crate::isa::avx2::Avx2;
+use crate::isa::simd::steps::Decode;
 use crate::isa::simd::steps_transposed::Columns;
-use crate::isa::simd::{product_transposed, transposed_16x4};
-use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
-
-/// AVX-512, and AVX2 for what it is not better at.
-pub(super) struct Avx512(Avx2);
-
-#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-#[inline]
-fn steps() -> Steps<Avx512> {
-    let steps = Avx512(avx2::avx2());
-    // SAFETY: this function has the features of all steps.
-    unsafe { Steps::new(steps) }
-}
-
-#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) fn gemm_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
-    product_transposed::gemm_transposed_f32(&steps(), matrix, inputs, out);
-}
-
-#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) fn gemm_transposed_dense_add(a: &[f32], x: &[f32], batch: usize, out: &mut [f32]) {
-    product_transposed::gemm_transposed_dense_add(&steps(), a, x, batch, out);
-}
-
-#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) fn gemm_transposed(matrix: &Nf4Matrix<'_>, gradients: &Gradients<'_>, out: &mut [f32]) {
-    transposed_16x4::gemm_transposed(&steps(), matrix, gradients, out);
-}
 
 impl Decode<f32> for Avx512 {
     type Book = <Avx2 as Decode<f32>>::Book;
@@ -46,14 +18,14 @@ impl Decode<f32> for Avx512 {
     #[inline]
     unsafe fn book(&self, absmax: f32) -> Self::Book {
         // SAFETY: the caller's CPU has AVX2.
-        unsafe { Decode::<f32>::book(&self.0, absmax) }
+        unsafe { Decode::<f32>::book(&self.avx2, absmax) }
     }
 
     #[target_feature(enable = "avx2")]
     #[inline]
     unsafe fn decode(&self, book: &Self::Book, packed: &[u8; 16], out: &mut [f32; 32]) {
         // SAFETY: the caller's CPU has AVX2.
-        unsafe { Decode::<f32>::decode(&self.0, book, packed, out) }
+        unsafe { Decode::<f32>::decode(&self.avx2, book, packed, out) }
     }
 }
 

@@ -1,23 +1,25 @@
-//! x86-64 with AVX-512 and its VNNI: the 16x4 products, and the f32 products of batches. All else is that of AVX2, with
-//! its order of activations.
+//! x86-64 with AVX-512 and its VNNI: the 16x4 and 8x8 products, the transposed ones, and the f32 products of batches. All
+//! else is that of AVX2, with its order of activations.
 //!
 //! `vpermw` looks 16-bit weights up by codes whose upper bits it ignores, and `vpdpwssd` adds the two products of each
-//! 32-bit lane to a sum. A few vectors take two rows to a register (`few.rs`). The step for their spans of 32 packed
-//! bytes, where the lower half of each register belongs to the first row:
+//! 32-bit lane to a sum. A few vectors take a row at a time, in registers of 256 bits (`steps_16x4.rs`): a Zen 4 looks up
+//! as many words with them, and two rows in a register of 512 bits have to be put together first. CPUs of Intel, where
+//! `vpermw` takes two instructions of the one port that permutes, look up as AVX2 does. The step for 32 packed bytes, two
+//! halves of 128 bits:
 //!
 //! ```text
-//! low, high = unpack(bytes, bytes)          16-bit words b0 b0, b1 b1, .. b7 b7 and b8 b8, .. b15 b15 of 128 bits
+//! low, high = unpack(bytes, bytes)          16-bit words b0 b0, b1 b1, .. b7 b7 and b8 b8, .. b15 b15 of a half
 //! w0, w1 = BOOK[low >> 4], BOOK[high >> 4]  vpermw: even columns
 //! w2, w3 = BOOK[low], BOOK[high]            odd columns
-//! sums = w0 q0 + w1 q1 + w2 q2 + w3 q3      q is in both halves of a register
-//! lanes += f32(sums) * factors
+//! sums = w0 q0 + w1 q1 + (w2 q2 + w3 q3)
+//! lanes += f32(sums) * (absmax * scale)
 //! ```
 //!
 //! ```text
-//!                   row 0                                    row 1
-//! w0   0 2| 4 6| 8 10|12 14|32 34|36 38|40 42|44 46    0 2| 4 6| ..
-//! w1  16 18|20 22|24 26|28 30|48 50|52 54|56 58|60 62  16 18|20 22| ..
-//! lane  0    1     2     3     4     5     6     7       0     1
+//!          half 0                         half 1
+//! w0    0 2 | 4 6 | 8 10 | 12 14      32 34 | 36 38 | 40 42 | 44 46
+//! w1   16 18|20 22|24 26 | 28 30      48 50 | 52 54 | 56 58 | 60 62
+//! lane   0    1     2      3            4      5      6      7
 //! ```
 //!
 //! A larger batch puts sixteen rows into a register, and takes one lane after the other (`panel.rs`). The step for a lane
@@ -45,92 +47,113 @@
 
 mod codes;
 mod columns;
-mod few;
 mod panel;
 mod panel_f32;
 mod registers;
+mod steps_16x4;
 mod steps_8x8;
 mod steps_transposed;
 
-use core::arch::x86_64::{__m512i, _mm512_broadcast_i32x4};
+use core::arch::x86_64::{__m256i, __m512i, _mm512_broadcast_i32x4};
 
 use bytemuck::must_cast;
 
-use super::avx2;
+use super::avx2::{self, Avx2};
 use super::simd::planes::UNSIGNED_BOOK_I8;
 use super::simd::steps::Steps;
-use super::simd::{batch_8x8, product_8x8};
+use super::simd::{batch_8x8, batch_16x4, product_8x8, product_16x4, product_transposed, transposed_16x4};
 use super::table::{FloatTable, Isa, Table};
 use crate::activations::{Activations, Activations8x8};
+use crate::gradients::Gradients;
 use crate::matrix::Nf4Matrix;
-use crate::spec::SPAN;
+use crate::spec::{CODEBOOK_I16, SPAN};
 
 pub(super) static TABLE: Table = Table {
     isa: Isa::Avx512Vnni,
-    gemv: multiply,
-    gemm: multiply,
+    gemv: gemv::<true>,
+    gemm: gemm::<true>,
     gemv_8x8,
     gemm_8x8,
     f32: FloatTable { gemm_f32: panel_f32::gemm_f32, ..avx2::TABLE.f32 },
     f16: FloatTable { gemm_f32: panel_f32::gemm_f32, ..avx2::TABLE.f16 },
     bf16: FloatTable { gemm_f32: panel_f32::gemm_f32, ..avx2::TABLE.bf16 },
-    gemm_transposed_f32: columns::gemm_transposed_f32,
-    gemm_transposed: columns::gemm_transposed,
-    gemm_transposed_dense_add: columns::gemm_transposed_dense_add,
+    gemm_transposed_f32,
+    gemm_transposed,
+    gemm_transposed_dense_add,
     ..avx2::TABLE
 };
 
-/// A table for look-ups: the 8x8 codebook, larger by 128, in each 128 bits.
-struct Avx512 {
+/// For CPUs of Intel.
+pub(super) static INTEL: Table = Table { gemv: gemv::<false>, gemm: gemm::<false>, ..TABLE };
+
+/// Tables for look-ups, and AVX2 for what this is not better at. `WORDS` says whether the 16x4 product of a few vectors
+/// looks up words, or the two bytes of each.
+struct Avx512<const WORDS: bool = true> {
+    avx2: Avx2,
+    /// The 16x4 codebook.
+    i16_book: __m256i,
+    /// The 8x8 codebook, larger by 128, in each 128 bits.
     i8_book: __m512i,
 }
 
-#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx2,f16c,avx512bw,avx512vl,avx512vnni")]
 #[inline]
-fn steps() -> Steps<Avx512> {
-    let i8_book = _mm512_broadcast_i32x4(must_cast(UNSIGNED_BOOK_I8));
+fn steps<const WORDS: bool>() -> Steps<Avx512<WORDS>> {
+    let steps = Avx512 {
+        avx2: avx2::avx2(),
+        i16_book: must_cast(CODEBOOK_I16),
+        i8_book: _mm512_broadcast_i32x4(must_cast(UNSIGNED_BOOK_I8)),
+    };
     // SAFETY: this function has the features of all steps.
-    unsafe { Steps::new(Avx512 { i8_book }) }
+    unsafe { Steps::new(steps) }
 }
 
-/// The 8x8 product of a vector.
-#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn gemv_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
-    product_8x8::multiply(&steps(), matrix, activations, out);
-}
-
-/// The 8x8 product of a batch.
-#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn gemm_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
-    batch_8x8::gemm(&steps(), matrix, activations, out);
+/// The 16x4 product of a row-aligned matrix and a vector.
+#[target_feature(enable = "avx2,f16c,avx512bw,avx512vl,avx512vnni")]
+fn gemv<const WORDS: bool>(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    product_16x4::gemv(&steps::<WORDS>(), matrix, activations, out);
 }
 
 /// From this batch on, decoding into a panel is faster.
 const PANEL_BATCH: usize = 12;
 
-/// The 16x4 products of a row-aligned matrix and a batch.
-#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn multiply(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
-    if matrix.cols() == 0 {
-        out.fill(0.0);
-    } else if activations.batch() < PANEL_BATCH && !few::is_worthwhile(matrix) {
-        avx2::gemm(matrix, activations, out);
+/// The 16x4 product of a row-aligned matrix and a batch.
+#[target_feature(enable = "avx2,f16c,avx512bw,avx512vl,avx512vnni")]
+fn gemm<const WORDS: bool>(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    if activations.batch() == 1 {
+        gemv::<WORDS>(matrix, activations, out);
+    } else if activations.batch() < PANEL_BATCH {
+        batch_16x4::gemm(&steps::<WORDS>(), matrix, activations, out);
     } else if activations.group() == SPAN {
-        multiply_groups::<1>(matrix, activations, out);
+        panel::multiply::<1>(matrix, activations, out);
     } else {
-        multiply_groups::<2>(matrix, activations, out);
+        panel::multiply::<2>(matrix, activations, out);
     }
 }
 
-/// Whole panels of rows for a batch, and what is left in fours.
-#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-#[inline]
-fn multiply_groups<const GROUPS: usize>(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
-    let batch = activations.batch();
-    let rows = if batch < PANEL_BATCH { 0 } else { matrix.rows() / panel::ROWS * panel::ROWS };
-    let (panels, rest) = out.split_at_mut(rows * batch);
-    if !panels.is_empty() {
-        panel::multiply::<GROUPS>(matrix, activations, panels);
-    }
-    few::multiply::<GROUPS>(matrix, activations, rows, rest);
+/// The 8x8 product of a vector.
+#[target_feature(enable = "avx2,f16c,avx512bw,avx512vl,avx512vnni")]
+fn gemv_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    product_8x8::multiply(&steps::<true>(), matrix, activations, out);
+}
+
+/// The 8x8 product of a batch.
+#[target_feature(enable = "avx2,f16c,avx512bw,avx512vl,avx512vnni")]
+fn gemm_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut [f32]) {
+    batch_8x8::gemm(&steps::<true>(), matrix, activations, out);
+}
+
+#[target_feature(enable = "avx2,f16c,avx512bw,avx512vl,avx512vnni")]
+fn gemm_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
+    product_transposed::gemm_transposed_f32(&steps::<true>(), matrix, inputs, out);
+}
+
+#[target_feature(enable = "avx2,f16c,avx512bw,avx512vl,avx512vnni")]
+fn gemm_transposed_dense_add(a: &[f32], x: &[f32], batch: usize, out: &mut [f32]) {
+    product_transposed::gemm_transposed_dense_add(&steps::<true>(), a, x, batch, out);
+}
+
+#[target_feature(enable = "avx2,f16c,avx512bw,avx512vl,avx512vnni")]
+fn gemm_transposed(matrix: &Nf4Matrix<'_>, gradients: &Gradients<'_>, out: &mut [f32]) {
+    transposed_16x4::gemm_transposed(&steps::<true>(), matrix, gradients, out);
 }

@@ -21,7 +21,7 @@ use crate::spec::{SPAN, WEIGHT_STEP};
 /// Rows of a register.
 const LANES: usize = 16;
 /// Rows of a panel: two registers.
-pub(super) const ROWS: usize = 2 * LANES;
+const ROWS: usize = 2 * LANES;
 /// Spans of a panel. The weights of a half of them, 16 KB, stay in the nearest cache.
 const SPANS: usize = 8;
 /// Vectors that share a panel: 64 KB of lanes.
@@ -45,7 +45,7 @@ struct Panel {
 #[repr(align(64))]
 struct Tile([Lanes; VECTORS]);
 
-/// The products of panels of rows, the first ones of the matrix, and a batch.
+/// The products of a matrix and a batch.
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 #[inline(never)]
 pub(super) fn multiply<const GROUPS: usize>(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
@@ -53,7 +53,7 @@ pub(super) fn multiply<const GROUPS: usize>(matrix: &Nf4Matrix<'_>, activations:
     let mut panel =
         Panel { weights: [[[[[[0; 2 * LANES]; 2]; 4]; 4]; SPANS]; 2], absmax: [[[[0.0; LANES]; 2]; SPANS]; 2] };
     let mut tile = Tile([[[[[0.0; LANES]; 2]; 4]; 2]; VECTORS]);
-    for (first_row, out) in (0..).step_by(ROWS).zip(out.chunks_exact_mut(ROWS * batch)) {
+    for (first_row, out) in (0..).step_by(ROWS).zip(out.chunks_mut(ROWS * batch)) {
         for first in (0..batch).step_by(VECTORS) {
             let lanes = &mut tile.0[..(batch - first).min(VECTORS)];
             lanes.fill([[[[0.0; LANES]; 2]; 4]; 2]);
@@ -123,10 +123,11 @@ fn decode_span(panel: &mut Panel, span: usize, register: usize, packed: [&[u8; S
 // What follows has no features of its own, so that its closures are inlined: the compiler does not inline one with
 // features into the function of the standard library that calls it.
 
-/// Packed bytes and first block of the rows of a register.
+/// Packed bytes and first block of the rows of a register. Where there are less, the last row stands in for those that are
+/// missing.
 #[inline(always)]
 fn rows_of_register<'a>(matrix: &Nf4Matrix<'a>, first_row: usize) -> [(&'a [u8], usize); LANES] {
-    core::array::from_fn(|r| matrix.aligned_row(first_row + r))
+    core::array::from_fn(|r| matrix.aligned_row((matrix.rows() - 1).min(first_row + r)))
 }
 
 /// The absmax of eight groups of each row, as bytes, and 0 after the end of a row.

@@ -1,6 +1,6 @@
 //! Registers of 512 bits: loads, stores, and the assembly that the compiler does not make of its own accord.
 
-#![expect(unsafe_code, reason = "one instruction of assembly")]
+#![expect(unsafe_code, reason = "single instructions of assembly")]
 
 use core::arch::asm;
 use core::arch::x86_64::*;
@@ -33,13 +33,6 @@ pub(super) fn store_i16(out: &mut [i16; 32], x: __m512i) {
     *out = must_cast(x);
 }
 
-/// The same sixteen values in both halves.
-#[target_feature(enable = "avx512f")]
-#[inline]
-pub(super) fn broadcast_i16(x: &[i16; 16]) -> __m512i {
-    _mm512_broadcast_i64x4(must_cast(*x))
-}
-
 /// Two columns of a vector in all lanes.
 #[target_feature(enable = "avx512f")]
 #[inline]
@@ -64,6 +57,21 @@ pub(super) fn add_products(mut sums: __m512i, a: __m512i, b: __m512i) -> __m512i
         asm!(
             "vpdpwssd {0}, {1}, {2}",
             inout(zmm_reg) sums, in(zmm_reg) a, in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
+}
+
+/// As [`add_products`], of 256 bits.
+#[target_feature(enable = "avx512vl,avx512vnni")]
+#[inline]
+pub(super) fn add_products_256(mut sums: __m256i, a: __m256i, b: __m256i) -> __m256i {
+    // SAFETY: computes on registers alone, with an instruction of this function's features.
+    unsafe {
+        asm!(
+            "vpdpwssd {0}, {1}, {2}",
+            inout(ymm_reg) sums, in(ymm_reg) a, in(ymm_reg) b,
             options(pure, nomem, nostack, preserves_flags)
         );
     }

@@ -9,7 +9,7 @@ use bytemuck::must_cast;
 use super::Avx512;
 use super::codes::transpose;
 use super::registers::two_spans;
-use crate::isa::avx2::{add_lanes_of_four as add_lanes_of_four_256, prefetch};
+use crate::isa::avx2::{Avx2, add_lanes_of_four as add_lanes_of_four_256, prefetch, prefetch_second};
 use crate::isa::simd::steps_8x8::{
     PanelSpan, Quad, QuadAbsmax, QuadSums, ROWS, Steps8x8, Sums, VECTORS, VectorSpan, Weights, trimmed, trimmed_vectors,
 };
@@ -18,6 +18,7 @@ use crate::spec::SPAN;
 impl Steps8x8 for Avx512 {
     const QUADS: usize = 2;
     const FEW: usize = 8;
+    const AHEAD: usize = <Avx2 as Steps8x8>::AHEAD;
     const EMPTY: Weights = [[0; 4 * ROWS]; 16];
 
     type Weights = Weights;
@@ -103,8 +104,10 @@ impl Steps8x8 for Avx512 {
             totals[n] = must_cast([sums[n][0], sums[n][Q - 1]]);
         }
         for s in 0..spans {
-            for row in [a, b, c, d, e, f, g, h] {
-                prefetch(&row[s], ahead);
+            if s.is_multiple_of(2) {
+                for row in [a, b, c, d, e, f, g, h] {
+                    prefetch_second(&row[s], ahead);
+                }
             }
             let pairs =
                 [two_spans(&a[s], &e[s]), two_spans(&b[s], &f[s]), two_spans(&c[s], &g[s]), two_spans(&d[s], &h[s])];

@@ -6,7 +6,7 @@ use core::arch::x86_64::*;
 
 use bytemuck::must_cast;
 
-use super::columns::Avx512;
+use super::Avx512;
 use super::registers::{add_products, load_f32};
 use crate::format::CODEBOOK;
 use crate::gradients::Gradients;

@@ -13,7 +13,7 @@
 //! ```
 
 use super::absmax;
-use super::product_16x4::{AHEAD, padded};
+use super::product_16x4::padded;
 use super::steps::Steps;
 use super::steps_8x8::{Quad, QuadAbsmax, QuadSums, Steps8x8};
 use crate::activations::Activations8x8;
@@ -115,7 +115,7 @@ fn sums_of_rows<S: Steps8x8, const Q: usize, const N: usize, const GROUPS: usize
     vectors: &[Activations8x8<'_>; N],
     tile: &mut Tile<Q>,
 ) -> [[QuadSums; Q]; N] {
-    let ahead = ahead::<Q>(matrix);
+    let ahead = ahead::<S, Q>(matrix);
     let shift = matrix.block_size().get().trailing_zeros() - (SPAN / GROUPS).trailing_zeros();
     let mut values = [&[[0; SPAN]; 0][..]; N];
     let mut scales = [&[[0.0; 2]; 0][..]; N];
@@ -163,8 +163,9 @@ fn sums_of_rows<S: Steps8x8, const Q: usize, const N: usize, const GROUPS: usize
     sums
 }
 
-/// How many bytes it is to the same columns of the next rows.
+/// How many bytes it is to the same columns of rows that come next, and are far enough away.
 #[inline(always)]
-fn ahead<const Q: usize>(matrix: &Nf4Matrix<'_>) -> usize {
-    (4 * Q * matrix.cols() / 2).max(AHEAD)
+fn ahead<S: Steps8x8, const Q: usize>(matrix: &Nf4Matrix<'_>) -> usize {
+    let next = (4 * Q * matrix.cols() / 2).max(1);
+    next * S::AHEAD.div_ceil(next)
 }

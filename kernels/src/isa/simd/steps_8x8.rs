@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "declares steps that not every CPU can run, and calls them where this one is known to")]
 
+use super::product_16x4;
 use super::steps::Steps;
 use crate::spec::SPAN;
 
@@ -76,6 +77,9 @@ pub(in crate::isa) trait Steps8x8: Sized {
 
     /// The largest batch for which rows are decoded into registers; larger ones have panels.
     const FEW: usize;
+
+    /// How many bytes ahead of their use [`Self::add_quads`] prefetches packed bytes, at least.
+    const AHEAD: usize = product_16x4::AHEAD;
 
     /// The decoded weights of a span of a panel, in the order of the instruction set: [`Weights`], or what else it likes.
     type Weights: Copy;
