@@ -153,18 +153,24 @@ fn gemv_plain<S: Steps16x4, const GROUPS: usize>(
         }
         return;
     }
-    // Those of several short rows at a time: a factor is not stored just before it is loaded, which would stall.
+    // Those of several short rows at a time: a factor is not stored just before it is loaded, which would stall. Then their
+    // outputs, whose additions would else wait for each other at the end of each row.
     let rows = (FACTORS / scales.len()).min(out.len());
-    let mut scales_of_rows = [0.0; FACTORS];
+    let (mut scales_of_rows, mut lanes_of_rows) = ([0.0; FACTORS], [[0.0; 8]; FACTORS]);
     scales_of_rows.chunks_exact_mut(scales.len()).take(rows).for_each(|row| row.copy_from_slice(scales));
     for (tile, out) in out.chunks_mut(rows.max(1)).enumerate() {
         let factors = &mut factors[..out.len() * scales.len()];
         let (_, first_block) = matrix.aligned_row(tile * rows);
         fill_factors(factors, &scales_of_rows, &absmax[first_block..], shift);
-        for ((row, out), factors) in (tile * rows..).zip(out).zip(factors.chunks_exact(scales.len())) {
+        let lanes_of_rows = &mut lanes_of_rows[..out.len()];
+        for ((row, lanes), factors) in (tile * rows..).zip(&mut *lanes_of_rows).zip(factors.chunks_exact(scales.len()))
+        {
             let (packed, _) = matrix.aligned_row(row);
-            let lanes = steps.load(&[0.0; 8]);
-            *out = result(steps, add_factored::<S, GROUPS>(steps, lanes, packed, values, factors));
+            let sums = add_factored::<S, GROUPS>(steps, steps.load(&[0.0; 8]), packed, values, factors);
+            steps.store(lanes, sums);
+        }
+        for (out, lanes) in out.iter_mut().zip(lanes_of_rows) {
+            *out = result(steps, steps.load(lanes));
         }
     }
 }
