@@ -4,7 +4,7 @@ use core::hint::black_box;
 use std::process::Command;
 
 use anyhow::Result;
-use nf4::{Adapters, Arithmetic, BlockSize, MultiAdapterLayer, Quantized4Bit, Scratch};
+use nf4::{Adapters, Arithmetic, BlockSize, Kernels, MultiAdapterLayer, Quantized4Bit, Scratch};
 
 use crate::measure::{BATCHES, Entry, Peer, Problem};
 use crate::run::locked_version;
@@ -58,6 +58,13 @@ fn version() -> String {
     format!("{} ({})", locked_version("nf4"), commit.as_deref().map_or("commit unknown", str::trim))
 }
 
+/// Those that the CPU has, or AVX2 if the others are compiled for no more.
+fn kernels() -> Kernels {
+    let held = cfg!(target_feature = "avx2") && !cfg!(target_feature = "avx512f");
+    let avx2 = || Kernels::available().find(|kernels| kernels.isa().name() == "avx2");
+    held.then(avx2).flatten().unwrap_or_else(Kernels::detect)
+}
+
 /// The 16x4 and the 8x8 product, with plain and nested absmax, and the f32 product.
 pub fn entries(problem: &Problem) -> Vec<Result<Entry>> {
     let arithmetics = [
@@ -71,7 +78,7 @@ pub fn entries(problem: &Problem) -> Vec<Result<Entry>> {
         let Problem { rows, cols, .. } = *problem;
         let weight = Quantized4Bit::quantize(&problem.weights, rows, cols, BlockSize::B64, nested)?;
         let (bytes, weights) = (weight.memory_bytes(), weight.dequantize::<f32>());
-        let layer = MultiAdapterLayer::new(weight).with_arithmetic(arithmetic);
+        let layer = MultiAdapterLayer::new(weight).with_arithmetic(arithmetic).with_kernels(kernels());
         let largest = BATCHES[2];
         let peer = Layers {
             double_quant: nested,
