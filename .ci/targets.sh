@@ -67,11 +67,12 @@ check_bare() {
     export RUSTFLAGS="-D warnings"
     export CARGO_TARGET_DIR=target/bare
 
-    # What a crate needs does not depend on the target, so one is enough to see that these two do without `alloc`.
-    target=thumbv7em-none-eabihf
-    cargo build -q --locked -Zbuild-std=core -p nf4-kernels --target "$target"
-    cargo build -q --locked -Zbuild-std=core -p nf4 --no-default-features --target "$target"
-    echo "$target: nf4-kernels and nf4 without alloc, where there is none"
+    # That these two do without `alloc`, in portable code and in that of NEON; x86-64 follows.
+    for target in thumbv7em-none-eabihf aarch64-unknown-none; do
+        cargo build -q --locked -Zbuild-std=core -p nf4-kernels --target "$target"
+        cargo build -q --locked -Zbuild-std=core -p nf4 --no-default-features --target "$target"
+        echo "$target: nf4-kernels and nf4 without alloc, where there is none"
+    done
     for target in thumbv7em-none-eabihf thumbv6m-none-eabi riscv32imac-unknown-none-elf aarch64-unknown-none; do
         cargo build -q --locked -Zbuild-std=core,alloc -p nf4-kernels --target "$target"
         cargo build -q --locked -Zbuild-std=core,alloc -p nf4 --no-default-features --target "$target"
