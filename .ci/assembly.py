@@ -73,7 +73,7 @@ HOT = {
     "avx2": [
         ("16x4, one vector", r"avx2::entries::gemv$", "vpmaddwd"),
         ("16x4, eight vectors", r"Steps16x4 for .*Avx2<_>>::few_vectors$", "vpmaddwd"),
-        ("16x4, a batch", r"Steps16x4 for .*Avx2<_>>::add_panel$", "vpmaddwd"),
+        ("16x4, a batch", r"Panels16x4 for .*Avx2<_>>::add_panel$", "vpmaddwd"),
         ("8x8, one vector", r"Steps8x8 for .*Avx2<_>>::add_quads$", "vpmaddubsw", min),
         ("8x8, a batch", r"Avx2<_>>::add_(panel|groups)$", "vpmaddubsw"),
         ("f32, one vector", r"avx2::entries::gemv_f32$", "vmulps"),
@@ -88,7 +88,7 @@ HOT = {
     "avx-vnni": [
         ("16x4, one vector", r"avx2::entries::gemv_vnni$", VNNI),
         ("16x4, eight vectors", r"Steps16x4 for .*Avx2<_>>::few_vectors$", VNNI),
-        ("16x4, a batch", r"Steps16x4 for .*Avx2<_>>::add_panel$", VNNI),
+        ("16x4, a batch", r"Panels16x4 for .*Avx2<_>>::add_panel$", VNNI),
         ("8x8, one vector", r"Steps8x8 for .*Avx2<_>>::add_quads$", BYTE_VNNI, min),
         ("8x8, a batch", r"Avx2<_>>::add_(panel|groups)$", BYTE_VNNI),
     ],
@@ -106,7 +106,7 @@ HOT = {
     "neon": [
         ("16x4, one vector", r"neon::entries::gemv$", "smlal"),
         ("16x4, four vectors", r"Steps16x4 for .*::Neon>::few_vectors$", "smlal"),
-        ("16x4, a batch", r"Steps16x4 for .*::Neon>::add_panel$", "smlal"),
+        ("16x4, a batch", r"Panels16x4 for .*::Neon>::add_panel$", "smlal"),
         ("8x8, one vector", r"steps_8x8::Plain as .*::add_quads$", "smlal"),
         ("8x8, a batch", r"steps_8x8::Plain as .*::add_panel$", "smlal"),
         ("f32, one vector", r"neon::entries::gemv_f32$", "tbl"),
@@ -125,7 +125,7 @@ HOT = {
     "simd128": [
         ("16x4, one vector", r"simd128::entries::gemv$", WASM),
         ("16x4, four vectors", r"Steps16x4>::few_vectors::<1, 4>$", WASM),
-        ("16x4, a batch", r"Steps16x4>::add_panel::<1>$", WASM),
+        ("16x4, a batch", r"Panels16x4>::add_panel::<1>$", WASM),
         ("8x8, one vector", r"Steps8x8>::add_quads", WASM),
         ("8x8, a batch", r"Steps8x8>::add_panel|simd128::steps_8x8::add_vectors", WASM),
         ("f32, one vector", r"simd128::entries::gemv_f32::<f32>$", r"f32x4\.mul"),
@@ -147,7 +147,7 @@ CPUS = [
     ("Zen 3", "znver3", "avx2", "hardware"),
     ("Ice Lake", "icelake-server", "avx512-vnni", "parts in Bochs"),
     ("Alder Lake", "alderlake", "avx-vnni", "parts in Bochs"),
-    ("Sapphire Rapids", "sapphirerapids", "avx512-vnni", "hardware; parts in Bochs"),
+    ("Sapphire Rapids", "sapphirerapids", "avx512-vnni", "parts in Bochs"),
     ("Zen 4", "znver4", "avx512-vnni", "hardware; parts in Bochs"),
     ("Zen 5", "znver5", "avx512-vnni", "parts in Bochs"),
 ]

@@ -61,6 +61,7 @@ const CASES: &[Case] = &[
     Case { name: "batch of 8, 384 columns", rows: 4096, cols: 384, batch: 8, ..DEFAULT },
     Case { name: "batch of 32", batch: 32, ..DEFAULT },
     Case { name: "batch of 128", batch: 128, ..DEFAULT },
+    Case { name: "batch of 128, 72 rows", rows: 72, batch: 128, ..DEFAULT },
     Case { name: "batch of 128, 384 columns", rows: 4096, cols: 384, batch: 128, ..DEFAULT },
     Case { name: "one vector, 384 columns, blocks of 256", rows: 4096, cols: 384, block: 256, ..DEFAULT },
     Case { name: "batch of 8, 384 columns, blocks of 256", rows: 4096, cols: 384, block: 256, batch: 8, ..DEFAULT },

@@ -70,6 +70,8 @@ fn batches_give_the_bits_of_single_vectors_over_all_panels() {
             (9, 1056, BlockSize::B32),
             (40, 576, BlockSize::B64),
             (70, 1088, BlockSize::B64),
+            // Rows that are missing in a panel, which others stand in for.
+            (62, 576, BlockSize::B64),
             (17, 2080, BlockSize::B32),
             (16, 2048, BlockSize::B128),
             (70, 1024, BlockSize::B256),

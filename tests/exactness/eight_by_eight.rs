@@ -215,6 +215,9 @@ fn batches_give_the_bits_of_single_vectors_over_all_panels() {
                     .for_each(|batch| check_batch(k, &q, batch, g));
             }
         }
+        // More rows and more vectors than a tile has.
+        let q = Quantized::new(k, &inputs("bell", 131 * 96, g), 131, 96, nf4::BlockSize::B64);
+        check_batch(k, &q, 130, g);
         println!("8x8 panels on {}", k.isa());
     }
 }

@@ -18,10 +18,11 @@
 //! | `mean`, `quantize_absmax` | `double_quant.rs`, one for all | |
 //!
 //! `avx512/` multiplies a batch by loops of its own, which put rows into the lanes of a register (`panel.rs`, `panel_f32.rs`),
-//! has wider steps for 8x8 and the transposed products (`columns.rs`), and takes all else from `avx2/`. `neon/` has three kinds of
-//! steps for 8x8: `steps_8x8.rs`, and for CPUs with more than NEON `dotprod.rs` and `i8mm.rs`. `cortex_m_dsp/` multiplies both
-//! kinds of integers by loops of its own, two rows at a time, and takes all else from `scalar/`. The inner loops, as
-//! they are compiled, stand in `asm/`, those of the 16x4 products of x86-64 with the cycles that they are modelled to take.
+//! has wider steps for 8x8 and the transposed products (`columns.rs`), and takes all else from `avx2/`. `neon/` has three
+//! kinds of steps for 8x8: `steps_8x8.rs`, and for CPUs with more than NEON `dotprod.rs` and `i8mm.rs`. `cortex_m_dsp/`
+//! multiplies both kinds of integers by loops of its own, two rows at a time, and takes all else from `scalar/`. The inner
+//! loops, as they are compiled, stand in `asm/`, those of the 16x4 products of x86-64 with the cycles that they are modelled to
+//! take.
 //!
 //! An arithmetic for packed weights takes three files: its traits, `simd/steps_NAME.rs`, its loops,
 //! `simd/product_NAME.rs`, and its steps, `steps_NAME.rs` in the folder of each instruction set.

@@ -13,7 +13,7 @@ use crate::activations::Activations;
 use crate::isa::simd::batch_16x4;
 use crate::isa::simd::panel_16x4;
 use crate::isa::simd::steps::Steps;
-use crate::isa::simd::steps_16x4::{Panel, PanelLanes, Steps16x4};
+use crate::isa::simd::steps_16x4::{Panel, PanelLanes, Panels16x4, Steps16x4};
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
@@ -26,12 +26,6 @@ impl<const VNNI: bool> Steps16x4 for Avx2<VNNI> {
     #[inline]
     unsafe fn load_span(&self, values: &[i16; SPAN]) -> [__m256i; 4] {
         must_cast(*values)
-    }
-
-    #[target_feature(enable = "avx2")]
-    #[inline]
-    unsafe fn store_span(&self, out: &mut [i16; SPAN], span: [__m256i; 4]) {
-        *out = must_cast(span);
     }
 
     #[target_feature(enable = "avx2")]
@@ -77,6 +71,14 @@ impl<const VNNI: bool> Steps16x4 for Avx2<VNNI> {
         out: &mut [f32],
     ) {
         batch_16x4::few_vectors::<Self, GROUPS, N>(steps, matrix, activations, first, out);
+    }
+}
+
+impl<const VNNI: bool> Panels16x4 for Avx2<VNNI> {
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    unsafe fn store_span(&self, out: &mut [i16; SPAN], span: [__m256i; 4]) {
+        *out = must_cast(span);
     }
 
     #[target_feature(enable = "avx2")]

@@ -66,7 +66,7 @@ use super::table::{FloatTable, Isa, Table};
 use crate::activations::{Activations, Activations8x8};
 use crate::gradients::Gradients;
 use crate::matrix::Nf4Matrix;
-use crate::spec::{CODEBOOK_I16, SPAN};
+use crate::spec::CODEBOOK_I16;
 
 pub(super) static TABLE: Table = Table {
     isa: Isa::Avx512Vnni,
@@ -123,12 +123,22 @@ fn gemm<const WORDS: bool>(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>
     if activations.batch() == 1 {
         gemv::<WORDS>(matrix, activations, out);
     } else if activations.batch() < PANEL_BATCH {
-        batch_16x4::gemm(&steps::<WORDS>(), matrix, activations, out);
-    } else if activations.group() == SPAN {
-        panel::multiply::<1>(matrix, activations, out);
+        batch_16x4::gemm_eights(&steps::<WORDS>(), matrix, activations, out);
+    } else if let Ok((panels, rest)) = matrix.split_at_row(rows_in_panels(matrix.rows())) {
+        let (out, out_rest) = out.split_at_mut(panels.rows() * activations.batch());
+        panel::gemm(&panels, activations, out);
+        if rest.rows() > 0 {
+            batch_16x4::gemm_eights(&steps::<WORDS>(), &rest, activations, out_rest);
+        }
     } else {
-        panel::multiply::<2>(matrix, activations, out);
+        panel::gemm(matrix, activations, out);
     }
+}
+
+/// Rows that are multiplied in panels. What is left, if it fills less than three quarters of one, is sooner done without.
+fn rows_in_panels(rows: usize) -> usize {
+    let rest = rows % panel::ROWS;
+    if rest < panel::ROWS / 4 * 3 { rows - rest } else { rows }
 }
 
 /// The 8x8 product of a vector.

@@ -21,7 +21,7 @@ use crate::spec::{SPAN, WEIGHT_STEP};
 /// Rows of a register.
 const LANES: usize = 16;
 /// Rows of a panel: two registers.
-const ROWS: usize = 2 * LANES;
+pub(super) const ROWS: usize = 2 * LANES;
 /// Spans of a panel. The weights of a half of them, 16 KB, stay in the nearest cache.
 const SPANS: usize = 8;
 /// Vectors that share a panel: 64 KB of lanes.
@@ -45,10 +45,23 @@ struct Panel {
 #[repr(align(64))]
 struct Tile([Lanes; VECTORS]);
 
-/// The products of a matrix and a batch.
+/// The products of a row-aligned matrix and a batch.
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
+pub(super) fn gemm(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+    if out.is_empty() {
+        return;
+    }
+    if activations.group() == SPAN {
+        multiply::<1>(matrix, activations, out);
+    } else {
+        multiply::<2>(matrix, activations, out);
+    }
+}
+
+/// [`gemm`] with `GROUPS` activation groups in a span.
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 #[inline(never)]
-pub(super) fn multiply<const GROUPS: usize>(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
+fn multiply<const GROUPS: usize>(matrix: &Nf4Matrix<'_>, activations: &Activations<'_>, out: &mut [f32]) {
     let batch = activations.batch();
     let mut panel =
         Panel { weights: [[[[[[0; 2 * LANES]; 2]; 4]; 4]; SPANS]; 2], absmax: [[[[0.0; LANES]; 2]; SPANS]; 2] };

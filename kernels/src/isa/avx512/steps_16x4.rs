@@ -9,9 +9,9 @@ use super::codes::look_up_columns;
 use super::registers::add_products_256;
 use crate::activations::Activations;
 use crate::isa::avx2::{Avx2, broadcast, prefetch, spread_products};
+use crate::isa::simd::batch_16x4;
 use crate::isa::simd::steps::{Lanes, Steps};
-use crate::isa::simd::steps_16x4::{Panel, PanelLanes, Steps16x4};
-use crate::isa::simd::{batch_16x4, panel_16x4};
+use crate::isa::simd::steps_16x4::Steps16x4;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
@@ -55,13 +55,6 @@ impl<const WORDS: bool> Steps16x4 for Avx512<WORDS> {
     unsafe fn load_span(&self, values: &[i16; SPAN]) -> Self::Span {
         // SAFETY: the caller's CPU has AVX2.
         unsafe { self.avx2.load_span(values) }
-    }
-
-    #[target_feature(enable = "avx2")]
-    #[inline]
-    unsafe fn store_span(&self, out: &mut [i16; SPAN], span: Self::Span) {
-        // SAFETY: the caller's CPU has AVX2.
-        unsafe { self.avx2.store_span(out, span) }
     }
 
     #[target_feature(enable = "avx2,avx512bw,avx512vl")]
@@ -112,19 +105,6 @@ impl<const WORDS: bool> Steps16x4 for Avx512<WORDS> {
         out: &mut [f32],
     ) {
         batch_16x4::few_vectors::<Self, GROUPS, N>(steps, matrix, activations, first, out);
-    }
-
-    #[target_feature(enable = "avx2,f16c,avx512bw,avx512vl,avx512vnni")]
-    #[inline(never)]
-    unsafe fn add_panel<const GROUPS: usize>(
-        steps: &Steps<Self>,
-        panel: &Panel<GROUPS>,
-        values: &[[i16; SPAN]],
-        scales: &[f32],
-        ahead: usize,
-        lanes: &mut PanelLanes,
-    ) {
-        panel_16x4::add_panel(steps, panel, values, scales, ahead, lanes);
     }
 }
 

@@ -13,7 +13,7 @@ use crate::activations::Activations;
 use crate::isa::simd::batch_16x4;
 use crate::isa::simd::panel_16x4;
 use crate::isa::simd::steps::Steps;
-use crate::isa::simd::steps_16x4::{Panel, PanelLanes, Steps16x4};
+use crate::isa::simd::steps_16x4::{Panel, PanelLanes, Panels16x4, Steps16x4};
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
@@ -27,12 +27,6 @@ impl Steps16x4 for Neon {
     #[inline]
     unsafe fn load_span(&self, values: &[i16; SPAN]) -> [int16x8_t; 8] {
         must_cast(*values)
-    }
-
-    #[target_feature(enable = "neon")]
-    #[inline]
-    unsafe fn store_span(&self, out: &mut [i16; SPAN], span: [int16x8_t; 8]) {
-        *out = must_cast(span);
     }
 
     #[target_feature(enable = "neon")]
@@ -82,6 +76,14 @@ impl Steps16x4 for Neon {
         out: &mut [f32],
     ) {
         batch_16x4::few_vectors::<Self, GROUPS, N>(steps, matrix, activations, first, out);
+    }
+}
+
+impl Panels16x4 for Neon {
+    #[target_feature(enable = "neon")]
+    #[inline]
+    unsafe fn store_span(&self, out: &mut [i16; SPAN], span: [int16x8_t; 8]) {
+        *out = must_cast(span);
     }
 
     #[target_feature(enable = "neon")]

@@ -6,7 +6,7 @@
 use super::panel_16x4;
 use super::product_16x4::{padded, result};
 use super::steps::Steps;
-use super::steps_16x4::Steps16x4;
+use super::steps_16x4::{Panels16x4, Steps16x4};
 use crate::activations::Activations;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
@@ -34,29 +34,43 @@ struct Panel<const GROUPS: usize> {
 /// in the order of use, aligned, and small enough for the nearest cache; so a tile of rows shares them. The lanes of a
 /// row wait on the stack from one tile of columns to the next, so that they are added to in the order of [`gemv`].
 #[inline(always)]
-pub(in crate::isa) fn gemm<S: Steps16x4>(
+pub(in crate::isa) fn gemm<S: Panels16x4>(
+    steps: &Steps<S>,
+    matrix: &Nf4Matrix<'_>,
+    activations: &Activations<'_>,
+    out: &mut [f32],
+) {
+    if activations.batch() < MANY {
+        gemm_eights(steps, matrix, activations, out);
+    } else if activations.group() == SPAN {
+        panel_16x4::gemm::<S, 1>(steps, matrix, activations, out);
+    } else {
+        panel_16x4::gemm::<S, 2>(steps, matrix, activations, out);
+    }
+}
+
+/// [`gemm`] without panels.
+#[inline(always)]
+pub(in crate::isa) fn gemm_eights<S: Steps16x4>(
     steps: &Steps<S>,
     matrix: &Nf4Matrix<'_>,
     activations: &Activations<'_>,
     out: &mut [f32],
 ) {
     if activations.group() == SPAN {
-        gemm_groups::<S, 1>(steps, matrix, activations, out);
+        eights::<S, 1>(steps, matrix, activations, out);
     } else {
-        gemm_groups::<S, 2>(steps, matrix, activations, out);
+        eights::<S, 2>(steps, matrix, activations, out);
     }
 }
 
 #[inline(always)]
-fn gemm_groups<S: Steps16x4, const GROUPS: usize>(
+fn eights<S: Steps16x4, const GROUPS: usize>(
     steps: &Steps<S>,
     matrix: &Nf4Matrix<'_>,
     activations: &Activations<'_>,
     out: &mut [f32],
 ) {
-    if activations.batch() >= MANY {
-        return panel_16x4::gemm::<S, GROUPS>(steps, matrix, activations, out);
-    }
     let mut first = 0;
     while first < activations.batch() {
         let left = S::VECTORS.min(activations.batch() - first);

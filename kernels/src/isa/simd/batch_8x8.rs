@@ -31,8 +31,8 @@ use crate::spec::{GROUP_8X8, SPAN};
 /// Zen 4 with AVX-512, because panels are decoded twice as often.
 const CHUNKS: usize = 16;
 
-/// Sums of panels that share activations: 128 KB wait on the stack from one panel of columns to the next. Of a small batch there
-/// are more panels.
+/// Sums of panels that share activations: 128 KB wait on the stack from one panel of columns to the next. Of a small batch
+/// there are more panels.
 const SUMS: usize = 4 * CHUNKS;
 
 /// The 8x8 product of a matrix of whole groups and a batch.

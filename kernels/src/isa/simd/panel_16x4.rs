@@ -21,7 +21,7 @@
 
 use super::product_16x4::{padded, result};
 use super::steps::Steps;
-use super::steps_16x4::{PANEL_ROWS as ROWS, PANEL_SPANS as SPANS, Panel, PanelLanes, Steps16x4};
+use super::steps_16x4::{PANEL_ROWS as ROWS, PANEL_SPANS as SPANS, Panel, PanelLanes, Panels16x4};
 use crate::activations::Activations;
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
@@ -31,7 +31,7 @@ const VECTORS: usize = 64;
 
 /// The product with `GROUPS` activation groups in a span.
 #[inline(always)]
-pub(super) fn gemm<S: Steps16x4, const GROUPS: usize>(
+pub(super) fn gemm<S: Panels16x4, const GROUPS: usize>(
     steps: &Steps<S>,
     matrix: &Nf4Matrix<'_>,
     activations: &Activations<'_>,
@@ -70,7 +70,7 @@ pub(super) fn gemm<S: Steps16x4, const GROUPS: usize>(
 
 /// Decodes some spans of a row of the matrix into row `place` of a panel.
 #[inline(always)]
-fn decode_row<S: Steps16x4, const GROUPS: usize>(
+fn decode_row<S: Panels16x4, const GROUPS: usize>(
     steps: &Steps<S>,
     matrix: &Nf4Matrix<'_>,
     row: usize,
@@ -103,7 +103,7 @@ fn decode_row<S: Steps16x4, const GROUPS: usize>(
 /// Adds the products of a panel and the activations of a vector to its lanes: as many spans as `values` has. Prefetches
 /// the activations that are `ahead` bytes further.
 #[inline(always)]
-pub(in crate::isa) fn add_panel<S: Steps16x4, const GROUPS: usize>(
+pub(in crate::isa) fn add_panel<S: Panels16x4, const GROUPS: usize>(
     steps: &Steps<S>,
     panel: &Panel<GROUPS>,
     values: &[[i16; SPAN]],
@@ -131,7 +131,7 @@ pub(in crate::isa) fn add_panel<S: Steps16x4, const GROUPS: usize>(
 
 /// As [`add_panel`], for `R` rows from `first` on, whose lanes are in registers.
 #[inline(always)]
-fn add_rows<S: Steps16x4, const GROUPS: usize, const R: usize>(
+fn add_rows<S: Panels16x4, const GROUPS: usize, const R: usize>(
     steps: &Steps<S>,
     panel: &Panel<GROUPS>,
     first: usize,

@@ -37,8 +37,6 @@ pub(in crate::isa) trait Steps16x4: Lanes + Sized {
 
     unsafe fn load_span(&self, values: &[i16; SPAN]) -> Self::Span;
 
-    unsafe fn store_span(&self, out: &mut [i16; SPAN], span: Self::Span);
-
     /// The weights of a span, in the order of the activations.
     unsafe fn decode_span(&self, packed: &[u8; SPAN / 2]) -> Self::Span;
 
@@ -70,6 +68,14 @@ pub(in crate::isa) trait Steps16x4: Lanes + Sized {
         first: usize,
         out: &mut [f32],
     );
+}
+
+/// The steps of the loops in `panel_16x4.rs`.
+///
+/// # Safety
+/// Every method needs a CPU with the instruction set.
+pub(in crate::isa) trait Panels16x4: Steps16x4 {
+    unsafe fn store_span(&self, out: &mut [i16; SPAN], span: Self::Span);
 
     /// The loop [`super::panel_16x4::add_panel`] in a function that is not inlined, so that all registers are its own.
     unsafe fn add_panel<const GROUPS: usize>(
@@ -87,12 +93,6 @@ impl<S: Steps16x4> Steps<S> {
     pub(super) fn load_span(&self, values: &[i16; SPAN]) -> S::Span {
         // SAFETY: `self` proves that the CPU has the instruction set.
         unsafe { self.get().load_span(values) }
-    }
-
-    #[inline(always)]
-    pub(super) fn store_span(&self, out: &mut [i16; SPAN], span: S::Span) {
-        // SAFETY: `self` proves that the CPU has the instruction set.
-        unsafe { self.get().store_span(out, span) }
     }
 
     #[inline(always)]
@@ -136,6 +136,14 @@ impl<S: Steps16x4> Steps<S> {
     ) {
         // SAFETY: `self` proves that the CPU has the instruction set.
         unsafe { S::few_vectors::<GROUPS, N>(self, matrix, activations, first, out) }
+    }
+}
+
+impl<S: Panels16x4> Steps<S> {
+    #[inline(always)]
+    pub(super) fn store_span(&self, out: &mut [i16; SPAN], span: S::Span) {
+        // SAFETY: `self` proves that the CPU has the instruction set.
+        unsafe { self.get().store_span(out, span) }
     }
 
     #[inline(always)]

@@ -13,7 +13,7 @@ use crate::activations::Activations;
 use crate::isa::simd::batch_16x4;
 use crate::isa::simd::panel_16x4;
 use crate::isa::simd::steps::Steps;
-use crate::isa::simd::steps_16x4::{Panel, PanelLanes, Steps16x4};
+use crate::isa::simd::steps_16x4::{Panel, PanelLanes, Panels16x4, Steps16x4};
 use crate::matrix::Nf4Matrix;
 use crate::spec::SPAN;
 
@@ -26,11 +26,6 @@ impl Steps16x4 for Simd128 {
     #[inline]
     unsafe fn load_span(&self, values: &[i16; SPAN]) -> [v128; 8] {
         must_cast(*values)
-    }
-
-    #[inline]
-    unsafe fn store_span(&self, out: &mut [i16; SPAN], span: [v128; 8]) {
-        *out = must_cast(span);
     }
 
     #[inline]
@@ -73,6 +68,13 @@ impl Steps16x4 for Simd128 {
         out: &mut [f32],
     ) {
         batch_16x4::few_vectors::<Self, GROUPS, N>(steps, matrix, activations, first, out);
+    }
+}
+
+impl Panels16x4 for Simd128 {
+    #[inline]
+    unsafe fn store_span(&self, out: &mut [i16; SPAN], span: [v128; 8]) {
+        *out = must_cast(span);
     }
 
     #[inline(never)]
