@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # benches/before/run.sh [ISA [TEXT]]: the kernels of this tree beside those of commit $BEFORE in one process.
 #
-# The crate is made in target/before, because it needs two versions of one.
+# The crate is made outside this repository, because cargo would take the older kernels for a member of its workspace.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 before=${BEFORE:-322f349}
-crate=${CARGO_TARGET_DIR:-target}/before
+crate=${TMPDIR:-/tmp}/nf4-before
 mkdir -p "$crate"
 rm -rf "$crate/$before"
 mkdir "$crate/$before"
