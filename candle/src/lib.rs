@@ -1,11 +1,12 @@
 //! NF4 and `QLoRA` linear layers for [candle](candle_core).
 //!
 //! * [`Nf4Linear`]: a frozen 4-bit weight of `bitsandbytes`, multiplied directly on the packed bytes.
-//! * [`QLoRALinear`]: the same with a `LoRA` adapter, whose `A` and `B` are variables of a [`candle_nn::VarMap`].
+//! * [`QLoRALinear`]: the same with a `LoRA` or `DoRA` adapter, whose `A`, `B` and magnitude are variables of a
+//!   [`candle_nn::VarMap`].
 //!
-//! Both are [`candle_nn::Module`]s and one operation for candle's autograd, which so reaches `A`, `B` and the input. The
-//! products and gradients are those of [`nf4::QLoRALayer`], bit for bit: no weight is ever dequantized, and what a step
-//! keeps for its backward is the input alone.
+//! Both are [`candle_nn::Module`]s and one operation for candle's autograd, which so reaches the variables and the input.
+//! The products and gradients are those of [`nf4::QLoRALayer`], bit for bit: no weight is ever dequantized whole, and what a
+//! step keeps for its backward is the input and a copy of the adapter.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -36,9 +37,9 @@
 //! # Types and shapes
 //!
 //! Inputs are `[..., d_in]` with any number of dimensions in front, in f32, f16 or bf16, with any strides; outputs are `[...,
-//! d_out]` in the type of the input. `A` and `B` are f32, as PEFT trains them. Everything else is an error of candle:
+//! d_out]` in the type of the input. The variables are f32, as PEFT trains them. Everything else is an error of candle:
 //! shapes that do not fit, other types, other devices than the CPU. A value that is NaN or infinite gives what
-//! [`nf4::QLoRALayer::forward`] says for inputs; in `A` or `B` it is an error.
+//! [`nf4::QLoRALayer::forward`] says for inputs; in a variable it is an error.
 //!
 //! Layers hold no lock, so one can run in several threads at once; large products use the threads of the current `rayon`
 //! pool, as candle's own do, and no bit depends on their number.

@@ -2,14 +2,14 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Error, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Error, Layout, Result, Shape, Storage, Tensor};
 
 /// The tensor `value`, as a function of any number of variables whose gradients are computed together.
 ///
 /// candle's operations have at most three arguments. Here, `backward` is called once, when the gradient of the value is known,
-/// with that gradient, and returns the gradient of every variable: as many values as it has, in f32. So all of a model can be
-/// one operation, which keeps what it likes from forward to backward, and still trains the variables of a
-/// [`VarMap`](candle_nn::VarMap).
+/// with that gradient, and returns the gradient of every variable: as many values as it has, in f32, which are rounded to the
+/// type of the variable. So all of a model can be one operation, which keeps what it likes from forward to backward, and still
+/// trains the variables of a [`VarMap`](candle_nn::VarMap).
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
@@ -27,19 +27,33 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Error, Layout, Result, Shape
 /// ```
 ///
 /// # Errors
-/// In the backward, those of `backward`, and a message if it returns gradients of another number or length.
+/// A message if a tensor is not on the CPU; in the backward, the errors of `backward`, and a message if it returns gradients of
+/// another number or length.
 pub fn function(
     value: &Tensor,
     variables: &[Tensor],
     backward: impl Fn(&Tensor) -> Result<Vec<Vec<f32>>> + Send + Sync + 'static,
 ) -> Result<Tensor> {
+    // A copy, which starts with the first value and ends with the last.
+    let value = value.detach().force_contiguous()?;
+    let (storage, layout) = value.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { return Err(Error::Msg("function: not on the CPU".to_string()).bt()) };
+    function_of((storage.clone(), layout.shape().clone()), variables, backward)
+}
+
+/// [`function`], with a value that is no tensor yet.
+pub(crate) fn function_of(
+    (value, shape): (CpuStorage, Shape),
+    variables: &[Tensor],
+    backward: impl Fn(&Tensor) -> Result<Vec<Vec<f32>>> + Send + Sync + 'static,
+) -> Result<Tensor> {
     let gradients = Gradients::default();
-    let mut token = Tensor::zeros((), candle_core::DType::F32, value.device())?;
+    let mut token = Tensor::zeros((), DType::F32, &Device::Cpu)?;
     for (place, variable) in variables.iter().enumerate() {
         token = token.apply_op2(variable, Tie { place, gradients: gradients.clone() })?;
     }
-    let backward = Box::new(backward);
-    token.apply_op1(Root { value: value.detach(), variables: variables.len(), gradients, backward })
+    let (value, backward) = (Mutex::new(Some(value)), Box::new(backward));
+    token.apply_op1(Root { value, shape, variables: variables.len(), gradients, backward })
 }
 
 /// Where the root leaves the gradients, and each tie takes its own.
@@ -47,7 +61,9 @@ type Gradients = Arc<Mutex<Vec<Vec<f32>>>>;
 
 /// The end of the chain, with the value and the backward.
 struct Root {
-    value: Tensor,
+    /// Until it has become a tensor.
+    value: Mutex<Option<CpuStorage>>,
+    shape: Shape,
     variables: usize,
     gradients: Gradients,
     backward: Box<dyn Fn(&Tensor) -> Result<Vec<Vec<f32>>> + Send + Sync>,
@@ -59,8 +75,9 @@ impl CustomOp1 for Root {
     }
 
     fn cpu_fwd(&self, _token: &CpuStorage, _layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let values = self.value.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1()?;
-        Ok((CpuStorage::F32(values), self.value.shape().clone()))
+        let value = self.value.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let value = value.ok_or_else(|| Error::Msg("a function has one value".to_string()).bt())?;
+        Ok((value, self.shape.clone()))
     }
 
     fn bwd(&self, token: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
@@ -99,7 +116,7 @@ impl CustomOp2 for Tie {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let mut gradients = self.gradients.lock().unwrap_or_else(PoisonError::into_inner);
         let gradient = gradients.get_mut(self.place).map(std::mem::take).unwrap_or_default();
-        let gradient = Tensor::from_vec(gradient, variable.shape(), variable.device())?;
+        let gradient = Tensor::from_vec(gradient, variable.shape(), variable.device())?.to_dtype(variable.dtype())?;
         Ok((token.track_op().then(|| dy.clone()), Some(gradient)))
     }
 }

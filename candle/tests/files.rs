@@ -6,13 +6,13 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Module, VarMap};
-use nf4::checkpoint::{FloatType, Linear4bit, SharedFile, TensorFile, to_safetensors};
-use nf4::{BlockSize, LoRAAdapter, LoRAScaling, Quantized4Bit};
+use nf4::checkpoint::{FloatType, Linear4bit, SharedFile, TensorFile, TensorSource, to_safetensors};
+use nf4::{Arithmetic, BlockSize, LoRAAdapter, LoRAScaling, Quantized4Bit};
 use nf4_candle::{Nf4Linear, QLoRALinear, load_peft, peft_adapter, save_peft};
 
-const REFERENCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/reference/peft/rank8_nodq");
+const REFERENCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/reference/peft");
 const NAME: &str = "model.layers.0.self_attn.q_proj";
 
 fn flat(tensor: &Tensor) -> Vec<f32> {
@@ -21,9 +21,16 @@ fn flat(tensor: &Tensor) -> Vec<f32> {
 
 #[test]
 fn adapters_of_peft_are_read_and_written() {
-    let file = SharedFile::parse(Arc::new(fs::read(format!("{REFERENCE}/base.safetensors")).unwrap())).unwrap();
+    for (case, parts) in [("rank8_nodq", 2), ("rank16_rslora", 2), ("rank8_dora", 3)] {
+        read_and_write(&Path::new(REFERENCE).join(case), parts);
+    }
+}
+
+/// Reads, changes, writes and reads an adapter whose modules have so many tensors.
+fn read_and_write(reference: &Path, parts: usize) {
+    let file = SharedFile::parse(Arc::new(fs::read(reference.join("base.safetensors")).unwrap())).unwrap();
     let (weight, bias) = Linear4bit::load(&file, NAME).unwrap().into_parts();
-    let peft = load_peft(REFERENCE).unwrap();
+    let peft = load_peft(reference).unwrap();
     let adapter = peft.module(NAME).unwrap().adapter();
     let layer = QLoRALinear::new(NAME, weight.clone(), bias.clone(), adapter, &VarMap::new()).unwrap();
 
@@ -44,6 +51,7 @@ fn adapters_of_peft_are_read_and_written() {
     let out = directory.path().join("new/adapter");
     save_peft(&peft_adapter([&layer]).unwrap(), &out, FloatType::F32).unwrap();
     let back = load_peft(&out).unwrap();
+    assert_eq!(back.config().is_dora(), parts == 3);
     let read = QLoRALinear::new(NAME, weight, bias, back.module(NAME).unwrap().adapter(), &VarMap::new()).unwrap();
     assert_eq!(flat(&read.forward(&x).unwrap()), flat(&layer.forward(&x).unwrap()));
     assert_eq!(names(&out), ["adapter_config.json", "adapter_model.safetensors"]);
@@ -57,6 +65,46 @@ fn adapters_of_peft_are_read_and_written() {
     let mut stored: Vec<&str> = file.header().iter().map(|(name, _)| name).collect();
     stored.sort_unstable();
     assert_eq!(keys, stored);
+    assert_eq!(stored.len(), parts);
+}
+
+/// Outputs and gradients that PEFT computed in float64. The tolerance is that of the library's own test of its gradients: 3e-6
+/// of the largest value.
+#[test]
+fn gradients_of_dora_are_those_of_peft() {
+    let folder = Path::new(REFERENCE).join("rank8_dora");
+    let read = |name: &str| SharedFile::parse(Arc::new(fs::read(folder.join(name)).unwrap())).unwrap();
+    let (base, io, peft) = (read("base.safetensors"), read("io.safetensors"), load_peft(&folder).unwrap());
+    for (module, peft) in peft.modules() {
+        let short = module.strip_prefix("model.layers.0.").unwrap();
+        let bytes = |part: &str| io.read(&format!("{short}.{part}")).unwrap();
+        let floats = |part: &str| -> Vec<f32> {
+            bytes(part).as_chunks().0.iter().map(|value| f32::from_le_bytes(*value)).collect()
+        };
+        let check = |part: &str, got: &Tensor| {
+            let expected: Vec<f64> = bytes(part).as_chunks().0.iter().map(|value| f64::from_le_bytes(*value)).collect();
+            let largest = expected.iter().fold(0.0_f64, |most, value| most.max(value.abs()));
+            let got = flat(got);
+            assert_eq!(got.len(), expected.len(), "{module}.{part}");
+            for (got, expected) in got.iter().zip(expected) {
+                let error = (f64::from(*got) - expected).abs();
+                assert!(error <= 3e-6 * largest, "{module}.{part}: {got} for {expected}, largest {largest}");
+            }
+        };
+        let (weight, bias) = Linear4bit::load(&base, module).unwrap().into_parts();
+        let (d_out, d_in) = (weight.rows(), weight.cols());
+        let layer = QLoRALinear::new(module, weight, bias, peft.adapter(), &VarMap::new()).unwrap();
+        let layer = layer.with_arithmetic(Arithmetic::F32);
+        let x = Var::from_vec(floats("x"), (5, d_in), &Device::Cpu).unwrap();
+        let y = layer.forward(&x).unwrap();
+        check("y64", &y);
+        let dy = Tensor::from_vec(floats("dy"), (5, d_out), &Device::Cpu).unwrap();
+        let gradients = (y * dy).unwrap().sum_all().unwrap().backward().unwrap();
+        check("dx64", gradients.get(&x).unwrap());
+        for (part, variable) in ["dA64", "dB64", "dmagnitude64"].into_iter().zip(layer.variables()) {
+            check(part, gradients.get(variable).unwrap());
+        }
+    }
 }
 
 fn names(directory: &Path) -> Vec<String> {

@@ -34,15 +34,26 @@ fn adapter() -> LoRAAdapter {
     LoRAAdapter::from_parts(a, b, D_OUT, D_IN, RANK, 8.0, LoRAScaling::Standard).unwrap()
 }
 
+/// The same pair with a magnitude near the norms of the rows, so that gains are about 1.
+fn dora() -> LoRAAdapter {
+    adapter().with_magnitude(norms(&adapter()).iter().zip(values(D_OUT, 10)).map(|(n, v)| n + v).collect()).unwrap()
+}
+
+/// The norms of the rows of `W + scale * B A`, which are the magnitude that an adapter takes if it has none.
+fn norms(adapter: &LoRAAdapter) -> Vec<f32> {
+    let layer = QLoRALayer::from_parts(weight(true), adapter.clone().with_dora()).unwrap();
+    layer.adapter().magnitude().unwrap().data().to_vec()
+}
+
 fn bias() -> Vec<f32> {
     values(D_OUT, 4)
 }
 
 /// A layer of `nf4` and its counterpart in candle.
-fn both(arithmetic: Arithmetic) -> (QLoRALayer, QLoRALinear, VarMap) {
+fn both(arithmetic: Arithmetic, adapter: &LoRAAdapter) -> (QLoRALayer, QLoRALinear, VarMap) {
     let vars = VarMap::new();
-    let linear = QLoRALinear::new(NAME, weight(true), Some(bias()), &adapter(), &vars).unwrap();
-    let layer = QLoRALayer::from_parts(weight(true), adapter()).unwrap().with_bias(bias()).unwrap();
+    let linear = QLoRALinear::new(NAME, weight(true), Some(bias()), adapter, &vars).unwrap();
+    let layer = QLoRALayer::from_parts(weight(true), adapter.clone()).unwrap().with_bias(bias()).unwrap();
     (layer.with_arithmetic(arithmetic), linear.with_arithmetic(arithmetic), vars)
 }
 
@@ -56,24 +67,56 @@ fn flat(tensor: &Tensor) -> Vec<f32> {
 
 #[test]
 fn outputs_and_gradients_are_those_of_the_layer() {
-    for arithmetic in [Arithmetic::F32, Arithmetic::SixteenByFour] {
-        for batch in [1, 2, 7, 64] {
-            let (mut layer, linear, _) = both(arithmetic);
+    for (adapter, arithmetic) in
+        [adapter(), dora()].iter().flat_map(|a| [(a, Arithmetic::F32), (a, Arithmetic::SixteenByFour)])
+    {
+        for batch in [1, 2, 7, 64, 65] {
+            let (mut layer, linear, vars) = both(arithmetic, adapter);
             let (x, dy) = (values(batch * D_IN, 5), values(batch * D_OUT, 6));
             let input = Var::from_slice(&x, (batch, D_IN), &Device::Cpu).unwrap();
             let y = linear.forward(&input).unwrap();
             let x = nf4::Tensor::from_vec(x, false);
-            assert_eq!(flat(&y), layer.forward(&x).data(), "{arithmetic:?}, {batch}");
+            let expected = layer.forward(&x);
+            assert_eq!(flat(&y), expected.data(), "{arithmetic:?}, {batch}");
 
-            let gradients = (y * tensor(&dy, &[batch, D_OUT])).unwrap().sum_all().unwrap().backward().unwrap();
+            let loss = (&y * tensor(&dy, &[batch, D_OUT])).unwrap().sum_all().unwrap();
+            let gradients = loss.backward().unwrap();
             let dx = layer.backward(&x, &nf4::Tensor::from_vec(dy, false));
             assert_eq!(flat(gradients.get(&input).unwrap()), dx.data(), "{arithmetic:?}, {batch}");
-            assert_eq!(flat(gradients.get(linear.a()).unwrap()), layer.lora_a().grad().unwrap());
-            assert_eq!(flat(gradients.get(linear.b()).unwrap()), layer.lora_b().grad().unwrap());
+            let params = layer.trainable_params();
+            assert_eq!((params.len(), vars.all_vars().len()), (linear.variables().count(), params.len()));
+            for (variable, param) in linear.variables().zip(params) {
+                assert_eq!(flat(gradients.get(variable).unwrap()), param.grad().unwrap(), "{arithmetic:?}, {batch}");
+            }
 
-            // The frozen layer: the same without the adapter's part.
-            let frozen = Nf4Linear::new(weight(true), Some(bias())).unwrap().with_arithmetic(arithmetic);
+            // A second backward has the gradients of the first; one after a step those of the values before it.
+            for var in vars.all_vars() {
+                var.set(&(var.as_tensor() * 1.5).unwrap()).unwrap();
+            }
+            let again = loss.backward().unwrap();
+            for variable in linear.variables().chain([input.as_tensor()]) {
+                assert_eq!(flat(again.get(variable).unwrap()), flat(gradients.get(variable).unwrap()));
+            }
+            // The norms are those of the new values.
+            for param in layer.trainable_params() {
+                param.data_mut().iter_mut().for_each(|value| *value *= 1.5);
+            }
+            layer.refresh_dora().unwrap();
+            assert_eq!(flat(&linear.forward(&input).unwrap()), layer.forward(&x).data());
+        }
+    }
+}
+
+#[test]
+fn a_frozen_layer_has_the_outputs_and_gradients_without_an_adapter() {
+    for arithmetic in [Arithmetic::F32, Arithmetic::SixteenByFour] {
+        for batch in [1, 2, 7, 64] {
+            let (mut layer, ..) = both(arithmetic, &adapter());
             layer.lora_b_mut().data_mut().fill(0.0);
+            let x = values(batch * D_IN, 5);
+            let input = Var::from_slice(&x, (batch, D_IN), &Device::Cpu).unwrap();
+            let x = nf4::Tensor::from_vec(x, false);
+            let frozen = Nf4Linear::new(weight(true), Some(bias())).unwrap().with_arithmetic(arithmetic);
             let y = frozen.forward(&input).unwrap();
             assert_eq!(flat(&y), layer.forward(&x).data());
             let gradients = y.sum_all().unwrap().backward().unwrap();
@@ -83,32 +126,61 @@ fn outputs_and_gradients_are_those_of_the_layer() {
     }
 }
 
-/// The loss is linear in each of the three, so central differences have no error but rounding: with values below 1, sums of
-/// 128 products and a step of 1/8, less than `1e-4`. Gradients are of the size of 1.
+/// The magnitude of an adapter that has none yet is made of norms, with which it changes nothing: as in PEFT.
+#[test]
+fn fresh_adapters_change_nothing() {
+    let fresh = LoRAAdapter::new(D_OUT, D_IN, RANK, 8.0, LoRAScaling::Standard, 0).unwrap();
+    let x = tensor(&values(3 * D_IN, 5), &[3, D_IN]);
+    let frozen = Nf4Linear::new(weight(true), Some(bias())).unwrap().forward(&x).unwrap();
+    let (_, linear, vars) = both(Arithmetic::SixteenByFour, &fresh.clone().with_dora());
+    assert_eq!(flat(linear.magnitude().unwrap()), norms(&fresh));
+    assert_eq!(flat(&linear.forward(&x).unwrap()), flat(&frozen));
+    assert_eq!(vars.all_vars().len(), 3);
+    assert!(linear.adapter().unwrap().is_dora());
+    assert_eq!(format!("{linear:?}"), format!("QLoRALinear({NAME}: 48, 128, rank 4, DoRA)"));
+    let (_, linear, _) = both(Arithmetic::SixteenByFour, &fresh);
+    assert_eq!(flat(&linear.forward(&x).unwrap()), flat(&frozen));
+    assert!(linear.magnitude().is_none() && !linear.adapter().unwrap().is_dora());
+}
+
+/// The loss is linear in each variable and the input, so central differences have no error but rounding: with values below 1,
+/// sums of 128 products and a step of 1/8, less than `1e-4`. Gradients are of the size of 1. `DoRA` counts norms as constants,
+/// and so do the differences: where a step changes the norms, the magnitude follows, and the gains stay what they were but for
+/// a rounding, `2^-24` of an output.
 #[test]
 fn gradients_are_finite_differences() {
     const STEP: f32 = 0.125;
-    let (_, linear, vars) = both(Arithmetic::F32);
-    let frozen = Nf4Linear::new(weight(true), None).unwrap().with_arithmetic(Arithmetic::F32);
     let x = Var::from_slice(&values(3 * D_IN, 5), (3, D_IN), &Device::Cpu).unwrap();
     let dy = tensor(&values(3 * D_OUT, 6), &[3, D_OUT]);
-    let layers: [(&dyn Module, Vec<Var>); 2] =
-        [(&linear, vars.all_vars().into_iter().chain([x.clone()]).collect()), (&frozen, vec![x.clone()])];
+    let [(_, lora, _), (_, dora, _)] = [adapter(), dora()].map(|adapter| both(Arithmetic::F32, &adapter));
+    let frozen = Nf4Linear::new(weight(true), None).unwrap().with_arithmetic(Arithmetic::F32);
+    let of = |layer: &QLoRALinear| layer.variables().cloned().collect();
+    let layers: [(&dyn Module, Vec<Tensor>); 3] = [(&lora, of(&lora)), (&dora, of(&dora)), (&frozen, Vec::new())];
     for (layer, variables) in layers {
-        let loss = || (layer.forward(&x)? * &dy)?.sum_all();
         let exact = || {
             let y = layer.forward(&x).unwrap();
             flat(&y).iter().zip(flat(&dy)).map(|(y, dy)| f64::from(*y) * f64::from(dy)).sum::<f64>()
         };
-        let gradients = loss().unwrap().backward().unwrap();
-        for var in variables {
+        let loss = (layer.forward(&x).unwrap() * &dy).unwrap().sum_all().unwrap();
+        let gradients = loss.backward().unwrap();
+        let magnitude = variables.get(2).map(|magnitude| (magnitude, flat(magnitude), norms(&dora.adapter().unwrap())));
+        for (which, tensor_of) in variables.iter().chain([x.as_tensor()]).enumerate() {
+            let var = Var::from_tensor(tensor_of).unwrap();
             let gradient = flat(gradients.get(&var).unwrap());
             let (start, shape) = (flat(&var), var.dims().to_vec());
+            let keep_gains = || {
+                let Some((variable, values, before)) = magnitude.as_ref().filter(|_| which < 2) else { return };
+                let now = norms(&dora.adapter().unwrap());
+                let moved: Vec<f32> =
+                    values.iter().zip(now).zip(before).map(|((m, now), before)| m * now / before).collect();
+                Var::from_tensor(variable).unwrap().set(&tensor(&moved, &[D_OUT])).unwrap();
+            };
             for place in (0..start.len()).step_by(17) {
                 let moved = |step: f32| {
                     let mut values = start.clone();
                     values[place] += step;
                     var.set(&tensor(&values, &shape)).unwrap();
+                    keep_gains();
                     exact()
                 };
                 let difference = (moved(STEP) - moved(-STEP)) / f64::from(2.0 * STEP);
@@ -116,14 +188,15 @@ fn gradients_are_finite_differences() {
                 assert!(error < 1e-4, "{shape:?} {place}: {difference} {}", gradient[place]);
             }
             var.set(&tensor(&start, &shape)).unwrap();
+            keep_gains();
         }
     }
 }
 
 #[test]
 fn halves_are_rounded_once() {
-    fn check<T: Float + candle_core::WithDType>(dtype: DType) {
-        let (layer, linear, _) = both(Arithmetic::SixteenByFour);
+    fn check<T: Float + candle_core::WithDType>(dtype: DType, adapter: &LoRAAdapter) {
+        let (layer, linear, _) = both(Arithmetic::SixteenByFour, adapter);
         let x: Vec<T> = values(5 * D_IN, 7).into_iter().map(<T as Float>::from_f32).collect();
         let mut expected = vec![<T as Float>::from_f32(0.0); 5 * D_OUT];
         layer.forward_into(&x, &mut layer.scratch(5), &mut expected).unwrap();
@@ -133,23 +206,28 @@ fn halves_are_rounded_once() {
         assert_eq!(flat(&y), expected.into_iter().map(<T as Float>::to_f32).collect::<Vec<_>>());
         let gradients = y.sum_all().unwrap().backward().unwrap();
         assert_eq!(gradients.get(&x).unwrap().dtype(), dtype);
-        assert_eq!(gradients.get(linear.a()).unwrap().dtype(), DType::F32);
+        assert!(linear.variables().all(|variable| gradients.get(variable).unwrap().dtype() == DType::F32));
         // What is rounded to the type of the input is the gradient in f32.
         let wide = Var::from_tensor(&x.to_dtype(DType::F32).unwrap()).unwrap();
         let exact = linear.forward(&wide).unwrap().sum_all().unwrap().backward().unwrap();
         let rounded = exact.get(&wide).unwrap().to_dtype(dtype).unwrap();
         assert_eq!(flat(gradients.get(&x).unwrap()), flat(&rounded));
+        for variable in linear.variables() {
+            assert_eq!(flat(gradients.get(variable).unwrap()), flat(exact.get(variable).unwrap()));
+        }
     }
-    check::<f16>(DType::F16);
-    check::<bf16>(DType::BF16);
+    for adapter in [adapter(), dora()] {
+        check::<f16>(DType::F16, &adapter);
+        check::<bf16>(DType::BF16, &adapter);
+    }
 }
 
 #[test]
 fn strides_and_dimensions_change_nothing() {
-    let (_, linear, _) = both(Arithmetic::SixteenByFour);
+    let [(_, linear, _), (_, dora, _)] = [adapter(), dora()].map(|adapter| both(Arithmetic::SixteenByFour, &adapter));
     let frozen = Nf4Linear::new(weight(true), Some(bias())).unwrap();
     let x = Var::from_slice(&values(24 * D_IN, 8), (24, D_IN), &Device::Cpu).unwrap();
-    for layer in [&linear as &dyn Module, &frozen] {
+    for layer in [&linear as &dyn Module, &dora, &frozen] {
         let whole = layer.forward(&x).unwrap();
         for shape in [&[24][..], &[4, 6], &[2, 3, 4], &[2, 1, 3, 4]] {
             let [input, output] = [D_IN, D_OUT].map(|last| [shape, &[last]].concat());
@@ -187,7 +265,7 @@ fn strides_and_dimensions_change_nothing() {
 
 #[test]
 fn what_does_not_fit_is_an_error() {
-    let (_, linear, vars) = both(Arithmetic::SixteenByFour);
+    let (_, linear, vars) = both(Arithmetic::SixteenByFour, &adapter());
     let frozen = Nf4Linear::new(weight(false), None).unwrap();
     let zeros = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &Device::Cpu).unwrap();
     for layer in [&linear as &dyn Module, &frozen] {
@@ -208,35 +286,52 @@ fn what_does_not_fit_is_an_error() {
     assert!(new("other", weight(true), None, &small).contains("[48, 64]"));
     assert!(new("other", weight(true), Some(vec![0.0; 3]), &adapter()).contains("bias"));
     assert!(new("other", weight(true), Some(vec![f32::NAN; D_OUT]), &adapter()).contains("not finite"));
-    assert!(new("other", weight(true), None, &adapter().with_dora()).contains("DoRA"));
+    let mut infinite = dora();
+    infinite.magnitude_mut().unwrap().data_mut()[1] = f32::INFINITY;
+    assert!(new("other", weight(true), None, &infinite).contains("lora_magnitude_vector: value 1 is inf"));
+    let mut short = dora();
+    *short.magnitude_mut().unwrap() = nf4::Tensor::zeros(3, true);
+    assert!(new("other", weight(true), None, &short).contains("lora_magnitude_vector: expected length 48, got 3"));
     let wide = LoRAAdapter::new(D_OUT, D_IN, RANK + 1, 8.0, LoRAScaling::Standard, 0).unwrap();
     assert!(new(NAME, weight(true), None, &wide).contains("lora_A"), "another rank than the variable there");
     assert_eq!(vars.all_vars().len(), 2, "layers that failed left nothing behind");
+    let others = VarMap::new();
+    let full = format!("base_model.model.{NAME}.lora_magnitude_vector");
+    others.data().lock().unwrap().insert(full, Var::zeros(D_OUT + 1, DType::F32, &Device::Cpu).unwrap());
+    let error = QLoRALinear::new(NAME, weight(true), None, &dora(), &others).unwrap_err().to_string();
+    assert!(error.contains("lora_magnitude_vector is [49] in F32; expected [48] in F32"), "{error}");
+    assert_eq!(others.all_vars().len(), 1);
     assert!(Nf4Linear::new(weight(true), Some(vec![0.0; 3])).is_err());
 
     // Variables that became NaN.
-    vars.all_vars()[0].set(&Tensor::full(f32::NAN, vars.all_vars()[0].shape(), &Device::Cpu).unwrap()).unwrap();
-    let error = linear.forward(&zeros(&[1, D_IN], DType::F32)).unwrap_err().to_string();
-    assert!(error.contains("not finite"), "{error}");
-    assert!(linear.adapter().is_err());
+    for adapter in [adapter(), dora()] {
+        let (_, linear, _) = both(Arithmetic::SixteenByFour, &adapter);
+        let last = Var::from_tensor(linear.variables().last().unwrap()).unwrap();
+        last.set(&Tensor::full(f32::NAN, last.shape(), &Device::Cpu).unwrap()).unwrap();
+        let error = linear.forward(&zeros(&[1, D_IN], DType::F32)).unwrap_err().to_string();
+        assert!(error.contains("not finite"), "{error}");
+        assert!(linear.adapter().is_err());
+    }
 }
 
 /// No gradient for the input is computed where no variable leads to it.
 #[test]
 fn inputs_without_variables_have_no_gradient() {
-    let (_, linear, _) = both(Arithmetic::F32);
-    let x = tensor(&values(2 * D_IN, 5), &[2, D_IN]);
-    let gradients = linear.forward(&x).unwrap().sum_all().unwrap().backward().unwrap();
-    assert!(gradients.get(&x).is_none());
-    assert!(gradients.get(linear.a()).is_some());
-    let detached = linear.forward_detached(&x).unwrap();
-    assert!(!detached.track_op());
-    assert_eq!(flat(&detached), flat(&linear.forward(&x).unwrap()));
+    for adapter in [adapter(), dora()] {
+        let (_, linear, _) = both(Arithmetic::F32, &adapter);
+        let x = tensor(&values(2 * D_IN, 5), &[2, D_IN]);
+        let gradients = linear.forward(&x).unwrap().sum_all().unwrap().backward().unwrap();
+        assert!(gradients.get(&x).is_none());
+        assert!(linear.variables().all(|variable| gradients.get(variable).is_some()));
+        let detached = linear.forward_detached(&x).unwrap();
+        assert!(!detached.track_op());
+        assert_eq!(flat(&detached), flat(&linear.forward(&x).unwrap()));
+    }
 }
 
 #[test]
 fn threads_share_a_layer() {
-    let (_, linear, _) = both(Arithmetic::SixteenByFour);
+    let (_, linear, _) = both(Arithmetic::SixteenByFour, &dora());
     let x = tensor(&values(8 * D_IN, 5), &[8, D_IN]);
     let step = || {
         let y = linear.forward(&x).unwrap();
@@ -249,18 +344,21 @@ fn threads_share_a_layer() {
 /// The adapter learns another one of its kind.
 #[test]
 fn an_optimizer_of_candle_trains() {
-    let (_, linear, vars) = both(Arithmetic::F32);
     let (a, b) = (values(RANK * D_IN, 20), values(D_OUT * RANK, 21));
     let other = LoRAAdapter::from_parts(a, b, D_OUT, D_IN, RANK, 8.0, LoRAScaling::Standard).unwrap();
-    let target = QLoRALinear::new(NAME, weight(true), Some(bias()), &other, &VarMap::new()).unwrap();
-    let x = tensor(&values(64 * D_IN, 5), &[64, D_IN]);
-    let wanted = target.forward(&x).unwrap().detach();
-    let mut optimizer = AdamW::new(vars.all_vars(), ParamsAdamW { lr: 0.03, ..Default::default() }).unwrap();
-    let mut losses = Vec::new();
-    for _ in 0..60 {
-        let loss = (linear.forward(&x).unwrap() - &wanted).unwrap().sqr().unwrap().mean_all().unwrap();
-        optimizer.backward_step(&loss).unwrap();
-        losses.push(loss.to_scalar::<f32>().unwrap());
+    let longer = norms(&other).iter().map(|norm| 1.25 * norm).collect();
+    for (start, other) in [(adapter(), other.clone()), (dora(), other.with_magnitude(longer).unwrap())] {
+        let (_, linear, vars) = both(Arithmetic::F32, &start);
+        let target = QLoRALinear::new(NAME, weight(true), Some(bias()), &other, &VarMap::new()).unwrap();
+        let x = tensor(&values(64 * D_IN, 5), &[64, D_IN]);
+        let wanted = target.forward(&x).unwrap().detach();
+        let mut optimizer = AdamW::new(vars.all_vars(), ParamsAdamW { lr: 0.03, ..Default::default() }).unwrap();
+        let mut losses = Vec::new();
+        for _ in 0..60 {
+            let loss = (linear.forward(&x).unwrap() - &wanted).unwrap().sqr().unwrap().mean_all().unwrap();
+            optimizer.backward_step(&loss).unwrap();
+            losses.push(loss.to_scalar::<f32>().unwrap());
+        }
+        assert!(losses[59] < 0.2 * losses[0], "{losses:?}");
     }
-    assert!(losses[59] < 0.2 * losses[0], "{losses:?}");
 }

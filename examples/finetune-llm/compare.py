@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The same steps of training with finetune-llm and with transformers, bitsandbytes and PEFT.
 
-    python compare.py MODEL TEXT [--steps 20] [--context 128] [--threads 1,2] [--rounds 1] [--tolerance 1e-4]
+    python compare.py MODEL TEXT [--steps 20] [--context 128] [--threads 1,2] [--rounds 1] [--dora] [--tolerance 1e-4]
 
 Needs the packages of tests/upstream/requirements.txt, and cargo. MODEL is a quantized directory, TEXT a text file. Both sides
 start from the adapter that finetune-llm made, rank 8 on all linear layers, and see the same sequences, one a step; all is f32,
@@ -64,7 +64,7 @@ class Comparison:
         return [
             *(self.program, options.model, options.text, "--out", out, "--arithmetic", arithmetic, "--accumulate", 1),
             *("--steps", options.steps, "--evaluate-every", options.steps, "--context", options.context),
-            *("--learning-rate", options.learning_rate, "--warmup", 2),
+            *("--learning-rate", options.learning_rate, "--warmup", 2, *["--dora"] * options.dora),
         ]
 
     def ours(self, arithmetic, threads, name):
@@ -143,6 +143,7 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--dora", action="store_true")
     parser.add_argument("--tolerance", type=float, default=1e-4)
     options = parser.parse_args()
 

@@ -6,7 +6,7 @@ use clap::{Parser, ValueEnum};
 
 use crate::model::LINEARS;
 
-/// Fine-tunes a language model on a text or on chats, with LoRA on its NF4 weights, on a CPU.
+/// Fine-tunes a language model on a text or on chats, with LoRA or DoRA on its NF4 weights, on a CPU.
 ///
 /// The model is a Hugging Face directory of the Llama family, quantized by transformers and bitsandbytes or by `nf4 quantize`;
 /// another one is quantized while it is loaded. The data is a text file, or a file `*.jsonl` with a chat on each line,
@@ -58,6 +58,9 @@ pub struct Arguments {
     /// Scale by alpha over the square root of the rank
     #[arg(long, conflicts_with = "adapter")]
     pub rslora: bool,
+    /// Train the magnitudes of rows too: DoRA
+    #[arg(long, conflicts_with = "adapter")]
+    pub dora: bool,
     /// Passes over the data
     #[arg(long, value_name = "N", default_value = "1", conflicts_with = "steps")]
     pub epochs: f64,

@@ -132,7 +132,7 @@ impl Block {
 /// The backward.
 impl Block {
     /// The gradient of the block's inputs in the place of that of its outputs, `dx`. Returned are the gradients of the
-    /// variables, two for each layer that has an adapter. What was kept is used up. Nothing is learned before the `first`
+    /// variables, those of each layer that has an adapter. What was kept is used up. Nothing is learned before the `first`
     /// block, whose `dx` is not that of its inputs.
     pub(crate) fn backward(
         &self,
@@ -145,7 +145,7 @@ impl Block {
     ) -> Result<Vec<Vec<f32>>> {
         self.perceive_backward(dx, config, kept, scratch)?;
         self.attend_backward(dx, first, config, place, kept, scratch)?;
-        Ok(kept.layers.drain(..).filter_map(|layer| layer.gradients()).flatten().collect())
+        Ok(kept.layers.drain(..).flat_map(Ready::into_gradients).collect())
     }
 
     fn perceive_backward(&self, dx: &mut [f32], config: &Config, kept: &mut Kept, scratch: &mut Scratch) -> Result<()> {

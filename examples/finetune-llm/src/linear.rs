@@ -147,10 +147,10 @@ impl Ready {
         }
     }
 
-    /// The gradients of `A` and `B`, if there is an adapter.
-    pub(crate) fn gradients(&self) -> Option<[Vec<f32>; 2]> {
-        let Self::Trained(layer) = self else { return None };
-        let gradient = |of: &nf4::Tensor| of.grad().map_or_else(|| vec![0.0; of.len()], <[f32]>::to_vec);
-        Some([gradient(layer.lora_a()), gradient(layer.lora_b())])
+    /// The gradients of the adapter's variables, in their order; none without an adapter.
+    pub(crate) fn into_gradients(self) -> Vec<Vec<f32>> {
+        let Self::Trained(mut layer) = self else { return Vec::new() };
+        let gradient = |of: &mut nf4::Tensor| of.grad().map_or_else(|| vec![0.0; of.len()], <[f32]>::to_vec);
+        layer.trainable_params().into_iter().map(gradient).collect()
     }
 }

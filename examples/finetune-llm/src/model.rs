@@ -53,6 +53,8 @@ pub struct Adapters<'a> {
     pub alpha: f64,
     /// How rank and alpha give the scale of new adapters.
     pub scaling: LoRAScaling,
+    /// Whether new adapters have the magnitude of `DoRA`.
+    pub dora: bool,
     /// The start of the random numbers of `A`; each layer has its own.
     pub seed: u64,
     /// The adapter to start with, in place of new ones.
@@ -180,12 +182,13 @@ impl Loader<'_> {
     }
 
     fn fresh(&self, module: &str, [d_out, d_in]: [usize; 2]) -> Result<LoRAAdapter> {
-        let Adapters { rank, alpha, scaling, seed, .. } = *self.adapters;
+        let Adapters { rank, alpha, scaling, dora, seed, .. } = *self.adapters;
         // FNV-1a of the name, so that layers differ.
         let own = module.bytes().fold(0xcbf2_9ce4_8422_2325_u64 ^ seed, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
         });
-        Ok(LoRAAdapter::new(d_out, d_in, rank, alpha, scaling, own)?)
+        let adapter = LoRAAdapter::new(d_out, d_in, rank, alpha, scaling, own)?;
+        Ok(if dora { adapter.with_dora() } else { adapter })
     }
 
     /// The weight and the bias of a module.
@@ -273,7 +276,7 @@ impl Llama {
             *self.spare() = Some(buffers);
             return Ok((loss, targets.len()));
         }
-        let variables: Vec<Tensor> = self.trained().flat_map(|layer| [layer.a(), layer.b()]).cloned().collect();
+        let variables: Vec<Tensor> = self.trained().flat_map(QLoRALinear::variables).cloned().collect();
         let (decoder, spare, buffers) = (decoder.clone(), self.spare.clone(), Mutex::new(Some(buffers)));
         let backward = move |by_loss: &Tensor| {
             let buffers = buffers.lock().unwrap_or_else(PoisonError::into_inner).take();

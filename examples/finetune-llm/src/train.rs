@@ -37,6 +37,9 @@ pub struct Settings {
     pub alpha: f64,
     /// Whether they have `rsLoRA` scaling.
     pub rslora: bool,
+    /// Whether they have the magnitude of `DoRA`.
+    #[serde(default)]
+    pub dora: bool,
     /// All steps.
     pub steps: usize,
     /// Tokens of a sequence.
@@ -130,6 +133,7 @@ impl<'a> Run<'a> {
             rank,
             alpha: arguments.alpha.unwrap_or(2.0 * rank as f64),
             rslora: arguments.rslora,
+            dora: arguments.dora,
             steps,
             context,
             accumulate: usize::from(arguments.accumulate),
@@ -160,6 +164,7 @@ impl<'a> Run<'a> {
             rank: settings.rank,
             alpha: settings.alpha,
             scaling: if settings.rslora { LoRAScaling::RsLoRA } else { LoRAScaling::Standard },
+            dora: settings.dora,
             seed: settings.seed,
             start: self.start.as_ref(),
         };

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 
 use candle_core::Tensor;
 use candle_nn::VarMap;
-use nf4::checkpoint::{TensorFile, TensorSource};
+use nf4::checkpoint::{FloatType, TensorFile, TensorSource};
 use nf4::{Arithmetic, LoRAScaling};
-use nf4_candle::load_peft;
+use nf4_candle::{load_peft, peft_adapter, save_peft};
 use nf4_finetune_llm::{Adapters, Document, Llama, Sequence};
 use nf4_llama::{Cache, CacheType, Directory, Logits, Model, Options, Part, Workspace, read_adapter};
 
@@ -40,6 +40,7 @@ fn load(family: &str, arithmetic: Arithmetic, adapter: Option<&str>) -> Llama {
         rank: 4,
         alpha: 8.0,
         scaling: LoRAScaling::Standard,
+        dora: false,
         seed: 0,
         start: start.as_ref(),
     };
@@ -91,6 +92,45 @@ fn logits_are_those_of_nf4_llama() {
     }
 }
 
+/// A model with an adapter of rank 2 whose values are not those it starts with: B is zero at first, and then A has no gradient.
+fn changed(family: &str, dora: bool, vars: &VarMap) -> Llama {
+    let directory = Directory::open(&data(family)).unwrap();
+    let targets = TARGETS.map(str::to_string);
+    let adapters =
+        Adapters { targets: &targets, rank: 2, alpha: 4.0, scaling: LoRAScaling::Standard, dora, seed: 3, start: None };
+    let model = Llama::load(directory.config().unwrap(), &directory, Arithmetic::F32, &adapters, vars).unwrap();
+    for (name, var) in vars.data().lock().unwrap().iter() {
+        let wave = |i: usize| (i as f32 * 0.9).sin();
+        let values: Vec<f32> = if name.ends_with("lora_magnitude_vector") {
+            flat(var).iter().enumerate().map(|(i, norm)| norm * (1.0 + 0.2 * wave(i))).collect()
+        } else {
+            (0..var.elem_count()).map(|i| wave(i) * 0.05).collect()
+        };
+        var.set(&Tensor::from_vec(values, var.shape(), var.device()).unwrap()).unwrap();
+    }
+    model
+}
+
+/// An adapter with `DoRA`, from this program through the files of PEFT to the other one.
+#[test]
+fn logits_with_dora_are_those_of_nf4_llama() {
+    let model = changed("llama", true, &VarMap::new());
+    let folder = tempfile::tempdir().unwrap();
+    save_peft(&peft_adapter(model.trained()).unwrap(), folder.path(), FloatType::F32).unwrap();
+    let path = folder.path().to_str().unwrap();
+    let ids = ids("llama");
+    let got = flat(&model.logits(&sequence(&[&ids])).unwrap());
+    let expected = expected("llama", Arithmetic::F32, Some(path), &ids);
+    let most = difference(&got, &expected);
+    println!("llama with DoRA: {most:.1e}");
+    assert!(most < 4e-5, "{most}");
+    // Read back here too, bit for bit.
+    let read = load("llama", Arithmetic::F32, Some(path));
+    assert_eq!(flat(&read.logits(&sequence(&[&ids])).unwrap()), got);
+    let without = flat(&load("llama", Arithmetic::F32, None).logits(&sequence(&[&ids])).unwrap());
+    assert!(difference(&without, &expected) > 1e-2, "the adapter changes something");
+}
+
 /// Documents of a sequence have the logits that they have alone: bit for bit, because each vector goes its own way through
 /// every product, but for candle's own in the attention and the head.
 #[test]
@@ -125,31 +165,33 @@ fn losses_are_those_of_the_logits() {
     }
 }
 
-/// The whole way back: every 50th value of the first layer's `A` and the last one's `B`, against central differences in f32.
+/// The whole way back: every 50th value of the first layer's `A` and the last one's `B`, against central differences in f32;
+/// with `DoRA`, every 5th of some magnitudes, because a difference by `A` or `B` also moves the norms, which the gradient
+/// counts as constants.
 #[test]
 fn gradients_of_the_loss_are_finite_differences() {
+    let (a, b, magnitude) = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector");
+    finite_differences(false, [("0.self_attn.q_proj", a), ("0.mlp.gate_proj", b), ("1.self_attn.v_proj", b)], 50);
+    finite_differences(
+        true,
+        ["0.self_attn.q_proj", "0.mlp.down_proj", "1.self_attn.v_proj"].map(|m| (m, magnitude)),
+        5,
+    );
+}
+
+fn finite_differences(dora: bool, names: [(&str, &str); 3], every: usize) {
     let vars = VarMap::new();
-    let directory = Directory::open(&data("qwen3")).unwrap();
-    let targets = TARGETS.map(str::to_string);
-    let adapters =
-        Adapters { targets: &targets, rank: 2, alpha: 4.0, scaling: LoRAScaling::Standard, seed: 3, start: None };
-    let model = Llama::load(directory.config().unwrap(), &directory, Arithmetic::F32, &adapters, &vars).unwrap();
-    // B is zero at first, and then A has no gradient.
-    for var in vars.all_vars() {
-        let values: Vec<f32> = (0..var.elem_count()).map(|i| (i as f32 * 0.9).sin() * 0.05).collect();
-        var.set(&Tensor::from_vec(values, var.shape(), var.device()).unwrap()).unwrap();
-    }
+    let model = changed("qwen3", dora, &vars);
     let ids = ids("qwen3");
     let sequence = sequence(&[&ids[..12], &ids[12..24]]);
     let gradients = model.loss(&sequence, true).unwrap().0.backward().unwrap();
     let loss = || f64::from(model.loss(&sequence, false).unwrap().0.to_scalar::<f32>().unwrap());
     let map = vars.data().lock().unwrap().clone();
-    for name in
-        ["layers.0.self_attn.q_proj.lora_A", "layers.0.mlp.gate_proj.lora_B", "layers.1.self_attn.v_proj.lora_B"]
-    {
-        let var = &map[&format!("base_model.model.model.{name}.weight")];
+    for (module, part) in names {
+        let name = format!("base_model.model.model.layers.{module}.{part}");
+        let var = &map[&name];
         let (start, gradient) = (flat(var), flat(gradients.get(var).unwrap()));
-        for place in (0..start.len()).step_by(50) {
+        for place in (0..start.len()).step_by(every) {
             // The loss is of the size of 100 with an error of 1e-5; so differences over 2^-6 are good to 1e-3 and more.
             const STEP: f32 = 1.0 / 128.0;
             let moved = |step: f32| {

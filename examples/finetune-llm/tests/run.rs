@@ -162,6 +162,40 @@ fn a_run_that_was_stopped_goes_on_as_if_it_had_not() {
     assert_eq!(losses(&setting.out("whole")), whole);
 }
 
+/// With `DoRA`: losses go down, a stop changes nothing, and the adapters are those of PEFT.
+#[test]
+fn dora_is_trained_stopped_and_saved() {
+    let setting = Setting::new();
+    let said = fine(&setting.run("whole", &["--dora"]));
+    let whole = losses(&setting.out("whole"));
+    assert!(whole.evaluation[2].1 < whole.evaluation[0].1, "{said}");
+    fine(&setting.run("parts", &["--dora", "--stop-after", "5"]));
+    failed(&setting.run("parts", &["--resume"]), &["dora = true", "now it is false"]);
+    fine(&setting.run("parts", &["--dora", "--resume"]));
+    assert_eq!(losses(&setting.out("parts")), whole);
+
+    // A fresh adapter is the model, with or without magnitudes.
+    fine(&setting.run("lora", &[]));
+    let lora = losses(&setting.out("lora"));
+    assert_eq!((lora.training[0], lora.evaluation[0]), (whole.training[0], whole.evaluation[0]));
+    assert_ne!(lora.training[11], whole.training[11]);
+
+    let [first, last] = ["adapter-000000", "adapter-000012"]
+        .map(|name| nf4_candle::load_peft(setting.out("whole").join(name)).unwrap());
+    assert!(last.config().is_dora() && last.modules().count() == 14);
+    for (name, module) in last.modules() {
+        let [first, last] = [first.module(name).unwrap(), module].map(|m| m.adapter().magnitude().unwrap().data());
+        assert!(first.iter().zip(last).all(|(first, last)| first != last), "{name}");
+    }
+
+    // A run that starts from it trains the magnitudes too.
+    let adapter = setting.out("whole/adapter-000012").display().to_string();
+    fine(&setting.run("more", &["--adapter", &adapter]));
+    assert_eq!(losses(&setting.out("more")).evaluation[0].1, whole.evaluation[2].1);
+    assert!(nf4_candle::load_peft(setting.out("more/adapter-000012")).unwrap().config().is_dora());
+    failed(&setting.run("both", &["--adapter", &adapter, "--dora"]), &["--dora", "--adapter"]);
+}
+
 /// Killed at many moments, most of them in the middle of saving, because every step saves.
 #[test]
 fn a_run_that_is_killed_loses_no_checkpoint() {
