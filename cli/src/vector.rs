@@ -6,8 +6,8 @@
 
 use super::generator::Generator;
 use nf4::{
-    Absmax, Activations, Activations8x8, BlockSize, DYNAMIC_MAP, Float, Kernels, NestedAbsmax, Nf4Matrix, ShapeError,
-    bf16, f16,
+    Absmax, Activations, Activations8x8, BlockSize, DYNAMIC_MAP, Float, Gradients, Kernels, NestedAbsmax, Nf4Matrix,
+    ShapeError, bf16, f16,
 };
 
 /// One shape. Inputs come from [`Generator`] seeded with `seed`: first the weights, row by row, then the inputs, then a dense
@@ -18,34 +18,18 @@ pub(crate) struct Vector {
     pub cols: usize,
     pub block_size: BlockSize,
     pub seed: u64,
-    pub expected: Hashes,
+    /// The hashes of [`Vector::run`].
+    pub expected: [u64; PARTS],
 }
 
-/// FNV-1a hashes, of the little-endian bytes, of everything that is computed from a vector.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Hashes {
-    /// In this order:
-    ///
-    /// 1. quantization: packed codes and absmax;
-    /// 2. dequantization: the weights as f32, f16, bf16;
-    /// 3. double quantization: codes, nested absmax and offset;
-    /// 4. activations: `i16` values in column order, and scales;
-    /// 5. the 16x4 product, with plain and with nested absmax;
-    /// 6. the f32 product, with plain and with nested absmax;
-    /// 7. the dense product, and it again added times 0.5;
-    /// 8. the 16x4 product of [`BATCH`] vectors with plain absmax, and the f32 product with nested absmax;
-    /// 9. the transposed product, with plain and with nested absmax.
-    pub others: [u64; 9],
-    /// The 8x8 product: `i8` values in column order and scales, the products of a vector with plain and with nested
-    /// absmax, and those of [`BATCH`] vectors with both.
-    pub eight_by_eight: u64,
-}
+/// Hashes of a vector.
+const PARTS: usize = 10;
 
 /// Vectors of a batch.
 const BATCH: usize = 3;
 
-/// Room for the largest vector.
-const MAX: usize = 12 * 1024;
+/// Room for the largest shape.
+const MAX: usize = 18 * 1024;
 const MAX_COLS: usize = 4160;
 
 pub(crate) const VECTORS: [Vector; 6] = [
@@ -64,46 +48,55 @@ pub(crate) const VECTORS: [Vector; 6] = [
 ];
 
 const fn vector(name: &'static str, rows: usize, cols: usize, block_size: BlockSize, number: usize) -> Vector {
-    let expected = Hashes { others: EXPECTED[number - 1], eight_by_eight: EXPECTED_8X8[number - 1] };
-    Vector { name, rows, cols, block_size, seed: number as u64, expected }
+    Vector { name, rows, cols, block_size, seed: number as u64, expected: EXPECTED[number - 1] }
 }
 
-/// [`Hashes::others`] of each vector.
 #[rustfmt::skip]
-const EXPECTED: [[u64; 9]; 6] = [
+const EXPECTED: [[u64; PARTS]; 6] = [
     [
         0x4e82e927f03cdd6, 0x391d367b7d0c7d91, 0xf163faccb486d452, 0x1237225a5ded3956, 0x86385b1615aeff2,
-        0x7f6cdd5aad175711, 0xe0ae902470afba8d, 0x265a801cc6a71ea3, 0xc8d01fea11a64650,
+        0x7f6cdd5aad175711, 0xe0ae902470afba8d, 0x265a801cc6a71ea3, 0xc8d01fea11a64650, 0xcb35baa7a5991366,
     ],
     [
         0x9257ab5c399e01e3, 0x6129a221fe8406c9, 0x6fb3a28dcecc75b5, 0x45739eef60974ff5, 0xffccf5ff42431400,
-        0x930634af1e5418a1, 0xc637afc95a06046f, 0xa74ea65f158f7f71, 0xb97afcbc3ee073f0,
+        0x930634af1e5418a1, 0xc637afc95a06046f, 0xa74ea65f158f7f71, 0xb97afcbc3ee073f0, 0x6cd494e7cb998187,
     ],
     [
         0x24359dd3df5ec672, 0x2daf6b8f109af3f6, 0xa03a81c49c5c0d57, 0x63cb5fbbb7a96e2e, 0xe061306f749f3a1,
-        0x9dca0e4506d13f83, 0x5681b4791976a4b6, 0x6c7ee245a4fdd67a, 0x5be7a417469b90e8,
+        0x9dca0e4506d13f83, 0x5681b4791976a4b6, 0x6c7ee245a4fdd67a, 0x5be7a417469b90e8, 0x6c008a74350f220e,
     ],
     [
         0x666738943849bcdb, 0x519f293450863532, 0xbff830b5472c7721, 0x7a6d316a71c4ca61, 0x34f1d6aa157acce,
-        0x52d6de64a711e0ed, 0x40707ee3433417e3, 0x26b4654743f16bc9, 0xcc3e4f6e31bc0048,
+        0x52d6de64a711e0ed, 0x40707ee3433417e3, 0x26b4654743f16bc9, 0xcc3e4f6e31bc0048, 0x5ed8477ad35ea71d,
     ],
     [
         0xbfdf1e198ee99977, 0x28a622e59633bc5a, 0xf5f320d4e3a36b9a, 0xcbf29ce484222325, 0x4c402b7741a8a673,
-        0x4c402b7741a8a673, 0xe654157a576c0fca, 0x3cc334df78eed178, 0xcc8206fbafba2345,
+        0x4c402b7741a8a673, 0xe654157a576c0fca, 0x3cc334df78eed178, 0xcc8206fbafba2345, 0xcb0d6dbe68107bba,
     ],
     [
         0x906647254ebe7e78, 0x8abf0baf41e92379, 0x96d45d8770777c09, 0xcbf29ce484222325, 0x69d19d77c118d125,
-        0x69d19d77c118d125, 0xc1f1a17487be18, 0x4d2b27e8a32e260d, 0xb3ad115f1fe05b39,
+        0x69d19d77c118d125, 0xc1f1a17487be18, 0x4d2b27e8a32e260d, 0xb3ad115f1fe05b39, 0x4d4f2f0f95b2140d,
     ],
 ];
 
-/// [`Hashes::eight_by_eight`] of each vector.
-#[rustfmt::skip]
-const EXPECTED_8X8: [u64; 6] = [
-    0xcb35baa7a5991366, 0x6cd494e7cb998187, 0x6c008a74350f220e,
-    0x5ed8477ad35ea71d, 0xcb0d6dbe68107bba, 0x4d4f2f0f95b2140d,
+/// Shapes of the transposed 16x4 product: rows, columns, block size, vectors. Inputs come from one [`Generator`], for each shape
+/// first the weights and then the vectors.
+const TRANSPOSED: [(usize, usize, BlockSize, usize); 6] = [
+    // Two chunks of rows, and the last group of the second is partial.
+    (545, 32, BlockSize::B64, 3),
+    // Blocks straddle rows, and the last span is half empty.
+    (161, 96, BlockSize::B64, 7),
+    // Whole groups; blocks of half a span.
+    (64, 256, BlockSize::B32, 5),
+    // More vectors than a tile has.
+    (40, 32, BlockSize::B128, 67),
+    // One group, partial; several spans in a block.
+    (2, 1024, BlockSize::B256, 1),
+    // Rows are no whole groups of columns: the product in f32.
+    (33, 75, BlockSize::B64, 2),
 ];
 
+/// An FNV-1a hash of little-endian bytes.
 struct Hash(u64);
 
 impl Hash {
@@ -130,29 +123,47 @@ pub(crate) struct Summary {
     pub hash: u64,
     /// The hash of those of the 8x8 product.
     pub hash_8x8: u64,
+    /// The hash of the transposed 16x4 product.
+    pub hash_transposed_16x4: u64,
     /// How many vectors have a changed bit.
     pub changed: usize,
 }
 
-/// Computes all vectors.
+impl Summary {
+    /// That of every machine.
+    pub(crate) const EXPECTED: Self = Self {
+        hash: 0x4045_a786_7415_edb5,
+        hash_8x8: 0x5343_27da_d509_6746,
+        hash_transposed_16x4: 0x50d0_d391_386c_db92,
+        changed: 0,
+    };
+}
+
+impl core::fmt::Display for Summary {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let Self { hash, hash_8x8, hash_transposed_16x4, .. } = self;
+        write!(f, "{hash:016x}, 8x8 {hash_8x8:016x}, transposed 16x4 {hash_transposed_16x4:016x}")
+    }
+}
+
+/// Computes everything.
 pub(crate) fn run_all(kernels: Kernels, buffers: &mut Buffers) -> Result<Summary, ShapeError> {
     let (mut hash, mut hash_8x8, mut changed) = (Hash::new(), Hash::new(), 0);
     for vector in &VECTORS {
-        let hashes = vector.run(kernels, buffers)?;
-        hash = hashes.others.iter().fold(hash, |hash, part| hash.bytes(&part.to_le_bytes()));
-        hash_8x8 = hash_8x8.bytes(&hashes.eight_by_eight.to_le_bytes());
+        let hashes = vector.run(kernels, buffers)?.map(|(_, hash)| hash);
+        let [others @ .., eight_by_eight] = &hashes;
+        hash = others.iter().fold(hash, |hash, part| hash.bytes(&part.to_le_bytes()));
+        hash_8x8 = hash_8x8.bytes(&eight_by_eight.to_le_bytes());
         changed += usize::from(hashes != vector.expected);
     }
-    Ok(Summary { hash: hash.0, hash_8x8: hash_8x8.0, changed })
+    let hash_transposed_16x4 = transposed_16x4(kernels, buffers)?;
+    Ok(Summary { hash: hash.0, hash_8x8: hash_8x8.0, hash_transposed_16x4, changed })
 }
 
-/// The buffers that [`Vector::run`] works in, about 310 KB.
+/// The buffers that [`run_all`] works in, about 360 KB.
 pub(crate) struct Buffers {
     weights: [f32; MAX],
-    packed: [u8; MAX / 2],
-    absmax: [f32; MAX / 32],
-    codes: [u8; MAX / 32],
-    nested: [f32; MAX / 32 / 256 + 1],
+    quantized: Quantized,
     f16: [f16; MAX],
     bf16: [bf16; MAX],
     inputs: [f32; MAX_COLS],
@@ -168,10 +179,12 @@ impl Buffers {
     pub(crate) const fn new() -> Self {
         Self {
             weights: [0.0; MAX],
-            packed: [0; MAX / 2],
-            absmax: [0.0; MAX / 32],
-            codes: [0; MAX / 32],
-            nested: [0.0; MAX / 32 / 256 + 1],
+            quantized: Quantized {
+                packed: [0; MAX / 2],
+                absmax: [0.0; MAX / 32],
+                codes: [0; MAX / 32],
+                nested: [0.0; MAX / 32 / 256 + 1],
+            },
             f16: [f16::ZERO; MAX],
             bf16: [bf16::ZERO; MAX],
             inputs: [0.0; MAX_COLS],
@@ -185,26 +198,79 @@ impl Buffers {
     }
 }
 
+/// A quantized matrix.
+struct Quantized {
+    packed: [u8; MAX / 2],
+    absmax: [f32; MAX / 32],
+    codes: [u8; MAX / 32],
+    nested: [f32; MAX / 32 / 256 + 1],
+}
+
+impl Quantized {
+    /// The matrix of these weights with plain and with nested absmax; the hashes of the quantization (packed codes, absmax) and
+    /// of the double quantization (codes, nested absmax, offset).
+    fn quantize(
+        &mut self,
+        kernels: Kernels,
+        weights: &[f32],
+        cols: usize,
+        block_size: BlockSize,
+    ) -> Result<([Nf4Matrix<'_>; 2], [u64; 2]), ShapeError> {
+        let (rows, blocks) = (weights.len() / cols, block_size.blocks(weights.len()));
+        let (packed, absmax) = (&mut self.packed[..weights.len().div_ceil(2)], &mut self.absmax[..blocks]);
+        kernels.quantize(weights, block_size, packed, absmax)?;
+        let (codes, nested) = (&mut self.codes[..blocks], &mut self.nested[..blocks.div_ceil(256)]);
+        let offset = kernels.quantize_absmax(absmax, codes, nested)?;
+        let hashes =
+            [Hash::new().bytes(packed).floats(absmax).0, Hash::new().bytes(codes).floats(nested).floats(&[offset]).0];
+        let nested = NestedAbsmax::new(codes, &DYNAMIC_MAP, nested, offset)?;
+        let plain = Nf4Matrix::new(packed, Absmax::Plain(absmax), rows, cols, block_size)?;
+        let nested = Nf4Matrix::new(packed, Absmax::Nested(nested), rows, cols, block_size)?;
+        Ok(([plain, nested], hashes))
+    }
+}
+
+/// The hash of all of [`TRANSPOSED`]: for each shape `i16` values in row order and scales of each vector, and the products
+/// with plain and with nested absmax.
+fn transposed_16x4(kernels: Kernels, buffers: &mut Buffers) -> Result<u64, ShapeError> {
+    let (mut generator, mut hash) = (Generator(7), Hash::new());
+    for (rows, cols, block_size, batch) in TRANSPOSED {
+        let weights = &mut buffers.weights[..rows * cols];
+        generator.fill(weights);
+        let (matrices, _) = buffers.quantized.quantize(kernels, weights, cols, block_size)?;
+        let inputs = &mut buffers.batch_inputs[..batch * rows];
+        generator.fill(inputs);
+        let values = &mut buffers.batch_values[..batch * Gradients::values_len(rows)];
+        let scales = &mut buffers.batch_scales[..batch * Gradients::scales_len(rows)];
+        let gradients = kernels.quantize_gradients(inputs, rows, values, scales)?;
+        for vector in 0..batch {
+            hash = (0..rows).filter_map(|r| gradients.get(vector, r)).fold(hash, |h, q| h.bytes(&q.to_le_bytes()));
+            hash = (0..rows).filter_map(|r| gradients.scale(vector, r)).fold(hash, |h, s| h.floats(&[s]));
+        }
+        let columns = &mut buffers.inputs[..batch * cols];
+        for matrix in matrices {
+            kernels.gemm_transposed(&matrix, &gradients, columns)?;
+            hash = hash.floats(columns);
+        }
+    }
+    Ok(hash.0)
+}
+
 impl Vector {
-    /// Computes everything with the given kernels.
-    pub(crate) fn run(&self, kernels: Kernels, buffers: &mut Buffers) -> Result<Hashes, ShapeError> {
+    /// Computes all but the transposed 16x4 product with the given kernels. Returns the name and the hash of each result.
+    pub(crate) fn run(
+        &self,
+        kernels: Kernels,
+        buffers: &mut Buffers,
+    ) -> Result<[(&'static str, u64); PARTS], ShapeError> {
         let (rows, cols, block_size) = (self.rows, self.cols, self.block_size);
-        let (n, blocks) = (rows * cols, block_size.blocks(rows * cols));
+        let n = rows * cols;
         let mut generator = Generator(self.seed);
 
         let weights = &mut buffers.weights[..n];
         generator.fill(weights);
-        let (packed, absmax) = (&mut buffers.packed[..n.div_ceil(2)], &mut buffers.absmax[..blocks]);
-        kernels.quantize(weights, block_size, packed, absmax)?;
-        let quantize = Hash::new().bytes(packed).floats(absmax).0;
-
-        let (codes, nested) = (&mut buffers.codes[..blocks], &mut buffers.nested[..blocks.div_ceil(256)]);
-        let offset = kernels.quantize_absmax(absmax, codes, nested)?;
-        let double_quant = Hash::new().bytes(codes).floats(nested).floats(&[offset]).0;
-
-        let plain = Nf4Matrix::new(packed, Absmax::Plain(absmax), rows, cols, block_size)?;
-        let nested = Absmax::Nested(NestedAbsmax::new(codes, &DYNAMIC_MAP, nested, offset)?);
-        let nested = Nf4Matrix::new(packed, nested, rows, cols, block_size)?;
+        let ([plain, nested], [quantize, double_quant]) =
+            buffers.quantized.quantize(kernels, weights, cols, block_size)?;
 
         let (half, brain) = (&mut buffers.f16[..n], &mut buffers.bf16[..n]);
         kernels.dequantize(&plain, weights)?;
@@ -216,13 +282,13 @@ impl Vector {
         generator.fill(inputs);
         let values = &mut buffers.values[..Activations::values_len(cols, block_size)];
         let scales = &mut buffers.scales[..Activations::scales_len(cols, block_size)];
-        let activations = kernels.quantize_activations(inputs, block_size, values, scales)?;
-        let in_order = (0..cols).filter_map(|c| activations.get(0, c));
-        let hash = in_order.fold(Hash::new(), |h, q| h.bytes(&q.to_le_bytes())).floats(activations.scales());
+        let vector = kernels.quantize_activations(inputs, block_size, values, scales)?;
+        let in_order = (0..cols).filter_map(|c| vector.get(0, c));
+        let activations = in_order.fold(Hash::new(), |h, q| h.bytes(&q.to_le_bytes())).floats(vector.scales()).0;
 
         let (y, z) = (&mut [0.0; 64][..rows], &mut [0.0; 64][..rows]);
-        kernels.gemv(&plain, &activations, y)?;
-        kernels.gemv(&nested, &activations, z)?;
+        kernels.gemv(&plain, &vector, y)?;
+        kernels.gemv(&nested, &vector, z)?;
         let gemv = Hash::new().floats(y).floats(z).0;
         kernels.gemv_f32(&plain, inputs, y)?;
         kernels.gemv_f32(&nested, inputs, z)?;
@@ -261,10 +327,20 @@ impl Vector {
 
         let columns = &mut buffers.inputs[..cols];
         kernels.gemv_transposed_f32(&plain, y, columns)?;
-        let hash_plain = Hash::new().floats(columns);
+        let transposed = Hash::new().floats(columns);
         kernels.gemv_transposed_f32(&nested, y, columns)?;
-        let (activations, transposed) = (hash.0, hash_plain.floats(columns).0);
-        let others = [quantize, dequantize, double_quant, activations, gemv, gemv_f32, gemv_dense, gemm, transposed];
-        Ok(Hashes { others, eight_by_eight })
+        let transposed = transposed.floats(columns).0;
+        Ok([
+            ("quantization", quantize),
+            ("dequantization", dequantize),
+            ("double quantization", double_quant),
+            ("activations", activations),
+            ("16x4", gemv),
+            ("f32", gemv_f32),
+            ("dense", gemv_dense),
+            ("batch of 16x4 and f32", gemm),
+            ("transposed f32", transposed),
+            ("8x8", eight_by_eight),
+        ])
     }
 }
