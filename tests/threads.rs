@@ -169,6 +169,33 @@ fn any_pool_gives_the_bits_of_one_thread() {
     }
 }
 
+/// The norms of `DoRA`, which are shared by rows.
+#[test]
+fn any_pool_gives_the_norms_of_one_thread() {
+    let base = Quantized4Bit::quantize(&values(D_OUT * D_IN, 1), D_OUT, D_IN, BlockSize::B64, true).unwrap();
+    let adapter = LoRAAdapter::new(D_OUT, D_IN, 2, 8.0, LoRAScaling::Standard, 7).unwrap().with_dora();
+    let fresh = QLoRALayer::from_parts(base, adapter).unwrap();
+    let x = Tensor::from_vec(values(D_IN, 3), false);
+    let outputs = |pool: Arc<dyn Threads>| {
+        let mut layer = fresh.clone().with_threads(pool);
+        layer.lora_b_mut().data_mut().copy_from_slice(&values(D_OUT * 2, 2));
+        layer.refresh_dora().unwrap();
+        bits(layer.with_threads(Spawn::new(1)).forward(&x).data())
+    };
+    let one = Spawn::new(1);
+    let expected = outputs(one.clone());
+    assert_eq!(one.splits.load(Ordering::Relaxed), 0);
+    assert!(bits(fresh.forward(&x).data()) != expected, "the norms have changed");
+    for count in [2, 3, 7] {
+        let pool = Spawn::new(count);
+        assert!(outputs(pool.clone()) == expected, "{count} threads");
+        assert_eq!(pool.splits.load(Ordering::Relaxed), count - 1);
+    }
+    for order in [&[][..], &[0], &[1, 0], &[0, 0, 1, 1, 0]] {
+        assert!(outputs(Arc::new(Careless(order))) == expected, "a pool that calls {order:?}");
+    }
+}
+
 /// A dense layer, and the panic of a thread.
 #[test]
 fn a_panic_in_a_pool_comes_through() {

@@ -10,6 +10,7 @@
 //! which takes `&mut self`, recomputes them.
 
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use crate::adapter::lora::LoRAAdapter;
 use crate::adapter::pair::{Pair, gain};
@@ -101,17 +102,31 @@ impl Joined {
         }
     }
 
-    /// Recomputes the norms if they are stale, for which it allocates a row of the base.
+    /// Recomputes the norms if they are stale, for which each thread allocates a row of the base.
     ///
     /// # Errors
     /// The errors of [`Self::pair`]; [`Error::OutOfMemory`].
     pub(crate) fn refresh(&mut self, base: &Base<'_>) -> Result<(), Error> {
-        let len = if self.adapter.is_dora() && self.stale { base.d_in() } else { 0 };
-        self.refresh_with(base, &mut zeros(1, len)?)
+        let work = self.pair(base)?.work(base.d_out().saturating_mul(base.d_in()));
+        self.refresh_by(base, |pair, norms| {
+            base.executor().by_rows(work, 0..norms.len(), 1, norms, &|rows: Range<usize>, norms: &mut [f32]| {
+                set_norms(base, pair, rows, &mut zeros(1, base.d_in())?, norms)
+            })
+        })
     }
 
-    /// Like [`Self::refresh`], with a buffer for a row of the base, which must have `d_in` values if the norms are stale.
+    /// Like [`Self::refresh`], but without an allocation once there are norms, on one thread and with a buffer for a row of the
+    /// base, `[d_in]`.
     pub(crate) fn refresh_with(&mut self, base: &Base<'_>, row: &mut [f32]) -> Result<(), Error> {
+        self.refresh_by(base, |pair, norms| set_norms(base, pair, 0..norms.len(), row, norms))
+    }
+
+    /// Recomputes what is stale, with norms from `compute`.
+    fn refresh_by(
+        &mut self,
+        base: &Base<'_>,
+        compute: impl FnOnce(&Pair<'_>, &mut [f32]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         self.pair(base)?;
         if !self.stale {
             return Ok(());
@@ -122,11 +137,7 @@ impl Joined {
             grow(buffer, rows)?;
         }
         if rows > 0 {
-            let pair = self.adapter.pair()?;
-            for (r, norm) in self.norms.iter_mut().enumerate() {
-                base.row(r, row)?;
-                *norm = to_f32(pair.norm(r, row));
-            }
+            compute(&self.adapter.pair()?, &mut self.norms)?;
         }
         self.adapter.take_norms(|| copy(&self.norms))?;
         let magnitude = self.adapter.magnitude().map_or(&[][..], |m| m.data());
@@ -136,4 +147,19 @@ impl Joined {
         self.stale = false;
         Ok(())
     }
+}
+
+/// The norms of some rows of the adapted weight, with a buffer for a row of the base.
+fn set_norms(
+    base: &Base<'_>,
+    pair: &Pair<'_>,
+    rows: Range<usize>,
+    row: &mut [f32],
+    norms: &mut [f32],
+) -> Result<(), Error> {
+    for (r, norm) in rows.zip(norms) {
+        base.row(r, row)?;
+        *norm = to_f32(pair.norm(r, row));
+    }
+    Ok(())
 }

@@ -2,6 +2,7 @@
 
 use core::borrow::Borrow;
 
+use crate::parallel::cost;
 use crate::round::to_f32;
 
 /// The tensors of an adapter, which have the lengths that its shape and rank need.
@@ -27,6 +28,11 @@ impl Pair<'_> {
     pub(crate) fn merge_row(&self, row: usize, weights: &mut [f32]) {
         let gain = self.magnitude.map_or(1.0, |m| gain(m[row], to_f32(self.norm(row, weights))));
         self.adapted(row, weights, |weight, sum| *weight = to_f32(gain * sum));
+    }
+
+    /// The work of adapting so many weights; see [`cost`].
+    pub(crate) fn work(&self, weights: usize) -> usize {
+        weights.saturating_mul(cost::PRODUCT_F32.saturating_mul(self.rank).saturating_add(cost::DEQUANTIZE))
     }
 
     /// The norm of a row of the adapted weight, `|w + scale * b A|`, all f64.

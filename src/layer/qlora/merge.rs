@@ -10,7 +10,6 @@ use super::QLoRALayer;
 use crate::adapter::pair::Pair;
 use crate::buffer::zeros;
 use crate::error::{Error, check_len};
-use crate::parallel::cost;
 use crate::weight::base::Base;
 
 /// Merge.
@@ -47,8 +46,7 @@ impl QLoRALayer {
         let count = self.linear.weight.try_view()?.row_range(rows.clone())?.rows();
         check_len("merged weights", count * self.d_in(), out.len())?;
         let merge = self.merger()?;
-        let cost = cost::PRODUCT_F32.saturating_mul(self.rank()).saturating_add(cost::DEQUANTIZE);
-        let work = out.len().saturating_mul(cost);
+        let work = merge.pair.work(out.len());
         self.linear.executor.by_rows(work, rows, self.d_in(), out, &|rows: Range<usize>, out: &mut [T]| {
             let mut merged = zeros(1, self.d_in())?;
             for (row, out) in rows.zip(out.chunks_mut(self.d_in().max(1))) {

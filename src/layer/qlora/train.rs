@@ -94,7 +94,7 @@ impl QLoRALayer {
     /// was borrowed mutably ([`Self::adapter_mut`], [`Self::trainable_params`] and so on) and before the next forward, which
     /// otherwise fails with [`Error::StaleNorms`]; in training, that is after each step of the optimizer.
     ///
-    /// It takes `d_out * d_in * rank` multiply-adds in f64, and allocates one row.
+    /// It takes `d_out * d_in * rank` multiply-adds in f64, and allocates a row for each thread.
     ///
     /// # Errors
     /// The [errors of all layers](crate#errors).
