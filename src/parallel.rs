@@ -333,6 +333,23 @@ impl Executor {
         })?)
     }
 
+    /// [`Kernels::gemm_dense_add`], `x` `[cols, batch]`.
+    pub(crate) fn gemm_dense_add(
+        &self,
+        a: &[f32],
+        x: &[f32],
+        [batch, cols]: [usize; 2],
+        factor: f32,
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        let run = |rows: Range<usize>, out: &mut [f32]| {
+            self.kernels.gemm_dense_add(&a[rows.start * cols..rows.end * cols], x, batch, factor, out)
+        };
+        let rows = out.len().checked_div(batch).unwrap_or(0);
+        let work = a.len().saturating_mul(batch).saturating_mul(cost::DENSE);
+        self.by_rows(work, 0..rows, batch, out, &run)
+    }
+
     /// [`Kernels::gemm_transposed_dense_add`]. Threads take vectors.
     pub(crate) fn gemm_transposed_dense_add(
         &self,

@@ -104,6 +104,35 @@ fn products_with_bf16() {
     check::<bf16>("bf16");
 }
 
+/// Vectors side by side: registers of vectors and tiles of 64 of them, with rests, and more columns than are few.
+#[test]
+fn products_added_to_a_batch() {
+    const FEW: usize = Kernels::FEW_COLUMNS;
+    let shapes = || (0..18).map(|cols| (3, cols)).chain([(0, 5), (1, 64), (5, 67), (2, FEW), (2, FEW + 1), (1, 200)]);
+    for k in Kernels::available() {
+        let mut g = Generator(9);
+        let mut cases = 0;
+        for (rows, cols) in shapes() {
+            for (kind, batch) in KINDS.iter().flat_map(|kind| [0, 1, 3, 8, 16, 31, 63, 64, 65, 150].map(|n| (*kind, n)))
+            {
+                let what = format!("{rows} x {cols}, {kind}, batch {batch}, {}", k.isa());
+                let (a, x) = (elements::<f32>(kind, rows * cols, &mut g), elements::<f32>(kind, cols * batch, &mut g));
+                let before = elements::<f32>(kind, rows * batch, &mut g);
+                let mut out = before.clone();
+                k.gemm_dense_add(&a, &x, batch, -0.75, &mut out).unwrap();
+                for (i, (y, before)) in out.iter().zip(before).enumerate() {
+                    let (r, n) = (i / batch, i % batch);
+                    let vector: Vec<f32> = x.iter().skip(n).step_by(batch).copied().collect();
+                    let expected = before + -0.75 * product(&a[r * cols..][..cols], &vector);
+                    assert_eq!(y.to_bits(), bits(expected), "row {r}, vector {n}: {what}");
+                }
+                cases += 1;
+            }
+        }
+        println!("{cases} dense products added to batches on {}", k.isa());
+    }
+}
+
 /// The definition of the transposed product, added to what was there.
 fn transposed(a: &[f32], cols: usize, c: usize, x: &[f32], before: f32) -> f32 {
     let mut out = before;

@@ -138,8 +138,8 @@ fn any_pool_gives_a_batch_the_bits_of_one_thread() {
     assert_eq!(one.splits.load(Ordering::Relaxed), 0);
     let two = Spawn::new(2);
     assert!(batches(two.clone()) == expected, "two threads");
-    // Of each layer the low-rank products, the base product, and what comes after it.
-    assert_eq!(two.splits.load(Ordering::Relaxed), 2 * 3);
+    // Of each layer the base product, `A x`, and what comes after it; and `B` times that for all vectors if they share it.
+    assert_eq!(two.splits.load(Ordering::Relaxed), 2 * 3 + 1);
     for pool in [Spawn::new(3) as Arc<dyn Threads>, Spawn::new(7), Arc::new(Careless(&[1, 0])), Arc::new(Careless(&[]))]
     {
         let count = pool.count();

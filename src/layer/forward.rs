@@ -2,7 +2,7 @@
 
 use core::ops::Range;
 
-use nf4_kernels::Float;
+use nf4_kernels::{Float, Kernels};
 
 use crate::adapter::joined::Joined;
 use crate::error::{Error, check_batch, check_len};
@@ -13,8 +13,9 @@ use crate::tensor::Tensor;
 use crate::weight::base::Base;
 use crate::weight::inputs::Inputs;
 
-/// Rows that are finished at a time, on the stack.
+/// Rows and vectors that are finished at a time, 4 KB on the stack.
 const ROWS: usize = 128;
+const VECTORS: usize = 8;
 
 /// `y = W x + bias` with a frozen `W` `[d_out, d_in]`, plus what adapters add.
 ///
@@ -52,6 +53,21 @@ impl Term<'_> {
     fn factor(&self) -> f32 {
         self.adapter.adapter().scale() * self.weight
     }
+}
+
+/// The same adapter with the same weight.
+impl PartialEq for Term<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        core::ptr::eq(self.adapter, other.adapter) && self.weight.to_bits() == other.weight.to_bits()
+    }
+}
+
+/// Whether the products with adapters are made for all vectors together: if these have the same adapters, none of them
+/// `DoRA`, and are enough to be worth it.
+fn share_adapters<'t, T: Iterator<Item = Term<'t>>>(batch: usize, terms: &impl Fn(usize) -> T) -> bool {
+    batch >= VECTORS
+        && terms(0).all(|term| term.rank() <= Kernels::FEW_COLUMNS && !term.adapter.adapter().is_dora())
+        && (1..batch).all(|n| terms(n).eq(terms(0)))
 }
 
 /// The three ways to call it. `terms` gives the adapters of a vector.
@@ -128,20 +144,28 @@ impl Forward<'_> {
         let (low_rank, product) = work.buffers(d_out, rank, batch)?;
         let executor = self.base.executor();
         let products = batch.saturating_mul(rank).saturating_mul(cost::DENSE);
-        let work = products.saturating_mul(self.base.d_in());
-        executor.by_rows(work, 0..batch, rank, low_rank, &|vectors: Range<usize>, low_rank: &mut [f32]| {
-            let mut vectors = vectors.zip(low_rank.chunks_exact_mut(rank.max(1)));
-            vectors.try_for_each(|(n, low_rank)| self.multiply_by_a(x.vector(n), terms(n), low_rank))
-        })?;
-        self.base.product(x, product)?;
+        let together = share_adapters(batch, terms);
+        if together {
+            self.base.product(x, product)?;
+            self.add_terms_together(terms(0), x.all(), low_rank, product)?;
+        } else {
+            let work = products.saturating_mul(self.base.d_in());
+            executor.by_rows(work, 0..batch, rank, low_rank, &|vectors: Range<usize>, low_rank: &mut [f32]| {
+                let mut vectors = vectors.zip(low_rank.chunks_exact_mut(rank.max(1)));
+                vectors.try_for_each(|(n, low_rank)| self.multiply_by_a(x.vector(n), terms(n), low_rank))
+            })?;
+            self.base.product(x, product)?;
+        }
         if batch == 1 {
             self.finish(terms(0), low_rank, 0..d_out, product)?;
             round(product, y);
             return Ok(());
         }
+        let (terms, products) =
+            (|n| terms(n).take(if together { 0 } else { usize::MAX }), if together { 0 } else { products });
         let work = products.saturating_add(batch.saturating_mul(cost::OUTPUT)).saturating_mul(d_out);
         executor.by_rows(work, 0..batch, d_out, y, &|vectors, y| {
-            self.finish_vectors(vectors, terms, (low_rank, rank), product, y)
+            self.finish_vectors(vectors, &terms, (low_rank, rank), product, y)
         })
     }
 }
@@ -178,10 +202,29 @@ impl Forward<'_> {
         Ok(())
     }
 
+    /// Step 3 for all vectors at once, which have the same adapters, none of them `DoRA`.
+    fn add_terms_together<'t>(
+        &self,
+        terms: impl Iterator<Item = Term<'t>>,
+        x: &[f32],
+        mut low_rank: &mut [f32],
+        products: &mut [f32],
+    ) -> Result<(), Error> {
+        let (executor, batch) = (self.base.executor(), products.len() / self.base.d_out());
+        for term in terms {
+            let (pair, rank) = (term.adapter.pair(&self.base)?, term.rank());
+            let product;
+            (product, low_rank) = low_rank.split_at_mut(rank * batch);
+            executor.gemm_dense(pair.a, x, [batch, self.base.d_in()], product)?;
+            executor.gemm_dense_add(pair.b, product, [batch, rank], term.factor(), products)?;
+        }
+        Ok(())
+    }
+
     /// Steps 2 to 5 for some vectors of a batch, whose outputs `y` are `[vectors.len(), d_out]`.
     ///
     /// Tiles of rows are the outer loop: what it reads of `product`, whose rows are as long as the batch, then stays in the
-    /// cache for the next vector.
+    /// cache for the next vectors.
     fn finish_vectors<'t, Y: Float, T: Iterator<Item = Term<'t>> + Clone>(
         &self,
         vectors: Range<usize>,
@@ -194,13 +237,18 @@ impl Forward<'_> {
         let batch = product.len() / d_out;
         for first in (0..d_out).step_by(ROWS) {
             let rows = first..d_out.min(first + ROWS);
-            for (n, y) in vectors.clone().zip(y.chunks_exact_mut(d_out)) {
-                let mut sums = [0.0; ROWS];
-                let sums = &mut sums[..rows.len()];
-                let products = product[first * batch + n..].iter().step_by(batch);
-                sums.iter_mut().zip(products).for_each(|(sum, product)| *sum = *product);
-                self.finish(terms(n), &low_rank[n * rank..][..rank], rows.clone(), sums)?;
-                round(sums, &mut y[rows.clone()]);
+            let products = &product[rows.start * batch..rows.end * batch];
+            for (tile, y) in y.chunks_mut(VECTORS * d_out).enumerate() {
+                let start = vectors.start + tile * VECTORS;
+                let mut sums = [[0.0; ROWS]; VECTORS];
+                for (row, products) in products.chunks_exact(batch).enumerate() {
+                    sums.iter_mut().zip(&products[start..]).for_each(|(sums, product)| sums[row] = *product);
+                }
+                for (n, (sums, y)) in (start..).zip(sums.iter_mut().zip(y.chunks_exact_mut(d_out))) {
+                    let sums = &mut sums[..rows.len()];
+                    self.finish(terms(n), &low_rank[n * rank..][..rank], rows.clone(), sums)?;
+                    round(sums, &mut y[rows.clone()]);
+                }
             }
         }
         Ok(())

@@ -79,6 +79,37 @@ fn a_vector_has_the_bits_of_a_layer_with_its_adapter_alone() {
     }
 }
 
+/// Products with adapters that all vectors share are made for the batch; those of a vector must have the same bits.
+#[test]
+fn a_batch_with_the_same_adapters_has_the_bits_of_its_vectors() {
+    for (d_out, d_in, batch) in [(5, 64, 8), (150, 256, 9), (3, 33, 70), (130, 64, 140)] {
+        let mut layer = multi(d_out, d_in);
+        layer.add("wide", adapter(d_out, d_in, 128, 16.0)).unwrap();
+        layer.add("wider", adapter(d_out, d_in, 129, 16.0)).unwrap();
+        let x = normal(batch * d_in, 1.0, 6);
+        for k in all_kernels() {
+            layer = layer.with_kernels(k);
+            for active in [&["code", "zz", "wide"][..], &["support"], &["code", "wider"], &[]] {
+                layer.set_active(active).unwrap();
+                layer.set_adapter_weight("code", -0.7).unwrap();
+                let one_by_one: Vec<f32> = x
+                    .chunks(d_in)
+                    .flat_map(|x| layer.forward(&Tensor::from_vec(x.to_vec(), false), Adapters::Active).into_vec())
+                    .collect();
+                let y = layer.forward(&Tensor::from_vec(x.clone(), false), Adapters::Active);
+                assert_eq!(bits(y.data()), bits(&one_by_one), "{d_out}x{d_in}, batch {batch}, {active:?}, {}", k.isa());
+                // Only the last one has another adapter.
+                let mut ids = vec![layer.id("support"); batch];
+                ids[batch - 1] = layer.id("zz");
+                let y = layer.forward(&Tensor::from_vec(x.clone(), false), Adapters::PerVector(&ids));
+                let last = Tensor::from_vec(x[(batch - 1) * d_in..].to_vec(), false);
+                let alone = layer.forward(&last, Adapters::PerVector(&[layer.id("zz")]));
+                assert_eq!(bits(&y.data()[(batch - 1) * d_out..]), bits(alone.data()), "{d_out}x{d_in}, {}", k.isa());
+            }
+        }
+    }
+}
+
 #[test]
 fn active_adapters_are_summed_with_their_weights() {
     for (d_out, d_in) in [(40, 256), (3, 33)] {

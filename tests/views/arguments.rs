@@ -35,6 +35,11 @@ fn operations_check_every_length() {
         assert_eq!(k.gemm_dense(&[bf16::ZERO; 5], &[0.0; 6], 2, &mut [0.0; 4]), length("dense matrix", 6, 5));
         assert_eq!(k.gemm_dense(&[0.0; 5], &[0.0; 6], 0, &mut []), length("inputs", 0, 6));
         assert_eq!(k.gemm_dense(&[0.0; 5], &[], 0, &mut []), Ok(()));
+        assert_eq!(k.gemm_dense_add(&[0.0; 6], &[0.0; 7], 2, 1.0, &mut [0.0; 4]), length("inputs", 6, 7));
+        assert_eq!(k.gemm_dense_add(&[0.0; 6], &[0.0; 6], 2, 1.0, &mut [0.0; 5]), length("outputs", 4, 5));
+        assert_eq!(k.gemm_dense_add(&[0.0; 5], &[0.0; 6], 2, 1.0, &mut [0.0; 4]), length("dense matrix", 6, 5));
+        assert_eq!(k.gemm_dense_add(&[0.0; 5], &[0.0; 6], 0, 1.0, &mut []), length("inputs", 0, 6));
+        assert_eq!(k.gemm_dense_add(&[0.0; 5], &[], 0, 1.0, &mut []), Ok(()));
         let narrow = Nf4Matrix::new(&packed[..32], Absmax::Plain(&absmax), 1, 64, BlockSize::B32).unwrap();
         assert_eq!(k.gemv(&narrow, &coarse, &mut [0.0; 1]), Err(ShapeError::Group { expected: 32, got: 64 }));
         let wide = plain(&packed, &absmax, 1, 128).unwrap();

@@ -15,6 +15,7 @@
 //! | `gemm_transposed_f32`, `gemm_transposed_dense_add` | `simd/product_transposed.rs` | `conversions.rs`: `decode`, `add`, `mul`; in `avx512/` `columns.rs` |
 //! | `gemm_transposed` (16x4) | `simd/transposed_16x4.rs` | `steps_transposed.rs` |
 //! | `gemv_dense`, `gemm_dense` | `simd/product_dense.rs` | `conversions.rs`: `widen` |
+//! | `gemm_dense_add` | `simd/product_columns.rs` | as the transposed products |
 //! | `mean`, `quantize_absmax` | `double_quant.rs`, one for all | |
 //!
 //! `avx512/` multiplies a batch by loops of its own, which put rows into the lanes of a register (`panel.rs`, `panel_f32.rs`),
@@ -35,6 +36,7 @@ mod scalar;
 mod table;
 
 pub(crate) use scalar::product_dense::store_dense;
+pub(crate) use table::FEW_COLUMNS;
 pub use table::Isa;
 pub(crate) use table::Table;
 

@@ -59,6 +59,9 @@ impl fmt::Display for Isa {
     }
 }
 
+/// The most columns of a matrix for which `gemm_dense_add` is made: its panel of them, for 64 vectors, has 32 KB.
+pub(crate) const FEW_COLUMNS: usize = 128;
+
 /// The functions of an instruction set. They are `unsafe` to call only because the CPU must have it; [`crate::Kernels`] has
 /// checked the shapes of their arguments.
 ///
@@ -91,6 +94,8 @@ pub(crate) struct Table {
     pub quantize_gradients: unsafe fn(inputs: &[f32], rows: usize, values: &mut [i16], scales: &mut [f32]),
     /// Only for matrices whose rows are whole groups of columns; `out` is `[batch, cols]`. Nothing is empty.
     pub gemm_transposed: unsafe fn(matrix: &Nf4Matrix<'_>, gradients: &Gradients<'_>, out: &mut [f32]),
+    /// `a` is `[rows, cols]`, `x` `[cols, batch]`, `out` `[rows, batch]`; none is empty.
+    pub gemm_dense_add: unsafe fn(a: &[f32], x: &[f32], batch: usize, factor: f32, out: &mut [f32]),
     /// `a` is `[rows, cols]`, `x` `[batch, rows]`, `out` `[batch, cols]`; none is empty.
     pub gemm_transposed_dense_add: unsafe fn(a: &[f32], x: &[f32], batch: usize, out: &mut [f32]),
 }

@@ -3,9 +3,13 @@
 use super::Kernels;
 use crate::error::{ShapeError, check_len};
 use crate::float::Float;
+use crate::isa::FEW_COLUMNS;
 
 /// The products of dense matrices, such as adapters.
 impl Kernels {
+    /// The columns up to which [`Self::gemm_dense_add`] is fast.
+    pub const FEW_COLUMNS: usize = FEW_COLUMNS;
+
     /// Computes `out = A x` with a dense matrix `[out.len(), x.len()]`, row-major, of any element type; [`spec`](crate::spec)
     /// defines it. The elements are converted to f32 as they are read.
     ///
@@ -49,6 +53,40 @@ impl Kernels {
         } else {
             // SAFETY: `self` exists, so the CPU has the instruction set of its table.
             unsafe { (T::pick(self.table).gemm_dense)(a, x, batch, out) };
+        }
+        Ok(())
+    }
+
+    /// Computes `out += factor * (A x)` with a dense f32 matrix `[rows, cols]`, row-major, and a batch of vectors that stand
+    /// side by side: `x` is `[cols, batch]`, as [`Self::gemm_dense`] returns it, and `out` `[rows, batch]`. Every output has
+    /// the bits that [`Self::gemv_dense_add`] returns for its row and vector. It is made for few columns, such as the rank of
+    /// an adapter; above [`Self::FEW_COLUMNS`] portable code runs.
+    ///
+    /// `cols` is the length of `x` divided by `batch`, and `rows` is the length of `out` divided by `batch`.
+    ///
+    /// # Errors
+    /// [`ShapeError::Length`] if the length of `x` or `out` is not a multiple of `batch`, or if `a` does not have
+    /// `rows * cols` elements; [`ShapeError::Overflow`] if that number does not fit in `usize`.
+    pub fn gemm_dense_add(
+        &self,
+        a: &[f32],
+        x: &[f32],
+        batch: usize,
+        factor: f32,
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        let (rows, cols) = (out.len().checked_div(batch).unwrap_or(0), x.len().checked_div(batch).unwrap_or(0));
+        check_len("inputs", cols * batch, x.len())?;
+        check_len("outputs", rows * batch, out.len())?;
+        // Without vectors, the shape of the matrix is not known.
+        if batch > 0 {
+            check_dense(rows, cols, a)?;
+        }
+        if x.is_empty() {
+            out.iter_mut().for_each(|o| crate::isa::store_dense(o, 0.0, Some(factor)));
+        } else if !out.is_empty() {
+            // SAFETY: `self` exists, so the CPU has the instruction set of its table.
+            unsafe { (self.table.gemm_dense_add)(a, x, batch, factor, out) };
         }
         Ok(())
     }

@@ -62,6 +62,7 @@ pub(super) static TABLE: Table = Table {
     gemm_transposed_f32: entries::gemm_transposed_f32,
     quantize_gradients: entries::quantize_gradients,
     gemm_transposed: entries::gemm_transposed,
+    gemm_dense_add: entries::gemm_dense_add,
     gemm_transposed_dense_add: entries::gemm_transposed_dense_add,
 };
 

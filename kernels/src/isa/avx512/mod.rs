@@ -61,7 +61,9 @@ use bytemuck::must_cast;
 use super::avx2::{self, Avx2};
 use super::simd::planes::UNSIGNED_BOOK_I8;
 use super::simd::steps::Steps;
-use super::simd::{batch_8x8, batch_16x4, product_8x8, product_16x4, product_transposed, transposed_16x4};
+use super::simd::{
+    batch_8x8, batch_16x4, product_8x8, product_16x4, product_columns, product_transposed, transposed_16x4,
+};
 use super::table::{FloatTable, Isa, Table};
 use crate::activations::{Activations, Activations8x8};
 use crate::gradients::Gradients;
@@ -79,6 +81,7 @@ pub(super) static TABLE: Table = Table {
     bf16: FloatTable { gemm_f32: panel_f32::gemm_f32, ..avx2::TABLE.bf16 },
     gemm_transposed_f32,
     gemm_transposed,
+    gemm_dense_add,
     gemm_transposed_dense_add,
     ..avx2::TABLE
 };
@@ -156,6 +159,11 @@ fn gemm_8x8(matrix: &Nf4Matrix<'_>, activations: &Activations8x8<'_>, out: &mut 
 #[target_feature(enable = "avx2,f16c,avx512bw,avx512vl,avx512vnni")]
 fn gemm_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     product_transposed::gemm_transposed_f32(&steps::<true>(), matrix, inputs, out);
+}
+
+#[target_feature(enable = "avx2,f16c,avx512bw,avx512vl,avx512vnni")]
+fn gemm_dense_add(a: &[f32], x: &[f32], batch: usize, factor: f32, out: &mut [f32]) {
+    product_columns::gemm_dense_add(&steps::<true>(), a, x, batch, factor, out);
 }
 
 #[target_feature(enable = "avx2,f16c,avx512bw,avx512vl,avx512vnni")]

@@ -15,8 +15,8 @@ use crate::isa::scalar;
 use crate::isa::simd::planes::{PLANES_F32, PLANES_I16};
 use crate::isa::simd::steps::{Decode, Steps, Widen};
 use crate::isa::simd::{
-    activations, batch_8x8, batch_16x4, dequantize, product_8x8, product_16x4, product_dense, product_f32,
-    product_transposed, quantize, transposed_16x4,
+    activations, batch_8x8, batch_16x4, dequantize, product_8x8, product_16x4, product_columns, product_dense,
+    product_f32, product_transposed, quantize, transposed_16x4,
 };
 use crate::isa::table::FloatTable;
 use crate::matrix::Nf4Matrix;
@@ -161,6 +161,11 @@ pub(super) fn gemv_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &
 #[target_feature(enable = "neon")]
 pub(super) fn gemm_transposed_f32(matrix: &Nf4Matrix<'_>, inputs: &[f32], out: &mut [f32]) {
     product_transposed::gemm_transposed_f32(&steps(), matrix, inputs, out);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn gemm_dense_add(a: &[f32], x: &[f32], batch: usize, factor: f32, out: &mut [f32]) {
+    product_columns::gemm_dense_add(&steps(), a, x, batch, factor, out);
 }
 
 #[target_feature(enable = "neon")]

@@ -33,6 +33,7 @@ pub(super) static TABLE: Table = Table {
     gemm_transposed_f32: product_transposed::gemm_transposed_f32,
     quantize_gradients: transposed_16x4::quantize_gradients,
     gemm_transposed: transposed_16x4::gemm_transposed,
+    gemm_dense_add: product_dense::gemm_dense_add,
     gemm_transposed_dense_add: product_transposed::gemm_transposed_dense_add,
 };
 

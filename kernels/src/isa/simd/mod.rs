@@ -14,6 +14,7 @@ pub(super) mod panel_16x4;
 pub(super) mod planes;
 pub(super) mod product_16x4;
 pub(super) mod product_8x8;
+pub(super) mod product_columns;
 pub(super) mod product_dense;
 pub(super) mod product_f32;
 pub(super) mod product_transposed;

@@ -135,7 +135,14 @@ fn tile<S: Widen<T>, T: Float, const R: usize, const N: usize>(
             add_products(steps, lanes, steps.widen(&padded(rest, T::from_f32(0.0))), x);
         }
     }
-    lanes.map(|lanes| lanes.map(|lanes| steps.add_lanes(lanes)))
+    // Not `map`, whose closure would not be compiled into this function, and so not for its instruction set.
+    let mut products = [[0.0; N]; R];
+    for (products, lanes) in products.iter_mut().zip(lanes) {
+        for (product, lanes) in products.iter_mut().zip(lanes) {
+            *product = steps.add_lanes(lanes);
+        }
+    }
+    products
 }
 
 /// Adds the products of eight elements of a row to the lanes of the vectors.
@@ -153,7 +160,7 @@ fn add_products<S: Floats, const N: usize>(
 
 /// Up to eight elements, and zeros.
 #[inline(always)]
-fn padded<T: Copy>(rest: &[T], zero: T) -> [T; 8] {
+pub(super) fn padded<T: Copy>(rest: &[T], zero: T) -> [T; 8] {
     let mut padded = [zero; 8];
     padded[..rest.len()].copy_from_slice(rest);
     padded
