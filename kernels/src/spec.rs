@@ -6,6 +6,7 @@
 //! [`Kernels::gemm`]: crate::Kernels::gemm
 //! [`Kernels::gemm_8x8`]: crate::Kernels::gemm_8x8
 //! [`Kernels::gemm_dense`]: crate::Kernels::gemm_dense
+//! [`Kernels::gemm_dense_add`]: crate::Kernels::gemm_dense_add
 //! [`Kernels::gemm_f32`]: crate::Kernels::gemm_f32
 //! [`Kernels::gemm_transposed`]: crate::Kernels::gemm_transposed
 //! [`Kernels::gemm_transposed_f32`]: crate::Kernels::gemm_transposed_f32

@@ -27,8 +27,8 @@ const VECTORS: usize = 8;
 /// 1. the base product;
 /// 2. with `DoRA`: times 1, less `w`, plus `w g` of each such adapter in turn, in f64 and rounded to f32 (for one of
 ///    weight 1 that is `g`);
-/// 3. plus each adapter in turn, by [`Kernels::gemv_dense`](nf4_kernels::Kernels::gemv_dense) with `A` and
-///    [`Kernels::gemv_dense_add`](nf4_kernels::Kernels::gemv_dense_add) with `B` and the factor `f`, with `DoRA` `f * g`;
+/// 3. plus each adapter in turn, by [`Kernels::gemv_dense`] with `A` and [`Kernels::gemv_dense_add`] with `B` and the factor
+///    `f`, with `DoRA` `f * g`; vectors that share their adapters by the products of a batch, which have the same bits;
 /// 4. plus the bias, if there is one;
 /// 5. rounded to the type of the outputs. Every NaN becomes the quiet NaN that [`Float::from_f32`] returns.
 #[derive(Debug, Clone, Copy)]
