@@ -43,13 +43,15 @@ fuzz_target!(|input: Input<'_>| {
 /// Compares all products of a batch with those of each vector in scalar code.
 fn check(matrix: &Matrix, batch: usize, x: &[f32], t: &[f32]) {
     let (rows, cols, view) = (matrix.rows, matrix.cols, matrix.view());
-    let mut expected = [rows, rows, rows, cols].map(|len| vec![0.0; len * batch]);
+    let mut expected = [rows, rows, rows, cols, cols].map(|len| vec![0.0; len * batch]);
     for n in 0..batch {
         let alone = of_vector(Kernels::scalar(), &view, &x[n * cols..][..cols], &t[n * rows..][..rows]);
         for (all, alone) in expected[..3].iter_mut().zip(&alone) {
             (0..rows).for_each(|r| all[r * batch + n] = alone[r]);
         }
-        expected[3][n * cols..][..cols].copy_from_slice(&alone[3]);
+        for (all, alone) in expected[3..].iter_mut().zip(&alone[3..]) {
+            all[n * cols..][..cols].copy_from_slice(alone);
+        }
     }
     for k in Kernels::available() {
         for ((got, expected), name) in of_batch(k, &view, batch, x, t).iter().zip(&expected).zip(PRODUCTS) {

@@ -18,7 +18,8 @@ struct Input<'a> {
 
 fuzz_target!(|input: Input<'_>| {
     let mut bytes = Bytes::new(input.bytes);
-    let (x, matrix) = input.product.take(1 << 14, 1, &mut bytes);
+    // Room for more rows than a chunk of the transposed products, of 32 columns.
+    let (x, matrix) = input.product.take(18 << 10, 1, &mut bytes);
     let (rows, cols) = (matrix.rows, matrix.cols);
     let t = input.product.inputs.take(rows, &mut bytes);
     let view = matrix.view();
@@ -28,7 +29,7 @@ fuzz_target!(|input: Input<'_>| {
     quantized(scalar, &view, &x, |x| matrix.check_gemv(x, &expected[0]));
     quantized_8x8(scalar, cols, &x, |x| matrix.check_gemv_8x8(x, &expected[1]));
     matrix.check_gemv_f32(&x, &expected[2]);
-    matrix.check_transposed(&t, &expected[3]);
+    matrix.check_transposed(&t, &expected[3], &expected[4]);
     for k in others() {
         for ((y, e), name) in of_vector(k, &view, &x, &t).iter().zip(&expected).zip(PRODUCTS) {
             assert_eq!(bits(y), bits(e), "{name}, {} and scalar", k.isa());

@@ -21,6 +21,7 @@ fn main() -> std::io::Result<()> {
     files(&seeds)?;
     commands(&seeds)?;
     poisoned(&seeds)?;
+    tall(&seeds)?;
     matrices(&seeds, &root.join("../tests/data/reference"))
 }
 
@@ -147,6 +148,21 @@ fn poisoned(seeds: &Seeds) -> std::io::Result<()> {
         let poison = [kind, row, edge, row];
         let gemm = [&shape[..], &[0], &moderate, &moderate, &[8], &poison].concat();
         seeds.write("gemm", &format!("poison{kind}_row{row}_edge{edge}"), &gemm)?;
+    }
+    Ok(())
+}
+
+/// Rows of whole groups of columns for the transposed 16x4 product: more than a group, more than a chunk; blocks that straddle
+/// them or do not.
+fn tall(seeds: &Seeds) -> std::io::Result<()> {
+    let moderate = [&[7, 0xff, 0xff, 0, 0, 0, 0, 0xff, 0xff][..], &[0; 4]].concat();
+    for (rows, cols) in [(545_u16, 32_u16), (70, 96), (40, 64)] {
+        for (block_size, nested) in [(0, 1), (1, 0), (3, 0)] {
+            let shape = [&rows.to_le_bytes()[..], &cols.to_le_bytes(), &[block_size, 0, nested]].concat();
+            let name = format!("tall{rows}_block{block_size}");
+            seeds.write("gemv", &name, &[&shape[..], &moderate, &moderate, &(rows / 2).to_le_bytes()].concat())?;
+            seeds.write("gemm", &name, &[&shape[..], &moderate, &moderate, &[7, 0, 0, 0, 0]].concat())?;
+        }
     }
     Ok(())
 }

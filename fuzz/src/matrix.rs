@@ -143,12 +143,16 @@ impl Matrix {
         }
     }
 
-    /// The same of the transposed product.
-    pub fn check_transposed(&self, x: &[f32], y: &[f32]) {
+    /// The same of the transposed products, in f32 and in 16x4.
+    pub fn check_transposed(&self, x: &[f32], exact: &[f32], fast: &[f32]) {
         if is_tame(&self.dequantized(), x, self.rows) {
             let rows: Vec<Row> = (0..self.rows).map(|r| self.row(r)).collect();
-            for (c, y) in y.iter().enumerate() {
-                truth::transposed(&rows, c, x).check(*y, || format!("transposed, column {c}"));
+            for (c, (exact, fast)) in exact.iter().zip(fast).enumerate() {
+                let in_f32 = truth::transposed(&rows, c, x);
+                in_f32.check(*exact, || format!("transposed f32, column {c}"));
+                let whole_groups = self.cols.is_multiple_of(32);
+                let truth = if whole_groups { truth::transposed_16x4(&rows, c, x) } else { in_f32 };
+                truth.check(*fast, || format!("transposed 16x4, column {c}"));
             }
         }
     }
