@@ -27,7 +27,7 @@ const SHAPES: [Shape; 3] = [
     Shape { name: "4096x4096", rows: 4096, cols: 4096, matrices: 1 },
     Shape { name: "16x4096x4096", rows: 4096, cols: 4096, matrices: 16 },
 ];
-/// Around the size from which on two threads pay; see `src/parallel.rs`.
+/// Around the size from which on two threads pay; see `src/parallel/threads.rs`.
 const SMALL_SHAPES: [Shape; 6] = [
     Shape { name: "128x1024", rows: 128, cols: 1024, matrices: 1 },
     Shape { name: "256x1024", rows: 256, cols: 1024, matrices: 1 },
