@@ -10,7 +10,7 @@ use nf4::checkpoint::{Dtype, TensorData, TensorFile, TensorMap, TensorSource, to
 use serde::{Deserialize, Serialize};
 
 use crate::optimizer::State;
-use crate::train::Settings;
+use crate::settings::Settings;
 
 /// The name of the file in the directory of a run.
 pub(crate) const FILE: &str = "checkpoint.safetensors";

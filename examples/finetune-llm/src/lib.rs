@@ -17,6 +17,7 @@ mod optimizer;
 mod pack;
 mod plot;
 mod progress;
+mod settings;
 mod train;
 
 pub use arguments::{Arguments, ArithmeticName};
@@ -25,4 +26,5 @@ pub use data::{Data, Document};
 pub use model::{Adapters, Llama};
 pub use optimizer::{Optimizer, Schedule};
 pub use pack::{Sequence, Stream};
-pub use train::{Settings, run};
+pub use settings::Settings;
+pub use train::run;
