@@ -136,6 +136,10 @@ impl Case {
         let mut y = vec![0.0; rows];
         kernels.gemv_dense(&weights, &inputs[..cols], &mut y)?;
         results.push(("dense product", bits(&y).collect()));
+        // The same inputs, taken for vectors that stand side by side.
+        let mut added = vec![1.0; rows * batch];
+        kernels.gemm_dense_add(&weights, &inputs, batch, 0.5, &mut added)?;
+        results.push(("dense product added to a batch", bits(&added).collect()));
         let mut columns = inputs.clone();
         kernels.gemm_transposed_dense_add(&weights, &y, 1, &mut columns[..cols])?;
         results.push(("transposed dense product", bits(&columns[..cols]).collect()));
