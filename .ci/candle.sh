@@ -3,7 +3,7 @@
 check_candle() {
     require_isa
     cargo fmt --all --check --manifest-path candle/Cargo.toml
-    # One profile for all: candle is compiled once for the tests, and once more for the lints.
-    cargo clippy -q --release --locked --manifest-path candle/Cargo.toml --workspace --all-targets -- -D warnings
-    cargo test --release --locked --manifest-path candle/Cargo.toml --workspace -- --nocapture
+    # Not `--release`: the profile of tests does not optimize candle, which halves the time of this step.
+    cargo clippy -q --locked --manifest-path candle/Cargo.toml --workspace --all-targets -- -D warnings
+    cargo test --locked --manifest-path candle/Cargo.toml --workspace -- --nocapture
 }
