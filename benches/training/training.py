@@ -6,8 +6,9 @@
 
 Needs the packages of tests/upstream/requirements.txt, and cargo. One linear layer, NF4 with double quantization and
 blocks of 64, all in f32: forward, backward with a given gradient of the outputs, and AdamW on A and B; with and without
-the gradient of the input. The layers take turns, step by step, so that what disturbs the machine disturbs all alike, and
-a pause after each step lets the threads of the last one go to sleep. Printed are medians in milliseconds, and how many
+the gradient of the input. The layers take turns, so that what disturbs the machine disturbs all alike. In a turn, steps
+follow one another, as in training; the first wakes the threads, and is not timed. The pause after a turn is for the
+threads of OpenMP, which look for work for a while before they sleep. Printed are medians in milliseconds, and how many
 times as fast as with bitsandbytes a whole step is. With --check nothing is timed: outputs and gradients of a small layer
 are compared with those of bitsandbytes and PEFT, and a difference is a failure.
 """
@@ -22,7 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ARITHMETICS = ["f32", "16x4"]
-PAUSE = 0.005
+STEPS_OF_A_TURN = 4
+PAUSE = 0.03
 
 
 def numbers(text):
@@ -108,13 +110,15 @@ def measure(layers, dx, seconds):
     """Medians of the parts of a step and of its sum, of each layer."""
     times = {name: [] for name in layers}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < 7:
+    while time.perf_counter() < end or min(map(len, times.values())) < 5 * STEPS_OF_A_TURN:
         for name, layer in layers.items():
-            parts = layer.step(dx)
-            times[name].append([*parts, sum(parts)])
+            layer.step(dx)
+            for _ in range(STEPS_OF_A_TURN):
+                parts = layer.step(dx)
+                times[name].append([*parts, sum(parts)])
             time.sleep(PAUSE)
-    # The first steps allocate.
-    return {name: [statistics.median(part) for part in zip(*rows[2:])] for name, rows in times.items()}
+    # The first turn allocates.
+    return {name: [statistics.median(part) for part in zip(*rows[STEPS_OF_A_TURN:])] for name, rows in times.items()}
 
 
 def check(program):
