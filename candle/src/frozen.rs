@@ -7,8 +7,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use candle_nn::Module;
 use nf4::checkpoint::Linear4bit;
-use nf4::{Adapters, Arithmetic, Gradients, Kernels, MultiAdapterLayer, Quantized4Bit, ShapeError, Threads};
-use rayon::prelude::*;
+use nf4::{Adapters, Arithmetic, BackwardScratch, MultiAdapterLayer, Quantized4Bit, Threads};
 
 use crate::values::{Element, Fill, filled, floats, output_shape, with_floats, wrap};
 
@@ -66,18 +65,10 @@ impl Nf4Linear {
         self.0.bias()
     }
 
-    /// The layer of the library, for forwards on slices.
+    /// The layer of the library, for forwards and backwards on slices.
     #[must_use]
     pub fn layer(&self) -> &MultiAdapterLayer {
         &self.0
-    }
-
-    /// The gradient of the input, `dx = dy W`, from that of the output: `dy` `[batch, d_out]`, `dx` `[batch, d_in]`.
-    ///
-    /// # Errors
-    /// [`nf4::Error::Shape`] for other lengths.
-    pub fn backward_into(&self, dy: &[f32], dx: &mut [f32]) -> Result<()> {
-        transposed(&self.0, dy, dx).map_err(wrap)
     }
 
     fn shape(&self) -> [usize; 2] {
@@ -106,8 +97,12 @@ impl CustomOp1 for Nf4Linear {
         if !x.track_op() {
             return Ok(None);
         }
-        let mut dx = vec![0.0; x.elem_count()];
-        with_floats(OP, dy, |dy| self.backward_into(dy, &mut dx))?;
+        let ([d_out, d_in], mut dx) = (self.shape(), vec![0.0; x.elem_count()]);
+        with_floats(OP, dy, |dy| {
+            let mut scratch = BackwardScratch::new();
+            scratch.reserve(d_out, d_in, 0, dy.len() / d_out.max(1)).map_err(wrap)?;
+            self.0.base_backward_into(dy, &mut scratch, &mut dx).map_err(wrap)
+        })?;
         Tensor::from_vec(dx, x.shape(), x.device())?.to_dtype(x.dtype()).map(Some)
     }
 }
@@ -133,25 +128,4 @@ impl Fill for Forward<'_> {
         scratch.reserve(layer.d_out(), layer.d_in(), weight.block_size(), 0, batch)?;
         layer.forward_into(x, Adapters::Active, &mut scratch, y)
     }
-}
-
-/// `dx = dy W`, `dy` `[batch, d_out]`: each thread takes some vectors, and each vector has the same bits in any batch.
-fn transposed(layer: &MultiAdapterLayer, dy: &[f32], dx: &mut [f32]) -> std::result::Result<(), ShapeError> {
-    let (d_out, d_in) = (layer.d_out(), layer.d_in());
-    if dy.is_empty() || dx.is_empty() {
-        dx.fill(0.0);
-        return Ok(());
-    }
-    let (matrix, kernels) = (layer.base_weight_quantized().view(), Kernels::detect());
-    let part = (dy.len() / d_out).div_ceil(rayon::current_num_threads());
-    let parts = dy.par_chunks(part * d_out).zip(dx.par_chunks_mut(part * d_in));
-    if layer.arithmetic() == Arithmetic::F32 {
-        return parts.try_for_each(|(dy, dx)| kernels.gemm_transposed_f32(&matrix, dy, dx));
-    }
-    parts.try_for_each(|(dy, dx)| {
-        let batch = dy.len() / d_out;
-        let mut values = vec![0; batch * Gradients::values_len(d_out)];
-        let mut scales = vec![0.0; batch * Gradients::scales_len(d_out)];
-        kernels.gemm_transposed(&matrix, &kernels.quantize_gradients(dy, d_out, &mut values, &mut scales)?, dx)
-    })
 }

@@ -2,10 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "tests end at the first surprise")]
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{AdamW, Module, Optimizer, ParamsAdamW, VarMap};
 use half::{bf16, f16};
-use nf4::{Arithmetic, BlockSize, Float, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit};
+use nf4::{Arithmetic, BlockSize, Float, LoRAAdapter, LoRAScaling, QLoRALayer, Quantized4Bit, Threads};
 use nf4_candle::{Nf4Linear, QLoRALinear};
 use rayon::prelude::*;
 
@@ -63,6 +66,50 @@ fn tensor(values: &[f32], shape: &[usize]) -> Tensor {
 
 fn flat(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap()
+}
+
+/// A pool of two threads that counts what it splits.
+#[derive(Default)]
+struct Counting(AtomicUsize);
+
+impl Threads for Counting {
+    fn count(&self) -> usize {
+        2
+    }
+
+    fn join(&self, a: &mut (dyn FnMut() + Send), b: &mut (dyn FnMut() + Send)) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        rayon::join(a, b);
+    }
+
+    fn least_work(&self) -> usize {
+        1
+    }
+}
+
+#[test]
+fn forward_and_backward_run_on_the_pool_of_the_layer() {
+    let pool = Arc::new(Counting::default());
+    let frozen = Nf4Linear::new(weight(true), None).unwrap();
+    let vars = VarMap::new();
+    let trained = QLoRALinear::new(NAME, weight(true), None, &adapter(), &vars).unwrap();
+    let x = Var::from_tensor(&tensor(&values(4 * D_IN, 5), &[4, D_IN])).unwrap();
+    let layers: [(&dyn Module, &dyn Module); 2] = [
+        (&frozen, &frozen.clone().with_threads(pool.clone())),
+        (&trained, &trained.clone().with_threads(pool.clone())),
+    ];
+    for (layer, pooled) in layers {
+        let of = |layer: &dyn Module, counts: bool| {
+            let start = pool.0.load(Ordering::Relaxed);
+            let y = layer.forward(&x).unwrap();
+            let forward = pool.0.load(Ordering::Relaxed);
+            let gradients = y.sqr().unwrap().backward().unwrap();
+            let backward = pool.0.load(Ordering::Relaxed);
+            assert_eq!((forward > start, backward > forward), (counts, counts));
+            (flat(&y), flat(gradients.get(&x).unwrap()))
+        };
+        assert_eq!(of(layer, false), of(pooled, true));
+    }
 }
 
 #[test]

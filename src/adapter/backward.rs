@@ -61,6 +61,11 @@ impl BackwardScratch {
         self.values.capacity() * size_of::<f32>() + self.gradients.memory_bytes()
     }
 
+    /// Room for quantized gradients.
+    pub(crate) fn gradients(&mut self) -> &mut GradientsBuf {
+        &mut self.gradients
+    }
+
     /// Three low-rank matrices of a batch, and a buffer for what is larger.
     fn parts(
         &mut self,

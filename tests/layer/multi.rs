@@ -1,8 +1,8 @@
 //! Many adapters on one base.
 
 use nf4::{
-    AdapterId, Adapters, Arithmetic, BlockSize, Error, LoRAAdapter, LoRAScaling, MultiAdapterLayer, QLoRALayer,
-    Quantized4Bit, Scratch, Tensor, bf16,
+    AdapterId, Adapters, Arithmetic, BackwardScratch, BlockSize, Error, Gradients, LoRAAdapter, LoRAScaling,
+    MultiAdapterLayer, QLoRALayer, Quantized4Bit, Scratch, Tensor, bf16,
 };
 
 use crate::{all_kernels, bits, normal, truth};
@@ -108,6 +108,39 @@ fn a_batch_with_the_same_adapters_has_the_bits_of_its_vectors() {
             }
         }
     }
+}
+
+/// The gradient of the input through the weight alone is the transposed product of the arithmetic.
+#[test]
+fn the_base_has_the_input_gradients_of_the_kernels() {
+    for (d_out, d_in, batch) in [(5, 64, 3), (150, 256, 70), (3, 33, 2), (40, 64, 0), (40, 64, 1)] {
+        for (arithmetic, k) in Arithmetic::ALL.into_iter().flat_map(|a| all_kernels().into_iter().map(move |k| (a, k)))
+        {
+            let layer = multi(d_out, d_in).with_arithmetic(arithmetic).with_kernels(k);
+            let (dy, mut expected) = (normal(batch * d_out, 1.0, 6), vec![0.0; batch * d_in]);
+            let view = layer.base_weight_quantized().view();
+            if arithmetic == Arithmetic::F32 {
+                k.gemm_transposed_f32(&view, &dy, &mut expected).unwrap();
+            } else {
+                let mut values = vec![0; batch * Gradients::values_len(d_out)];
+                let mut scales = vec![0.0; batch * Gradients::scales_len(d_out)];
+                let gradients = k.quantize_gradients(&dy, d_out, &mut values, &mut scales).unwrap();
+                k.gemm_transposed(&view, &gradients, &mut expected).unwrap();
+            }
+            let (mut scratch, mut dx) = (BackwardScratch::new(), vec![f32::NAN; batch * d_in]);
+            scratch.reserve(d_out, d_in, 0, batch).unwrap();
+            layer.base_backward_into(&dy, &mut scratch, &mut dx).unwrap();
+            assert_eq!(bits(&dx), bits(&expected), "{d_out}x{d_in}, batch {batch}, {arithmetic:?}, {}", k.isa());
+        }
+    }
+    let (layer, mut scratch) = (multi(5, 64), BackwardScratch::new());
+    let error = |dy: usize, dx: usize, scratch: &mut BackwardScratch| {
+        layer.base_backward_into(&vec![1.0; dy], scratch, &mut vec![0.0; dx]).unwrap_err().to_string()
+    };
+    assert!(error(10, 128, &mut scratch).contains("scratch for the backward"));
+    scratch.reserve(5, 64, 0, 2).unwrap();
+    assert!(error(9, 128, &mut scratch).contains('9'));
+    assert!(error(10, 127, &mut scratch).contains("127"));
 }
 
 #[test]

@@ -136,7 +136,11 @@ impl Ready {
                 scratch.reserve(d_out, d_in, layer.rank(), x.len() / d_in).map_err(Error::wrap)?;
                 layer.backward_into(x, dy, scratch, dx).map_err(Error::wrap)
             }
-            (Self::Frozen(layer), Some(dx)) => layer.backward_into(dy, dx),
+            (Self::Frozen(layer), Some(dx)) => {
+                let (layer, scratch) = (layer.layer(), &mut scratch.backward);
+                scratch.reserve(layer.d_out(), layer.d_in(), 0, dy.len() / layer.d_out()).map_err(Error::wrap)?;
+                layer.base_backward_into(dy, scratch, dx).map_err(Error::wrap)
+            }
             (Self::Dense { weight, .. }, Some(dx)) => {
                 let rows = weight.dim(0)?;
                 let dy = Tensor::from_slice(dy, (dy.len() / rows, rows), &Device::Cpu)?;

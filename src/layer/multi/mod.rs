@@ -2,6 +2,7 @@
 
 mod forward;
 mod set;
+mod train;
 
 use alloc::vec::Vec;
 
