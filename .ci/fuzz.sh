@@ -41,7 +41,7 @@ check_fuzz() {
     cd fuzz
     cargo fuzz build
     target/x86_64-unknown-linux-gnu/release/seeds
-    # As many at a time as there are cores, each for longer with more of them: 20 seconds with two.
+    # As many at a time as there are cores, each for longer with more of them: 12 seconds with two.
     export -f fuzz_run fuzz_target
-    cargo fuzz list | grep -vx seeds | xargs -P "$(nproc)" -I NAME bash -c "fuzz_target NAME $((10 * $(nproc)))"
+    cargo fuzz list | grep -vx seeds | xargs -P "$(nproc)" -I NAME bash -c "fuzz_target NAME $((6 * $(nproc)))"
 }
