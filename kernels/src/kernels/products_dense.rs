@@ -41,13 +41,7 @@ impl Kernels {
         if batch == 1 {
             return self.gemv_dense(a, x, out);
         }
-        let (rows, cols) = (out.len().checked_div(batch).unwrap_or(0), x.len().checked_div(batch).unwrap_or(0));
-        check_len("inputs", cols * batch, x.len())?;
-        check_len("outputs", rows * batch, out.len())?;
-        // Without vectors, the shape of the matrix is not known.
-        if batch > 0 {
-            check_dense(rows, cols, a)?;
-        }
+        check_batch([out.len(), x.len()], ["outputs", "inputs"], batch, a)?;
         if x.is_empty() {
             out.fill(0.0);
         } else {
@@ -75,13 +69,7 @@ impl Kernels {
         factor: f32,
         out: &mut [f32],
     ) -> Result<(), ShapeError> {
-        let (rows, cols) = (out.len().checked_div(batch).unwrap_or(0), x.len().checked_div(batch).unwrap_or(0));
-        check_len("inputs", cols * batch, x.len())?;
-        check_len("outputs", rows * batch, out.len())?;
-        // Without vectors, the shape of the matrix is not known.
-        if batch > 0 {
-            check_dense(rows, cols, a)?;
-        }
+        check_batch([out.len(), x.len()], ["outputs", "inputs"], batch, a)?;
         if x.is_empty() {
             out.iter_mut().for_each(|o| crate::isa::store_dense(o, 0.0, Some(factor)));
         } else if !out.is_empty() {
@@ -107,13 +95,7 @@ impl Kernels {
         batch: usize,
         out: &mut [f32],
     ) -> Result<(), ShapeError> {
-        let (rows, cols) = (x.len().checked_div(batch).unwrap_or(0), out.len().checked_div(batch).unwrap_or(0));
-        check_len("inputs", rows * batch, x.len())?;
-        check_len("outputs", cols * batch, out.len())?;
-        // Without vectors, the shape of the matrix is not known.
-        if batch > 0 {
-            check_dense(rows, cols, a)?;
-        }
+        check_batch([x.len(), out.len()], ["inputs", "outputs"], batch, a)?;
         if !a.is_empty() && batch > 0 {
             // SAFETY: `self` exists, so the CPU has the instruction set of its table.
             unsafe { (self.table.gemm_transposed_dense_add)(a, x, batch, out) };
@@ -131,6 +113,16 @@ impl Kernels {
         }
         Ok(())
     }
+}
+
+/// `Ok` if two lengths, whose names are for errors, are those of `batch` vectors, and a dense matrix has as many rows as a
+/// vector of the first has values, and as many columns as one of the second.
+fn check_batch<T>(lengths: [usize; 2], names: [&'static str; 2], batch: usize, a: &[T]) -> Result<(), ShapeError> {
+    let [rows, cols] = lengths.map(|length| length.checked_div(batch).unwrap_or(0));
+    check_len(names[0], rows * batch, lengths[0])?;
+    check_len(names[1], cols * batch, lengths[1])?;
+    // Without vectors, the shape of the matrix is not known.
+    if batch > 0 { check_dense(rows, cols, a) } else { Ok(()) }
 }
 
 /// `Ok` if a dense matrix has `rows * cols` elements.
